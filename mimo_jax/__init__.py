@@ -1,0 +1,1 @@
+"""MiMo UltraSpeed in JAX."""

@@ -1,0 +1,83 @@
+"""The KV cache: rows that grow on global layers, a ring on sliding layers, so memory per token grows only with the former.
+
+A ring of R rows keeps position p in row p mod R. With R >= window - 1 + N, a block of N tokens may be written and then
+partly taken back (by shortening `lengths`): what it overwrote had already left every window that is still needed, and
+the rows it leaves behind are read as positions too old to be visible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
+
+MAX_BLOCK = 8  # the longest block of tokens that may be written and taken back
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Rotated keys and scaled values of one layer; S is the capacity (global) or the ring size (sliding)."""
+
+    keys: Float[Array, "B S K Q"]
+    values: Float[Array, "B S K V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """One `LayerCache` per layer and the number of committed tokens of each row."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Int[Array, "B"]
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
+    """An empty cache for `batch` rows of at most `capacity` tokens."""
+    dtype = jnp.dtype(config.dtype)
+
+    def layer(kind: int) -> LayerCache:
+        rows = capacity if kind == GLOBAL else min(capacity, config.sliding_window - 1 + MAX_BLOCK)
+        heads = config.kv_heads(kind)
+        return LayerCache(
+            jnp.zeros((batch, rows, heads, config.head_dim), dtype),
+            jnp.zeros((batch, rows, heads, config.v_head_dim), dtype),
+        )
+
+    return Cache(tuple(layer(kind) for kind in config.layer_pattern), jnp.zeros(batch, jnp.int32))
+
+
+def row_positions(kind: int, rows: int, lengths_B: Int[Array, "B"]) -> Int[Array, "B S"]:
+    """The position each row holds when `lengths_B` tokens are committed; negative where it holds none."""
+    row_S = jnp.arange(rows)
+    last_B1 = lengths_B[:, None] - 1
+    if kind == SLIDING:
+        return last_B1 - (last_B1 - row_S) % rows
+    return jnp.where(row_S <= last_B1, row_S, -1)
+
+
+def append(
+    layer: LayerCache,
+    keys_BTKQ: Float[Array, "B T K Q"],
+    values_BTKV: Float[Array, "B T K V"],
+    lengths_B: Int[Array, "B"],
+    counts_B: Int[Array, "B"],
+    kind: int,
+) -> LayerCache:
+    """Writes the first `counts_B` of T new tokens behind `lengths_B`; of more than a ring holds, only the last."""
+    batch, block = keys_BTKQ.shape[:2]
+    rows = layer.keys.shape[1]
+    step_T = jnp.arange(block)
+    position_BT = lengths_B[:, None] + step_T
+    row_BT = position_BT % rows if kind == SLIDING else position_BT
+    written_BT = (step_T < counts_B[:, None]) & (step_T >= counts_B[:, None] - rows)
+    row_BT = jnp.where(written_BT, row_BT, rows)  # out of range, so dropped
+    index = (jnp.arange(batch)[:, None], row_BT)
+    return LayerCache(
+        layer.keys.at[index].set(keys_BTKQ, mode="drop", unique_indices=False),
+        layer.values.at[index].set(values_BTKV, mode="drop", unique_indices=False),
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints: the published Hugging Face layouts and Orbax."""

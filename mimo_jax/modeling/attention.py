@@ -1,0 +1,156 @@
+"""Grouped-query attention of both kinds: global, and sliding with a learned sink logit per head."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mimo_jax.cache import LayerCache, append, row_positions
+from mimo_jax.config import SLIDING, ModelConfig
+from mimo_jax.modeling.layers import linear, rotate, weight_init
+from mimo_jax.quantization import dequantize
+
+_MASKED = -1e30  # finite: a row of padding may have nothing visible at all
+
+
+def attend(
+    q_BTHQ: Float[Array, "B T H Q"],
+    k_BSKQ: Float[Array, "B S K Q"],
+    v_BSKV: Float[Array, "B S K V"],
+    visible_BTS: Bool[Array, "B T S"],
+    sink_H: Float[Array, "H"] | None,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention in float32; the sink joins the denominator as one more logit that has no value vector."""
+    batch, steps, heads, dim = q_BTHQ.shape
+    kv_heads = k_BSKQ.shape[2]
+    q_BTKGQ = q_BTHQ.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
+    s_BKGTS = jnp.einsum("btkgq,bskq->bkgts", q_BTKGQ, k_BSKQ, preferred_element_type=jnp.float32) * dim**-0.5
+    s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, _MASKED)
+    top = jnp.max(s_BKGTS, axis=-1, keepdims=True)
+    if sink_H is not None:
+        sink_KG = sink_H.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
+        top = jnp.maximum(top, sink_KG)
+    top = jax.lax.stop_gradient(top)
+    e_BKGTS = jnp.exp(s_BKGTS - top)
+    total = jnp.sum(e_BKGTS, axis=-1, keepdims=True)
+    if sink_H is not None:
+        total = total + jnp.exp(sink_KG - top)
+    p_BKGTS = (e_BKGTS / total).astype(v_BSKV.dtype)
+    return jnp.einsum("bkgts,bskv->btkgv", p_BKGTS, v_BSKV).reshape(batch, steps, heads, -1)
+
+
+def visibility(
+    query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+    """Which key positions a query position sees: its own and earlier ones, the last `window` of them if given."""
+    distance_BTS = query_BT[:, :, None] - key_BS[:, None, :]
+    visible_BTS = (distance_BTS >= 0) & (key_BS >= 0)[:, None, :]
+    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
+
+
+def attend_banded(q_BTHQ: Array, k_BTKQ: Array, v_BTKV: Array, window: int, sink_H: Array | None) -> Array:
+    """Sliding attention over a whole sequence at the cost of two windows of keys per query.
+
+    The sequence is cut into blocks as long as the window; a block sees itself and the block before it.
+    """
+    batch, steps = q_BTHQ.shape[:2]
+    blocks = -(-steps // window)
+
+    def cut(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, blocks * window - steps), (0, 0), (0, 0)])
+        return padded.reshape(batch, blocks, window, *x.shape[2:])
+
+    def with_previous(x: Array) -> Array:
+        previous = jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
+        return jnp.concatenate([previous, x], axis=2).reshape(batch * blocks, 2 * window, *x.shape[3:])
+
+    query = jnp.arange(blocks * window).reshape(blocks, window)
+    key = jnp.concatenate([query - window, query], axis=1)  # negative in the first block: nothing there
+    visible = jnp.tile(visibility(query, key, window), (batch, 1, 1))
+    q = cut(q_BTHQ).reshape(batch * blocks, window, *q_BTHQ.shape[2:])
+    out = attend(q, with_previous(cut(k_BTKQ)), with_previous(cut(v_BTKV)), visible, sink_H)
+    return out.reshape(batch, blocks * window, *out.shape[2:])[:, :steps]
+
+
+class Attention(nn.Module):
+    """Projects, rotates, attends. Fused QKV rows are stored in chunks [Q heads, K heads, V heads] per chunk."""
+
+    config: ModelConfig
+    kind: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotary: tuple[Array, Array],
+        cache: LayerCache | None = None,
+        lengths_B: Int[Array, "B"] | None = None,
+        counts_B: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Without a cache, attends over the T tokens themselves; with one, behind its `lengths_B` tokens."""
+        config = self.config
+        window = config.sliding_window if self.kind == SLIDING else None
+        q, k, v = self._project(x_BTD)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        v = (v.astype(jnp.float32) * config.value_scale).astype(v.dtype)
+        sink_H = None
+        if config.has_sink(self.kind):
+            sink_H = self.param("sink", nn.initializers.zeros, (config.num_heads,), jnp.dtype(config.param_dtype))
+        if cache is not None:
+            out_BTHV, cache = self._attend_cached(q, k, v, sink_H, window, cache, lengths_B, counts_B)
+        elif window is not None and x_BTD.shape[1] > 2 * window:
+            out_BTHV = attend_banded(q, k, v, window, sink_H)
+        else:
+            position = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+            out_BTHV = attend(q, k, v, visibility(position, position, window), sink_H)
+        shape = (config.hidden_size, config.num_heads * config.v_head_dim)
+        o = self.param("o", weight_init("dense", shape, config.init_range, config.param_dtype))
+        return linear(out_BTHV.reshape(*x_BTD.shape[:2], -1), o), cache
+
+    def _attend_cached(self, q, k, v, sink_H, window, cache, lengths_B, counts_B):
+        query_BT = lengths_B[:, None] + jnp.arange(q.shape[1])
+        updated = append(cache, k, v, lengths_B, counts_B, self.kind)
+        if self.kind == SLIDING:
+            # The ring as it was, then the new tokens: a long chunk overwrites rows its first queries still need.
+            keys = jnp.concatenate([cache.keys, k], axis=1)
+            values = jnp.concatenate([cache.values, v], axis=1)
+            held_BS = row_positions(self.kind, cache.keys.shape[1], lengths_B)
+            key_BS = jnp.concatenate([held_BS, query_BT], axis=1)
+        else:
+            keys, values = updated.keys, updated.values
+            key_BS = row_positions(self.kind, keys.shape[1], lengths_B + counts_B)
+        return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated
+
+    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        config = self.config
+        heads, kv_heads = config.num_heads, config.kv_heads(self.kind)
+        sizes = (heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.v_head_dim)
+
+        def weight(name: str, shape: tuple[int, ...]):
+            init = weight_init(config.linear_format, shape, config.init_range, config.param_dtype)
+            return self.param(name, init)
+
+        lead = x_BTD.shape[:2]
+        if config.qkv_layout == "split":
+            parts = [linear(x_BTD, weight(name, (size, config.hidden_size))) for name, size in zip("qkv", sizes)]
+        else:
+            chunks = config.qkv_chunks
+            rows = [size // chunks for size in sizes]
+            qkv = weight("qkv", (chunks, sum(rows), config.hidden_size))
+            fused = linear_chunked(x_BTD, qkv)
+            parts = jnp.split(fused, (rows[0], rows[0] + rows[1]), axis=-1)
+        q, k, v = parts
+        return (
+            q.reshape(*lead, heads, config.head_dim),
+            k.reshape(*lead, kv_heads, config.head_dim),
+            v.reshape(*lead, kv_heads, config.v_head_dim),
+        )
+
+
+def linear_chunked(x_BTD: Float[Array, "B T D"], weight) -> Float[Array, "B T G M"]:
+    """x W^T for a weight stored as [G chunks, M rows, D]; the chunk axis is kept."""
+    dense_GMD = dequantize(weight, x_BTD.dtype)
+    y = jnp.einsum("btd,gmd->btgm", x_BTD, dense_GMD, preferred_element_type=jnp.float32)
+    return y.astype(x_BTD.dtype)

@@ -1,0 +1,179 @@
+"""The MiMo-V2 text model as Flax modules: tokens and a cache in; logits, features and the cache out.
+
+Pure functions over explicit state. `Backbone(config).apply({"params": params}, tokens, cache)` is all there is; one
+config field, `storage`, decides whether a weight is a plain array or a packed tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.cache import Cache, LayerCache
+from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
+from mimo_jax.modeling.attention import Attention
+from mimo_jax.modeling.layers import DenseMlp, RMSNorm, linear, rotary_table, weight_init
+from mimo_jax.modeling.moe import MoE
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What the step shows besides logits: the final residual stream, and per MoE layer the tokens of each expert."""
+
+    hidden: Float[Array, "B T D"]
+    expert_counts: Int[Array, "L E"]
+
+
+def norm(config: ModelConfig) -> RMSNorm:
+    return RMSNorm(config.norm_eps, config.param_dtype)
+
+
+def dense_mlp(config: ModelConfig) -> DenseMlp:
+    return DenseMlp(config.intermediate_size, config.linear_format, config.init_range, config.param_dtype)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention of `kind`, then a dense or a routed FFN."""
+
+    config: ModelConfig
+    kind: int
+    has_experts: bool
+
+    def setup(self) -> None:
+        self.input_norm = norm(self.config)
+        self.attention = Attention(self.config, self.kind)
+        self.post_norm = norm(self.config)
+        if self.has_experts:
+            self.moe = MoE(self.config)
+        else:
+            self.mlp = dense_mlp(self.config)
+
+    def __call__(self, x_BTD, rotary, cache, lengths_B, counts_B) -> tuple[Array, Array | None, LayerCache | None]:
+        """The residual stream, tokens per expert (None for a dense layer), and the updated cache."""
+        y_BTD, cache = self.attention(self.input_norm(x_BTD), rotary, cache, lengths_B, counts_B)
+        x_BTD = x_BTD + y_BTD
+        if not self.has_experts:
+            return x_BTD + self.mlp(self.post_norm(x_BTD)), None, cache
+        y_BTD, expert_counts_E = self.moe(self.post_norm(x_BTD))
+        return x_BTD + y_BTD, expert_counts_E, cache
+
+
+class MtpLayer(nn.Module):
+    """One multi-token-prediction layer: merges the next token's embedding with the hidden state before it."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed_norm, self.hidden_norm = norm(config), norm(config)
+        shape = (config.hidden_size, 2 * config.hidden_size)
+        self.eh_proj = self.param("eh_proj", weight_init("dense", shape, config.init_range, config.param_dtype))
+        self.input_norm, self.pre_mlp_norm, self.final_norm = norm(config), norm(config), norm(config)
+        self.attention = Attention(config, SLIDING)
+        self.mlp = dense_mlp(config)
+
+    def __call__(self, embedded_BTD, hidden_BTD, rotary, cache=None, lengths_B=None, counts_B=None):
+        """`embedded_BTD` is the embedding of the token after each position of `hidden_BTD`."""
+        merged = jnp.concatenate([self.embed_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], axis=-1)
+        x_BTD = linear(merged, self.eh_proj)
+        y_BTD, cache = self.attention(self.input_norm(x_BTD), rotary, cache, lengths_B, counts_B)
+        x_BTD = x_BTD + y_BTD
+        x_BTD = x_BTD + self.mlp(self.pre_mlp_norm(x_BTD))
+        return self.final_norm(x_BTD), cache
+
+
+class Backbone(nn.Module):
+    """Embedding, layers, final norm and head, plus the MTP layers that share the embedding and the head."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        table = weight_init("dense", (config.vocab_size, config.hidden_size), config.init_range, config.param_dtype)
+        self.embed = self.param("embed", table)
+        self.layers = [
+            Block(config, kind, bool(moe)) for kind, moe in zip(config.layer_pattern, config.moe_pattern)
+        ]
+        self.norm = norm(config)
+        self.head = self.param("head", table)
+        self.mtp = [MtpLayer(config) for _ in range(config.mtp_layers)]
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        cache: Cache | None = None,
+        counts_B: Int[Array, "B"] | None = None,
+        logits: Literal["all", "last"] = "all",
+    ) -> tuple[Float[Array, "B T C"], Features, Cache | None]:
+        """One forward pass over T tokens behind the cache's (or over a whole sequence, without a cache).
+
+        Only the first `counts_B` (default T) tokens of each row are real: the rest is padding, never cached. With
+        logits="last" only the last real position's logits are computed, [B, 1, C]. Logits are float32.
+        """
+        batch, steps = tokens_BT.shape
+        lengths_B = cache.lengths if cache else jnp.zeros(batch, jnp.int32)
+        counts_B = jnp.full(batch, steps) if counts_B is None else counts_B
+        rotary = self._rotary(lengths_B[:, None] + jnp.arange(steps))
+        x_BTD = self._embedded(tokens_BT)
+        layer_caches, expert_counts = [], []
+        for index, layer in enumerate(self.layers):
+            held = cache.layers[index] if cache else None
+            x_BTD, counts_E, held = layer(x_BTD, rotary[layer.kind], held, lengths_B, counts_B)
+            layer_caches.append(held)
+            if counts_E is not None:
+                expert_counts.append(counts_E)
+        x_BTD = self.norm(x_BTD)
+        shown = x_BTD if logits == "all" else jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)
+        features = Features(x_BTD, jnp.stack(expert_counts) if expert_counts else jnp.zeros((0, 0), jnp.int32))
+        updated = Cache(tuple(layer_caches), lengths_B + counts_B) if cache else None
+        return linear(shown, self.head, jnp.float32), features, updated
+
+    def predict_ahead(
+        self, hidden_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"]
+    ) -> list[Float[Array, "B T C"]]:
+        """Training-time MTP: logits of every depth d, for the token d + 2 places after each position.
+
+        `hidden_BTD` is `Features.hidden` (after the final norm) of the same `tokens_BT`. Positions whose tokens lie
+        beyond the sequence see a repeated last token; the loss leaves them out.
+        """
+        batch, steps = tokens_BT.shape
+        rotary = self._rotary(jnp.broadcast_to(jnp.arange(steps), (batch, steps)))[SLIDING]
+        logits = []
+        for layer in self.mtp:
+            tokens_BT = jnp.concatenate([tokens_BT[:, 1:], tokens_BT[:, -1:]], axis=1)
+            hidden_BTD, _ = layer(self._embedded(tokens_BT), hidden_BTD, rotary)
+            logits.append(linear(hidden_BTD, self.head, jnp.float32))
+        return logits
+
+    def everything(self, tokens_BT: Int[Array, "B T"]):
+        """Touches every parameter; what `init` runs."""
+        logits, features, _ = self(tokens_BT)
+        return logits, self.predict_ahead(features.hidden, tokens_BT)
+
+    def _embedded(self, tokens_BT: Array) -> Array:
+        return self.embed[tokens_BT].astype(self.config.dtype)
+
+    def _rotary(self, positions_BT: Array) -> dict[int, tuple[Array, Array]]:
+        config = self.config
+        return {
+            kind: rotary_table(positions_BT, config.rotary_dim, config.theta(kind), config.dtype)
+            for kind in (GLOBAL, SLIDING)
+        }
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random parameters in the config's storage, MTP layers included."""
+    return Backbone(config).init(key, jnp.zeros((1, 2), jnp.int32), method="everything")["params"]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameter tree as shapes and dtypes: nothing is allocated, whatever the size."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,156 @@
+"""Python source found on the machine, as a reproducible training corpus.
+
+Files are deduplicated by content and split by package, so that no held-out file shares a package with a training
+file. A manifest with the hash of every file says exactly what went in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mimo_jax.errors import UserError
+from mimo_jax.files import write_atomically
+from mimo_jax.progress import progress
+from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
+
+MIN_BYTES, MAX_BYTES = 200, 200_000
+MAX_LINE = 400  # longer lines are data, not code
+MAX_DIGITS = 0.15  # a larger share of digits is a table
+TEST_FOLDERS = {"test", "tests", "testing"}  # repetitive, and nobody's idea of code to learn from
+HELD_OUT_SHARE = 0.04
+PACKAGE_LIMITS = {"train": 12_000_000, "heldout": 1_000_000}  # bytes: no package dominates its split
+SPLITS = ("train", "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One accepted file: its package, path within the root it was found under, and content hash."""
+
+    package: str
+    path: str
+    sha256: str
+    size: int
+    root: Path
+
+    def text(self) -> str:
+        return (self.root / self.path).read_text(encoding="utf-8")
+
+    @property
+    def split(self) -> str:
+        digest = hashlib.sha256(f"split:{self.package}".encode()).digest()
+        return "heldout" if int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32 else "train"
+
+
+def default_roots() -> list[Path]:
+    """The standard library and the installed packages of the running interpreter."""
+    paths = sysconfig.get_paths()
+    return [Path(paths["stdlib"]), Path(paths["purelib"])]
+
+
+def collect(roots: Iterable[Path]) -> list[SourceFile]:
+    """Every acceptable `*.py` below `roots`, first copy only, in an order fixed by content (so by nothing local)."""
+    seen: set[str] = set()
+    sizes: dict[str, int] = {}
+    files = []
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            if "site-packages" in relative.parts or TEST_FOLDERS & set(relative.parts):
+                continue
+            source = _accept(root, relative)
+            if source is None or source.sha256 in seen:
+                continue
+            package_size = sizes.get(source.package, 0) + source.size
+            if package_size > PACKAGE_LIMITS[source.split]:
+                continue
+            sizes[source.package] = package_size
+            seen.add(source.sha256)
+            files.append(source)
+    return sorted(files, key=lambda source: source.sha256)
+
+
+def _accept(root: Path, relative: Path) -> SourceFile | None:
+    try:
+        data = (root / relative).read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not MIN_BYTES <= len(data) <= MAX_BYTES or max(map(len, text.splitlines())) > MAX_LINE:
+        return None
+    if sum(character.isdigit() for character in text) > MAX_DIGITS * len(text):
+        return None
+    package = relative.parts[0].removesuffix(".py")
+    return SourceFile(package, relative.as_posix(), hashlib.sha256(data).hexdigest(), len(data), root)
+
+
+def build(out: Path, roots: list[Path], vocab_size: int, tokenizer_bytes: int) -> dict:
+    """Writes `tokenizer.json`, `train.bin`, `heldout.bin` (uint16 token ids) and `manifest.json` into `out`."""
+    files = collect(roots)
+    by_split = {split: [source for source in files if source.split == split] for split in SPLITS}
+    if not all(by_split.values()):
+        raise UserError(f"corpus: {len(files)} files found under {len(roots)} roots; both splits need some")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.train(_texts(by_split["train"], tokenizer_bytes), vocab_size)
+    tokenizer.save(out / "tokenizer.json")
+    counts = {split: _tokenize(by_split[split], tokenizer, out / f"{split}.bin") for split in SPLITS}
+    manifest = {
+        "python": sys.version.split()[0],
+        "vocab_size": vocab_size,
+        "tokens": counts,
+        "bytes": {split: sum(source.size for source in by_split[split]) for split in SPLITS},
+        "packages": {split: sorted({source.package for source in by_split[split]}) for split in SPLITS},
+        "files": [[source.split, source.path, source.size, source.sha256] for source in files],
+    }
+    write_atomically(out / "manifest.json", json.dumps(manifest, indent=0).encode())
+    return manifest
+
+
+def _texts(files: list[SourceFile], limit: int) -> Iterator[str]:
+    for source in files:
+        if limit <= 0:
+            return
+        limit -= source.size
+        yield source.text()
+
+
+def _tokenize(files: list[SourceFile], tokenizer: Tokenizer, path: Path) -> int:
+    pieces = []
+    with progress(f"tokenizing {path.stem}", sum(source.size for source in files), unit="bytes") as bar:
+        for start in range(0, len(files), 256):
+            batch = files[start : start + 256]
+            for ids in tokenizer.encode_batch([source.text() for source in batch]):
+                pieces.append(np.asarray([*ids, tokenizer.id_of(END_OF_TEXT)], np.uint16))
+            bar.advance(sum(source.size for source in batch))
+    tokens = np.concatenate(pieces)
+    write_atomically(path, tokens.tobytes())
+    return len(tokens)
+
+
+def load_tokens(data: Path, split: str) -> np.ndarray:
+    """The token ids of a split, memory-mapped."""
+    path = data / f"{split}.bin"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; build it with `scripts/train.py corpus --data {data}`")
+    return np.memmap(path, np.uint16, mode="r")
+
+
+def batch_at(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) -> np.ndarray:
+    """Batch `step` of an endless walk over shuffled windows: int32 [batch, length + 1]. Depends on nothing else."""
+    windows = (len(tokens) - 1) // length
+    if windows < batch:
+        raise UserError(f"corpus: {len(tokens)} tokens give {windows} windows of {length}; a batch needs {batch}")
+    index = np.arange(step * batch, (step + 1) * batch)
+    epochs = index // windows
+    starts = [
+        np.random.default_rng((seed, epoch)).permutation(windows)[i % windows] * length
+        for epoch, i in zip(epochs, index)
+    ]
+    return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)

@@ -1,0 +1,54 @@
+"""Muon for matrices, AdamW for tables, norms and vectors; a warm-up, a plateau, a linear descent to zero."""
+
+from __future__ import annotations
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+ADAM_NAMES = {"embed", "head", "router", "router_bias", "sink", "weight"}
+
+
+def _name(path) -> str:
+    return path[-1].key
+
+
+def matrix_axes(params) -> object:
+    """Per leaf, Muon's (input, output) axes, or None for what AdamW updates. Stacks are sets of matrices [.., N, K]."""
+
+    def axes(path, leaf):
+        if _name(path) in ADAM_NAMES or leaf.ndim < 2:
+            return None
+        return MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def learning_rate(peak: float, warmup: int, decay_start: int, decay_steps: int) -> optax.Schedule:
+    """Linear warm-up to `peak`, constant until `decay_start`, then linear to zero over `decay_steps`."""
+    pieces = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)]
+    boundaries = [warmup]
+    if decay_steps:
+        pieces.append(optax.linear_schedule(peak, 0.0, decay_steps))
+        boundaries.append(decay_start)
+    return optax.join_schedules(pieces, boundaries)
+
+
+def make_optimizer(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Gradients clipped to norm 1, then Muon scaled to AdamW's update size (0.2 RMS), so that both share one rate."""
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) not in ADAM_NAMES, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(
+            schedule,
+            weight_decay=weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=0.9,
+            adam_b2=0.95,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=matrix_axes,
+        ),
+    )

@@ -1,0 +1,136 @@
+"""Pretraining and its continuation with quantisation-aware training (QAT), as pure functions over one state.
+
+QAT: every forward pass sees the experts as their exported MXFP4 bytes would decode; gradients pass straight through to
+float32 masters; router, attention and everything else stay at higher precision (`docs/reference`: issue of straight-
+through clipping in `quantization.fake_quantize`). Experts are kept balanced without an auxiliary loss: a bias that only
+selects moves by a fixed step towards the under-used ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.config import ModelConfig
+from mimo_jax.errors import UserError
+from mimo_jax.modeling.backbone import Backbone, Params
+from mimo_jax.quantization import fake_quantize
+from mimo_jax.training.optimizers import learning_rate, make_optimizer
+
+EXPERT_NAMES = ("gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run. Steps are optimiser updates; `length` and `batch` are tokens per sequence and sequences per step."""
+
+    batch: int = 16
+    length: int = 512
+    peak_rate: float = 4e-3
+    warmup: int = 100
+    decay_start: int = 0
+    decay_steps: int = 0  # 0: the rate stays at its peak
+    qat: bool = False
+    weight_decay: float = 0.1
+    mtp_weight: float = 0.3
+    mtp_share: int = 4  # MTP layers learn from one sequence in this many
+    balance_rate: float = 5e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("batch", "length", "peak_rate", "mtp_share"):
+            if getattr(self, field) <= 0:
+                raise UserError(f"training: {field}={getattr(self, field)} must be positive")
+        if self.decay_steps < 0 or self.warmup < 0:
+            raise UserError(f"training: decay_steps={self.decay_steps}, warmup={self.warmup} must not be negative")
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        return learning_rate(self.peak_rate, self.warmup, self.decay_start, self.decay_steps)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Float32 master parameters, optimiser state, and the number of updates made."""
+
+    params: Params
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+def is_expert(path) -> bool:
+    """Whether a parameter path leads to routed expert weights."""
+    names = [key.key for key in path]
+    return "moe" in names and names[-1] in EXPERT_NAMES
+
+
+def quantize_experts(params: Params) -> Params:
+    """Parameters as the quantised checkpoint will read; differentiable, straight through."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: fake_quantize(leaf) if is_expert(path) else leaf, params
+    )
+
+
+def init_state(config: ModelConfig, train: TrainConfig) -> TrainState:
+    from mimo_jax.modeling.backbone import init_params
+
+    params = init_params(config, jax.random.key(train.seed))
+    return TrainState(params, make_optimizer(train.schedule, train.weight_decay).init(params), jnp.int32(0))
+
+
+def cross_entropy(logits_BTC: Float[Array, "B T C"], targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Nats per position, in float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTC.astype(jnp.float32), targets_BT)
+
+
+def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig):
+    """Next-token loss plus the weighted MTP loss; the second value holds both and the expert counts."""
+    if train.qat:
+        params = quantize_experts(params)
+    model = Backbone(config)
+    tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
+    logits_BTC, features, _ = model.apply({"params": params}, tokens_BT)
+    loss = jnp.mean(cross_entropy(logits_BTC, targets_BT))
+    rows = max(1, train.batch // train.mtp_share)
+    hidden_BTD, targets_BT = features.hidden[:rows], targets_BT[:rows]
+    ahead = model.apply({"params": params}, hidden_BTD, tokens_BT[:rows], method="predict_ahead")
+    mtp_loss = jnp.float32(0)
+    for depth, logits_BTC in enumerate(ahead, start=1):
+        last = tokens_BT.shape[1] - depth
+        mtp_loss += jnp.mean(cross_entropy(logits_BTC[:, :last], targets_BT[:, depth:])) / len(ahead)
+    return loss + train.mtp_weight * mtp_loss, (loss, mtp_loss, features.expert_counts)
+
+
+def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelConfig, rate: float) -> Params:
+    """Raises the selection bias of experts below the mean load by `rate`, lowers it above."""
+    layers = [f"layers_{layer}" for layer, has_experts in enumerate(config.moe_pattern) if has_experts]
+    params = dict(params)
+    for name, counts_E in zip(layers, counts_LE):
+        moe = params[name]["moe"]
+        bias_E = moe["router_bias"] + rate * jnp.sign(jnp.mean(counts_E) - counts_E)
+        params[name] = {**params[name], "moe": {**moe, "router_bias": bias_E}}
+    return params
+
+
+@partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
+def train_step(state: TrainState, window_BT: Array, config: ModelConfig, train: TrainConfig):
+    """One update. Returns the new state (the old one is donated) and scalar metrics."""
+    gradients, (loss, mtp_loss, counts_LE) = jax.grad(loss_fn, has_aux=True)(state.params, window_BT, config, train)
+    optimizer = make_optimizer(train.schedule, train.weight_decay)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    params = balance_experts(optax.apply_updates(state.params, updates), counts_LE, config, train.balance_rate)
+    metrics = {
+        "loss": loss,
+        "mtp_loss": mtp_loss,
+        "gradient_norm": optax.global_norm(gradients),
+        "rate": train.schedule(state.step),
+        "imbalance": jnp.mean(jnp.max(counts_LE, axis=1) / jnp.mean(counts_LE, axis=1)),
+    }
+    return TrainState(params, optimizer_state, state.step + 1), metrics

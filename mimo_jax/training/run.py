@@ -1,0 +1,102 @@
+"""A training run is a directory: `run.json` (what it is), `log.jsonl`, `loss.png`, `checkpoints/<step>`.
+
+Batches depend only on (seed, step), so a run killed and started again continues with the same loss curve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mimo_jax.checkpoint import orbax
+from mimo_jax.config import ModelConfig
+from mimo_jax.errors import UserError
+from mimo_jax.files import write_atomically
+from mimo_jax.progress import progress
+from mimo_jax.training.corpus import batch_at
+from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
+
+SAVE_EVERY = 100
+LOG_EVERY = 10
+
+
+def abstract_state(config: ModelConfig, train: TrainConfig) -> TrainState:
+    return jax.eval_shape(lambda: init_state(config, train))
+
+
+def latest_state(run: Path, config: ModelConfig, train: TrainConfig) -> TrainState:
+    """The newest complete state of a run."""
+    return orbax.restore_latest(run / "checkpoints", abstract_state(config, train))
+
+
+def prepare(run: Path, settings: dict[str, Any]) -> None:
+    """Creates the run's directory, or checks that the one there was started with the same settings."""
+    path = run / "run.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise UserError(f"{path}: {key}={found.get(key)!r}, this command has {value!r}; use another --run")
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(settings, indent=1).encode())
+
+
+def train_until(
+    run: Path, tokens: np.ndarray, config: ModelConfig, train: TrainConfig, state: TrainState, last_step: int
+) -> TrainState:
+    """Trains from `state.step` to `last_step`, logging every 10 steps and saving every 100 and at the end."""
+    step = int(state.step)
+    _truncate_log(run / "log.jsonl", step)
+    with progress("training", last_step, done=step) as bar, (run / "log.jsonl").open("a") as log:
+        started = time.perf_counter()
+        for step in range(step + 1, last_step + 1):
+            window = batch_at(tokens, step - 1, train.batch, train.length, train.seed)
+            state, metrics = train_step(state, window, config, train)
+            if step % LOG_EVERY == 0 or step == last_step:
+                metrics = {name: round(float(value), 5) for name, value in jax.device_get(metrics).items()}
+                speed = LOG_EVERY * train.batch * train.length / (time.perf_counter() - started)
+                log.write(json.dumps({"step": step, **metrics, "tokens_per_second": round(speed)}) + "\n")
+                log.flush()
+                bar.describe(f"loss {metrics['loss']:.3f}  {speed:,.0f} tokens/s")
+                started = time.perf_counter()
+            bar.advance()
+            if step % SAVE_EVERY == 0 or step == last_step:
+                orbax.save_step(run / "checkpoints", step, state)
+    return state
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drops what a killed run logged after its last save, so that the curve has no doubled points."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(kept).encode())
+
+
+def plot_losses(runs: list[Path], out: Path) -> None:
+    """Loss over steps of one or more runs, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for run in runs:
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=run.name, linewidth=1)
+    axis.set(xlabel="step", ylabel="training loss (nats per token)")
+    axis.legend()
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def settings_of(config: ModelConfig, train: TrainConfig, **more: Any) -> dict[str, Any]:
+    """What identifies a run, as JSON values."""
+    return json.loads(json.dumps({"model": dataclasses.asdict(config), "train": dataclasses.asdict(train), **more}))

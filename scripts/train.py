@@ -1,0 +1,115 @@
+"""Trains a model from scratch: corpus, pretraining, and the descent to rate zero with or without QAT.
+
+    scripts/train.py corpus   --data runs/corpus
+    scripts/train.py pretrain --data runs/corpus --run runs/base --steps 3000
+    scripts/train.py anneal   --data runs/corpus --start runs/base --run runs/qat --steps 400 --qat
+
+Every command can be killed and given again: it goes on from its last save with the same loss curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from mimo_jax.cli import main_guard
+
+
+def corpus_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.training import corpus
+
+    roots = [Path(root) for root in args.root] or corpus.default_roots()
+    manifest = corpus.build(Path(args.data), roots, args.vocab_size, args.tokenizer_bytes)
+    return {"tokens": manifest["tokens"], "bytes": manifest["bytes"], "heldout": manifest["packages"]["heldout"]}
+
+
+def pretrain_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.config import preset
+    from mimo_jax.training import run
+    from mimo_jax.training.pretraining import TrainConfig, init_state
+
+    config = dataclasses.replace(preset(args.preset), dtype=args.dtype)
+    train = TrainConfig(batch=args.batch, length=args.length, peak_rate=args.rate, seed=args.seed)
+    return _train(args, config, train, lambda: init_state(config, train), run.settings_of(config, train))
+
+
+def anneal_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.config import ModelConfig
+    from mimo_jax.errors import UserError
+    from mimo_jax.training import run
+    from mimo_jax.training.pretraining import TrainConfig
+
+    start = Path(args.start)
+    if not (start / "run.json").is_file():
+        raise UserError(f"{start}: not a run directory; expected run.json")
+    settings = json.loads((start / "run.json").read_text())
+    model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
+    config, base = ModelConfig(**model), TrainConfig(**settings["train"])
+    state = run.latest_state(start, config, base)
+    first = int(state.step)
+    train = dataclasses.replace(
+        base,
+        decay_start=first,
+        decay_steps=args.steps,
+        qat=args.qat,
+        batch=args.batch or base.batch,
+        length=args.length or base.length,
+    )
+    args.steps += first
+    return _train(args, config, train, lambda: state, run.settings_of(config, train, start=start.name))
+
+
+def _train(args, config, train, fresh_state, settings) -> dict:
+    from mimo_jax.checkpoint import orbax
+    from mimo_jax.training import corpus, run
+
+    directory = Path(args.run)
+    tokens = corpus.load_tokens(Path(args.data), "train")
+    run.prepare(directory, settings)
+    resumed = orbax.steps(directory / "checkpoints")
+    state = run.latest_state(directory, config, train) if resumed else fresh_state()
+    run.train_until(directory, tokens, config, train, state, args.steps)
+    run.plot_losses([directory], directory / "loss.png")
+    last = json.loads((directory / "log.jsonl").read_text().splitlines()[-1])
+    return {"run": str(directory), "resumed_at": resumed[-1] if resumed else 0, **last}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    corpus = commands.add_parser("corpus", help="tokenizer and token files from Python source on this machine")
+    corpus.add_argument("--root", action="append", default=[], help="folder to search (default: this interpreter's)")
+    corpus.add_argument("--vocab-size", type=int, default=4096)
+    corpus.add_argument("--tokenizer-bytes", type=int, default=30_000_000, help="text the tokenizer learns from")
+    corpus.set_defaults(command=corpus_command)
+
+    pretrain = commands.add_parser("pretrain", help="from random weights, at a constant rate")
+    pretrain.add_argument("--preset", default="mimo-tiny")
+    pretrain.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
+    pretrain.add_argument("--batch", type=int, default=32, help="sequences per step")
+    pretrain.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    pretrain.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
+    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.set_defaults(command=pretrain_command)
+
+    anneal = commands.add_parser("anneal", help="continue a run while the rate falls to zero")
+    anneal.add_argument("--start", required=True, help="the run to continue from")
+    anneal.add_argument("--qat", action="store_true", help="train the experts as MXFP4 will store them")
+    anneal.add_argument("--batch", type=int, help="sequences per step (default: as before)")
+    anneal.add_argument("--length", type=int, help="tokens per sequence (default: as before)")
+    anneal.set_defaults(command=anneal_command)
+
+    for command in (corpus, pretrain, anneal):
+        command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
+    for command in (pretrain, anneal):
+        command.add_argument("--run", required=True, help="folder of the run: log, plot, checkpoints")
+        command.add_argument("--steps", type=int, required=True, help="updates to make")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main_guard(lambda: print(json.dumps((args := parse(sys.argv[1:])).command(args))))
