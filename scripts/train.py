@@ -3,6 +3,7 @@
     scripts/train.py corpus   --data runs/corpus
     scripts/train.py pretrain --data runs/corpus --run runs/base --steps 3000
     scripts/train.py anneal   --data runs/corpus --start runs/base --run runs/qat --steps 400 --qat
+    scripts/train.py export   --data runs/corpus --run runs/qat --out checkpoint/
 
 Every command can be killed and given again: it goes on from its last save with the same loss curve.
 """
@@ -37,17 +38,10 @@ def pretrain_command(args: argparse.Namespace) -> dict:
 
 
 def anneal_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.config import ModelConfig
-    from mimo_jax.errors import UserError
     from mimo_jax.training import run
-    from mimo_jax.training.pretraining import TrainConfig
 
     start = Path(args.start)
-    if not (start / "run.json").is_file():
-        raise UserError(f"{start}: not a run directory; expected run.json")
-    settings = json.loads((start / "run.json").read_text())
-    model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
-    config, base = ModelConfig(**model), TrainConfig(**settings["train"])
+    config, base = run.read_settings(start)
     state = run.latest_state(start, config, base)
     first = int(state.step)
     train = dataclasses.replace(
@@ -60,6 +54,16 @@ def anneal_command(args: argparse.Namespace) -> dict:
     )
     args.steps += first
     return _train(args, config, train, lambda: state, run.settings_of(config, train, start=start.name))
+
+
+def export_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.training import run
+    from mimo_jax.training.export import export
+
+    config, train = run.read_settings(Path(args.run))
+    state = run.latest_state(Path(args.run), config, train)
+    export(Path(args.out), config, state.params, Path(args.data) / "tokenizer.json")
+    return {"checkpoint": args.out, "step": int(state.step)}
 
 
 def _train(args, config, train, fresh_state, settings) -> dict:
@@ -103,7 +107,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     anneal.add_argument("--length", type=int, help="tokens per sequence (default: as before)")
     anneal.set_defaults(command=anneal_command)
 
-    for command in (corpus, pretrain, anneal):
+    export = commands.add_parser("export", help="write a finished run as a checkpoint in the FP4-DFlash layout")
+    export.add_argument("--run", required=True, help="the run to export")
+    export.add_argument("--out", required=True, help="folder to write; must not exist")
+    export.set_defaults(command=export_command)
+
+    for command in (corpus, pretrain, anneal, export):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
     for command in (pretrain, anneal):
         command.add_argument("--run", required=True, help="folder of the run: log, plot, checkpoints")

@@ -1,27 +1,76 @@
 """Orbax checkpoints (the v1 API): a directory appears by rename when it is complete, and is always restored through an
-abstract tree, so that the same checkpoint opens on any number of devices."""
+abstract tree, so that the same checkpoint opens on any number of devices.
+
+A converted model is a directory of `params/` (the Orbax tree), `config.json`, the tokenizer's files and a manifest; a
+training run keeps bare trees, one directory per step.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import logging
+import math
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from mimo_jax.checkpoint.export import json_bytes
+from mimo_jax.checkpoint.huggingface import CONTAINERS, ShardingOf, read_hf_config, read_torch_dtype
+from mimo_jax.checkpoint.manifest import new_directory, read_manifest, write_file, write_manifest
+from mimo_jax.checkpoint.names import weights
+from mimo_jax.checkpoint.tensorfile import DTYPES
+from mimo_jax.config import ModelConfig, to_hf
 from mimo_jax.errors import UserError
+
+PARAMS = "params"
+_IN_FLIGHT_BYTES = 32 << 20
+_LEFTOVER = ".orbax-checkpoint-tmp"
+_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+
+
+@contextmanager
+def _settings(tree: Any, partial_load: bool = False) -> Iterator[None]:
+    """Few bytes in flight, no compression (weights do not shrink), and no traceback in the log beside our one line."""
+    # A limit below the largest array is an error, not a slower transfer.
+    limit = max([_IN_FLIGHT_BYTES, *(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))])
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.memory.write_concurrent_bytes = limit
+    context.memory.read_concurrent_bytes = limit
+    context.pytree.loading.partial_load = partial_load
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with context:
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    return math.prod(np.shape(leaf)) * np.dtype(getattr(leaf, "dtype", np.float64)).itemsize
 
 
 def save_tree(path: Path, tree: Any, metadata: dict | None = None) -> None:
     """Writes `tree` to the new directory `path`; until the last rename, nothing called `path` exists."""
     try:
-        ocp.save(path.absolute(), tree, custom_metadata=metadata)
-    except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror or error})") from None
+        with _settings(tree):
+            ocp.save(path.absolute(), tree, custom_metadata=metadata)
+    except _FAILURES as error:
+        for leftover in path.parent.glob(f"{path.name}{_LEFTOVER}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        raise UserError(f"{path}: could not be written ({_reason(error)})") from None
 
 
-def restore_tree(path: Path, abstract: Any) -> Any:
+def restore_tree(path: Path, abstract: Any, partial_load: bool = False) -> Any:
     """Reads a tree of `jax.ShapeDtypeStruct` leaves; those without a sharding land on the first device."""
     if not path.is_dir():
         raise UserError(f"{path}: not found; expected an Orbax checkpoint directory")
@@ -30,10 +79,15 @@ def restore_tree(path: Path, abstract: Any) -> Any:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here), abstract
     )
     try:
-        return ocp.load(path.absolute(), placed)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(f"{path}: not a complete checkpoint of this model ({reason[0] if reason else error!r})") from None
+        with _settings(placed, partial_load):
+            return ocp.load(path.absolute(), placed)
+    except _FAILURES as error:
+        raise UserError(f"{path}: not a complete checkpoint of this model ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error).strip() or repr(error)
+    return text.splitlines()[0][:300]
 
 
 def steps(directory: Path) -> list[int]:
@@ -46,7 +100,7 @@ def steps(directory: Path) -> list[int]:
 def save_step(directory: Path, step: int, tree: Any, keep: int = 2) -> None:
     """Saves `directory/step` and drops all but the newest `keep`. A kill at any point leaves only complete steps."""
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in [*directory.glob("*.orbax-checkpoint-tmp*"), *directory.glob("trash-*")]:
+    for leftover in [*directory.glob(f"*{_LEFTOVER}*"), *directory.glob("trash-*")]:
         shutil.rmtree(leftover)
     if step not in steps(directory):
         save_tree(directory / f"{step:08d}", tree)
@@ -63,3 +117,78 @@ def restore_latest(directory: Path, abstract: Any) -> Any:
     if not found:
         raise UserError(f"{directory}: holds no complete checkpoint")
     return restore_tree(directory / f"{found[-1]:08d}", abstract)
+
+
+def abstract_tree(config: ModelConfig, sharding_of: ShardingOf | None = None) -> dict[str, Any]:
+    """The parameter tree of a checkpoint of `config` as shapes and dtypes, with a sharding per path if given."""
+    tree: dict[str, Any] = {}
+    for weight in weights(config):
+        leaves = []
+        for part in weight.parts:
+            path = (*weight.path, *filter(None, [part.field]))
+            sharding = sharding_of(path) if sharding_of else None
+            leaves.append(jax.ShapeDtypeStruct(part.shape, DTYPES[part.dtype], sharding=sharding))
+        node = tree
+        for key in weight.path[:-1]:
+            node = node.setdefault(key, {})
+        node[weight.path[-1]] = CONTAINERS[weight.format](*leaves)
+    return tree
+
+
+def write_orbax(
+    directory: str | Path,
+    config: ModelConfig,
+    params: dict[str, Any],
+    extra_files: dict[str, bytes] | None = None,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a model directory; nothing called `directory` exists until everything is on disk."""
+    advance = advance or (lambda nbytes: None)
+    with new_directory(Path(directory), overwrite) as folder:
+        described = json_bytes({**to_hf(config), "torch_dtype": config.param_dtype})
+        for name, data in {**(extra_files or {}), "config.json": described}.items():
+            write_file(folder / name, data)
+        save_tree(folder / PARAMS, params)
+        write_manifest(folder, "orbax", leaf_digests(params), advance)
+
+
+def leaf_digests(params: Any) -> dict[str, str]:
+    """SHA-256 of every leaf's bytes, by its path."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): _digest(leaf) for path, leaf in leaves}
+
+
+def _digest(leaf: Any) -> str:
+    array = np.ascontiguousarray(np.asarray(leaf))
+    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def read_orbax_config(directory: Path) -> ModelConfig:
+    """The config of a model directory, dense dtype included."""
+    config = read_hf_config(directory)
+    return dataclasses.replace(config, param_dtype=read_torch_dtype(directory) or config.param_dtype)
+
+
+def read_orbax(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a model directory, onto the first device or wherever `sharding_of(path)` says.
+
+    The manifest must be there and whole (it is written last); its digests of the data are `verify`'s business.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    read_manifest(directory)
+    config = read_orbax_config(directory)
+    return config, restore_tree(directory / PARAMS, abstract_tree(config, sharding_of))
+
+
+def verify_leaves(directory: Path, digests: dict[str, str]) -> None:
+    """Restores the tree branch by branch and compares every leaf with its digest."""
+    abstract = abstract_tree(read_orbax_config(directory))
+    found: dict[str, str] = {}
+    for key, branch in abstract.items():
+        found |= leaf_digests(restore_tree(directory / PARAMS, {key: branch}, partial_load=True))
+    for name in sorted(found.keys() | digests.keys()):
+        if found.get(name) != digests.get(name):
+            raise UserError(f"{directory}: tensor {name} differs from the manifest's SHA-256")

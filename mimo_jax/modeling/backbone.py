@@ -171,9 +171,17 @@ class Backbone(nn.Module):
 
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Random parameters in the config's storage, MTP layers included."""
-    return Backbone(config).init(key, jnp.zeros((1, 2), jnp.int32), method="everything")["params"]
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    init = jax.jit(lambda key: Backbone(config).init(key, tokens, method="everything")["params"])
+    return init(key)  # jitted: op by op it takes minutes
 
 
 def abstract_params(config: ModelConfig) -> Params:
     """The parameter tree as shapes and dtypes: nothing is allocated, whatever the size."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def is_expert(path) -> bool:
+    """Whether a parameter's tree path leads to the weights of routed experts."""
+    names = [key.key for key in path]
+    return len(names) > 1 and names[-2] == "moe" and names[-1] in ("gate", "up", "down")

@@ -49,14 +49,15 @@ def _spread(xp: ModuleType, scales, shape: tuple[int, ...]):
 
 
 def quantize_fp8(weights: Float[Array, "*N K"]) -> BlockFp8Tensor:
-    """Scale = block maximum / 448 (1 for an all-zero block); values are clipped before the cast, which would give NaN."""
+    """Scale = block maximum / 448, never subnormal; 1 for an all-zero block. Clips: a bare cast overflows to NaN."""
     xp = np if isinstance(weights, np.ndarray) else jnp
     *leading, rows, cols = weights.shape
     *_, grid_rows, grid_cols = grid_shape(weights.shape)
     padding = [(0, 0)] * len(leading) + [(0, grid_rows * BLOCK - rows), (0, grid_cols * BLOCK - cols)]
     blocks = xp.pad(weights.astype(np.float32), padding).reshape(*leading, grid_rows, BLOCK, grid_cols, BLOCK)
     amax = xp.max(xp.abs(blocks), axis=(-3, -1))
-    scales = xp.where(amax > 0, amax / np.float32(E4M3_MAX), np.float32(1)).astype(np.float32)
+    scales = xp.maximum(amax / np.float32(E4M3_MAX), np.finfo(np.float32).tiny)
+    scales = xp.where(amax > 0, scales, np.float32(1)).astype(np.float32)
     scaled = weights.astype(np.float32) / _spread(xp, scales, weights.shape)
     return BlockFp8Tensor(xp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn), scales)
 

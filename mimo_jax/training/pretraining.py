@@ -1,9 +1,9 @@
 """Pretraining and its continuation with quantisation-aware training (QAT), as pure functions over one state.
 
 QAT: every forward pass sees the experts as their exported MXFP4 bytes would decode; gradients pass straight through to
-float32 masters; router, attention and everything else stay at higher precision (`docs/reference`: issue of straight-
-through clipping in `quantization.fake_quantize`). Experts are kept balanced without an auxiliary loss: a bias that only
-selects moves by a fixed step towards the under-used ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+float32 masters; router, attention and everything else stay at higher precision. Experts are kept balanced without an
+auxiliary loss: a bias that only selects moves by a fixed step towards the under-used ones (DeepSeek-V3, arXiv
+2412.19437, section 2.1.2).
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.backbone import Backbone, Params
+from mimo_jax.modeling.backbone import Backbone, Params, init_params, is_expert
 from mimo_jax.quantization import fake_quantize
 from mimo_jax.training.optimizers import learning_rate, make_optimizer
-
-EXPERT_NAMES = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +63,6 @@ class TrainState:
     step: Int[Array, ""]
 
 
-def is_expert(path) -> bool:
-    """Whether a parameter path leads to routed expert weights."""
-    names = [key.key for key in path]
-    return "moe" in names and names[-1] in EXPERT_NAMES
-
-
 def quantize_experts(params: Params) -> Params:
     """Parameters as the quantised checkpoint will read; differentiable, straight through."""
     return jax.tree_util.tree_map_with_path(
@@ -79,8 +71,6 @@ def quantize_experts(params: Params) -> Params:
 
 
 def init_state(config: ModelConfig, train: TrainConfig) -> TrainState:
-    from mimo_jax.modeling.backbone import init_params
-
     params = init_params(config, jax.random.key(train.seed))
     return TrainState(params, make_optimizer(train.schedule, train.weight_decay).init(params), jnp.int32(0))
 

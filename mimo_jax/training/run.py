@@ -100,3 +100,12 @@ def plot_losses(runs: list[Path], out: Path) -> None:
 def settings_of(config: ModelConfig, train: TrainConfig, **more: Any) -> dict[str, Any]:
     """What identifies a run, as JSON values."""
     return json.loads(json.dumps({"model": dataclasses.asdict(config), "train": dataclasses.asdict(train), **more}))
+
+
+def read_settings(run: Path) -> tuple[ModelConfig, TrainConfig]:
+    """The configs a run was started with."""
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run}: not a run directory; expected run.json")
+    settings = json.loads((run / "run.json").read_text())
+    model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
+    return ModelConfig(**model), TrainConfig(**settings["train"])

@@ -1,0 +1,154 @@
+"""Conversion between the published layouts and Orbax, `verify`, and reading whichever of the two a directory holds."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mimo_jax.checkpoint import huggingface, orbax
+from mimo_jax.checkpoint.huggingface import ShardingOf
+from mimo_jax.checkpoint.manifest import read_manifest, verify_files
+from mimo_jax.checkpoint.names import array_bytes
+from mimo_jax.checkpoint.tensorfile import read_bytes
+from mimo_jax.config import ModelConfig
+from mimo_jax.errors import UserError
+from mimo_jax.progress import progress
+
+# Files that go along with the weights unchanged. Code never does.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+)
+_MAX_CARRIED_BYTES = 1 << 28
+
+
+def is_orbax(directory: Path) -> bool:
+    return (directory / orbax.PARAMS).is_dir()
+
+
+def read_any(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a Hugging Face or an Orbax directory. `sharding_of` maps a leaf's path to a sharding."""
+    reader = orbax.read_orbax if is_orbax(Path(directory)) else huggingface.read_checkpoint
+    return reader(directory, sharding_of)
+
+
+def carried_files(directory: Path) -> dict[str, bytes]:
+    """The tokenizer and other small files that a checkpoint keeps through every conversion."""
+    return {name: read_bytes(directory / name, _MAX_CARRIED_BYTES) for name in CARRIED if (directory / name).exists()}
+
+
+def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Converts a Hugging Face directory; returns what was found and measured."""
+    _refuse(source, destination, overwrite)
+    opened = huggingface.open_checkpoint(source)
+    return_freed_memory()
+    base, held = current_memory(), array_bytes(opened.config)
+    print(f"layout: {opened.describe()}", file=sys.stderr)
+    with progress("reading", opened.nbytes, "bytes") as bar:
+        params = huggingface.read_params(opened, advance=bar.advance)
+    heads = huggingface.probe_qkv(opened, params)
+    print(f"probe: {heads} QKV heads recomputed from the file's bytes, all equal", file=sys.stderr)
+    with progress("writing", held, "bytes") as bar:
+        orbax.write_orbax(destination, opened.config, params, carried_files(source), overwrite, bar.advance)
+    return {
+        "storage": opened.config.storage,
+        "qkv_layout": opened.qkv_layout,
+        "qkv_chunks": opened.qkv_chunks,
+        "probed_heads": heads,
+        "tensors": len(opened.files),
+        "skipped": opened.skipped,
+        **memory_report(base, held),
+    }
+
+
+def to_huggingface(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Converts an Orbax model directory (or re-exports a Hugging Face one) to the FP4-DFlash layout."""
+    _refuse(source, destination, overwrite)
+    return_freed_memory()
+    base = current_memory()
+    config, params = read_any(source)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if config.expert_format != "mxfp4":
+        print(f"experts are stored as {config.expert_format}: rounding them to MXFP4", file=sys.stderr)
+    with progress("writing", held if config.storage == "mxfp4" else 0, "bytes") as bar:
+        huggingface.write_checkpoint(destination, config, params, carried_files(source), overwrite, bar.advance)
+    return {"storage": "mxfp4", "from": config.storage, **memory_report(base, held)}
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Checks every file and every tensor against the manifest; the first difference is an error."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    manifest = read_manifest(directory)
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    with progress("verifying", total, "bytes") as bar:
+        verify_files(directory, manifest, bar.advance)
+    if manifest["kind"] == "orbax":
+        orbax.verify_leaves(directory, manifest["tensors"])
+    else:
+        _verify_tensors(directory, manifest["tensors"])
+    return {"kind": manifest["kind"], "files": len(manifest["files"]), "bytes": total, "verified": True}
+
+
+def _verify_tensors(directory: Path, digests: dict[str, str]) -> None:
+    opened = huggingface.open_checkpoint(directory)
+    if opened.files.keys() != digests.keys():
+        raise UserError(f"{directory}: holds {len(opened.files)} tensors, the manifest {len(digests)}")
+    for name, file in opened.files.items():
+        data = file.read(name).reshape(-1).view(np.uint8).data
+        if hashlib.sha256(data).hexdigest() != digests[name]:
+            raise UserError(f"{file.path}: tensor {name} differs from the manifest's SHA-256")
+        file.release(name)
+
+
+def _refuse(source: Path, destination: Path, overwrite: bool) -> None:
+    """Before any work: a destination that may not be replaced, or that is the source."""
+    if destination.exists() and not overwrite:
+        raise UserError(f"{destination}: already exists; give --overwrite to replace it")
+    if destination.resolve() == source.resolve() or source.resolve() in destination.resolve().parents:
+        raise UserError(f"{destination}: lies in the source; choose another place")
+
+
+def return_freed_memory() -> None:
+    """Makes glibc hand freed blocks back at once: it may keep those below 32 MB, a quarter of a small checkpoint."""
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 16)
+
+
+def current_memory() -> int:
+    """Resident bytes of this process now, with JAX started."""
+    jax.devices()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The most bytes this process ever had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_report(base: int, held: int) -> dict[str, Any]:
+    """Peak memory above `base` (the interpreter and its libraries) beside the bytes of the arrays held."""
+    above = peak_memory() - base
+    return {"array_bytes": held, "peak_rss": peak_memory(), "peak_over_base": above, "ratio": round(above / held, 3)}

@@ -1,0 +1,163 @@
+"""Writes parameters as a Hugging Face directory in the published FP4-DFlash layout.
+
+Packed experts and FP8 linears are carried byte for byte; anything dense is quantised on the way, one expert at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_jax.checkpoint.manifest import new_directory, write_file, write_manifest
+from mimo_jax.checkpoint.names import MTP_PREFIX, Weight, weights
+from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFileWriter
+from mimo_jax.config import ModelConfig, to_hf
+from mimo_jax.quantization import BlockFp8Tensor, MxTensor, dequantize_fp8, dequantize_mx, quantize_fp8, quantize_mx
+from mimo_jax.quantization.mx import check_finite
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+MTP_FILE = "model_mtp.safetensors"
+
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config: ModelConfig,
+    params: dict[str, Any],
+    extra_files: dict[str, bytes] | None = None,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config, generation config, shards, index, `extra_files` (name -> content) and, last, the manifest.
+
+    `params` may be of any storage. Nothing called `directory` exists until everything is on disk.
+    """
+    advance = advance or (lambda nbytes: None)
+    target = dataclasses.replace(config, storage="mxfp4", param_dtype="bfloat16")
+    shards = _plan_shards(target, shard_bytes)
+    placed = {name: file for file, specs in shards.items() for name in specs}
+    total = sum(tensor_bytes(spec) for specs in shards.values() for spec in specs.values())
+    files = {
+        "config.json": json_bytes(to_hf(target)),
+        "generation_config.json": json_bytes(_generation_config(config)),
+        INDEX: json_bytes({"metadata": {"total_size": total}, "weight_map": placed}),
+        **(extra_files or {}),
+    }
+    with new_directory(Path(directory), overwrite) as folder:
+        for name, data in files.items():
+            write_file(folder / name, data)
+        digests = _write_shards(folder, shards, placed, target, params, advance)
+        write_manifest(folder, "huggingface", digests, lambda nbytes: None)
+
+
+def json_bytes(values: Any) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def tensor_bytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    return DTYPES[spec[0]].itemsize * math.prod(spec[1])
+
+
+def _generation_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def _plan_shards(config: ModelConfig, shard_bytes: int) -> dict[str, Specs]:
+    """File name -> its tensors. The MTP layers have their own file; one expert's parts stay together."""
+    groups: list[Specs] = [{}]
+    mtp: Specs = {}
+    held = 0
+    for weight in weights(config):
+        for index in range(weight.parts[0].count):
+            specs = {part.tensor_name(index): (part.dtype, part.tensor_shape) for part in weight.parts}
+            if next(iter(specs)).startswith(MTP_PREFIX):
+                mtp |= specs
+                continue
+            size = sum(tensor_bytes(spec) for spec in specs.values())
+            if groups[-1] and held + size > shard_bytes:
+                groups.append({})
+                held = 0
+            groups[-1] |= specs
+            held += size
+    shards = {f"model-{i:05d}-of-{len(groups):05d}.safetensors": specs for i, specs in enumerate(groups, 1)}
+    return shards | ({MTP_FILE: mtp} if mtp else {})
+
+
+def _write_shards(
+    folder: Path,
+    shards: dict[str, Specs],
+    placed: dict[str, str],
+    config: ModelConfig,
+    params: dict[str, Any],
+    advance: Callable[[int], None],
+) -> dict[str, str]:
+    """Streams every tensor into its shard; returns the SHA-256 of each."""
+    digests: dict[str, str] = {}
+    writer: TensorFileWriter | None = None
+    try:
+        for name, array in _tensors(config, params):
+            if writer is None or writer.path.name != placed[name]:  # the plan follows the order of the tensors
+                if writer is not None:
+                    writer.close()
+                writer = TensorFileWriter(folder / placed[name], shards[placed[name]])
+            data = np.ascontiguousarray(array)
+            writer.write(name, data)
+            digests[name] = hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()
+            advance(data.nbytes)
+        if writer is not None:
+            writer.close()
+    finally:
+        if writer is not None:
+            writer.abort()
+    return digests
+
+
+def _tensors(config: ModelConfig, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and content of every tensor, in the order of the table."""
+    for weight in weights(config):
+        leaf = params
+        for key in weight.path:
+            leaf = leaf[key]
+        leaf = _on_host(leaf)
+        for index in range(weight.parts[0].count):
+            label = weight.parts[0].tensor_name(index)
+            stored = _stored(leaf[index] if weight.parts[0].layout == "stack" else leaf, weight, label)
+            for part in weight.parts:
+                array = getattr(stored, part.field) if part.field else stored
+                yield part.tensor_name(index), array.reshape(part.tensor_shape)
+
+
+def _on_host(leaf: Any) -> Any:
+    if isinstance(leaf, MxTensor | BlockFp8Tensor):
+        return type(leaf)(np.asarray(leaf.codes), np.asarray(leaf.scales))
+    return leaf if isinstance(leaf, tuple) else np.asarray(leaf)  # a tuple holds one array per expert
+
+
+def _stored(leaf: Any, weight: Weight, label: str) -> Any:
+    """`leaf` in the format the file wants: carried if it already has it, quantised otherwise."""
+    wanted = {"mxfp4": MxTensor, "fp8": BlockFp8Tensor}.get(weight.format)
+    if wanted is None:
+        return np.asarray(leaf).astype(DTYPES[weight.parts[0].dtype])
+    if isinstance(leaf, wanted):
+        return leaf
+    if isinstance(leaf, BlockFp8Tensor):
+        leaf = dequantize_fp8(leaf, np.float32)
+    elif isinstance(leaf, MxTensor):
+        leaf = dequantize_mx(leaf, np.float32)
+    dense = np.asarray(leaf).astype(np.float32)
+    check_finite(dense, label)
+    return quantize_mx(dense, rule="even") if weight.format == "mxfp4" else quantize_fp8(dense)

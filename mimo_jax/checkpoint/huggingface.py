@@ -1,0 +1,336 @@
+"""Reads Hugging Face directories of the MiMo-V2 family: FP8, FP4-DFlash and dequantised layouts, whole or sharded.
+
+Tensors go one at a time from the mapped file into the leaf they belong to; packed bytes are carried as they are. Every
+tensor of the directory is used exactly once and every leaf is filled, or nothing is returned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mimo_jax.checkpoint import qkv
+from mimo_jax.checkpoint.export import INDEX, MTP_FILE, write_checkpoint
+from mimo_jax.checkpoint.names import (
+    HF_DTYPES,
+    SKIPPED_PREFIXES,
+    Part,
+    Weight,
+    split_names,
+    tensors_of,
+    weights,
+)
+from mimo_jax.checkpoint.tensorfile import DTYPES, FREE_JSON_BYTES, JSON_SHARE, TensorFile, load_json, read_bytes
+from mimo_jax.config import ModelConfig, from_hf
+from mimo_jax.errors import UserError
+from mimo_jax.quantization import BlockFp8Tensor, MxTensor
+from mimo_jax.quantization.mx import check_scales
+
+SINGLE = "model.safetensors"
+_MAX_CONFIG_BYTES = 4_000_000
+_NAMED = 3  # how many tensors an error names
+CONTAINERS: dict[str, Callable[..., Any]] = {
+    "fp8": BlockFp8Tensor,
+    "mxfp4": MxTensor,
+    **dict.fromkeys(("dense", "plain", "router"), lambda array: array),
+}
+
+ShardingOf = Callable[[tuple[str, ...]], jax.sharding.Sharding]
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceCheckpoint:
+    """An opened directory whose tensors have been matched against the name table, one to one."""
+
+    directory: Path
+    config: ModelConfig
+    files: dict[str, TensorFile]  # tensor name -> its file
+    skipped: int  # tensors of modalities that a text model does not have
+    qkv_layout: str
+    qkv_chunks: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.tensors[name].nbytes for name, file in self.files.items())
+
+    def read(self, name: str) -> np.ndarray:
+        return self.files[name].read(name)
+
+    def describe(self) -> str:
+        fused = {"interleaved": f"fused, interleaved in {self.qkv_chunks} chunks", "contiguous": "fused, contiguous"}
+        return (
+            f"{len(self.files)} tensors ({self.config.storage}); QKV "
+            f"{fused.get(self.qkv_layout, 'in three tensors')}; {self.skipped} tensors of other modalities left out"
+        )
+
+
+def read_hf_config(directory: Path) -> ModelConfig:
+    """`config.json` of a checkpoint directory, read as strictly as its tensors."""
+    path = directory / "config.json"
+    values = load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path))
+    try:
+        return from_hf(values, str(path))
+    except UserError:
+        raise
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: a value has the wrong type ({type(error).__name__}: {error})") from None
+
+
+def read_torch_dtype(directory: Path) -> str | None:
+    """What the config says of the dense weights' dtype."""
+    path = directory / "config.json"
+    return load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path)).get("torch_dtype")
+
+
+def open_checkpoint(directory: Path) -> HuggingFaceCheckpoint:
+    """Opens and matches a directory without reading any tensor."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    config = read_hf_config(directory)
+    files = _open_files(directory)
+    skipped = [name for name in files if name.startswith(SKIPPED_PREFIXES)]
+    for name in skipped:
+        del files[name]
+    config, layout = _adapt(config, files)
+    chunks = _check_chunks(config, layout, files)
+    _check_names(config, layout, files, directory)
+    return HuggingFaceCheckpoint(directory, config, files, len(skipped), layout, chunks)
+
+
+def _open_files(directory: Path) -> dict[str, TensorFile]:
+    """Tensor name -> file, over all shards; a tensor found twice, or not where the index says, is an error."""
+    index = directory / INDEX
+    held = {path.name for path in directory.iterdir() if path.suffix == ".safetensors"}
+    placed = _read_index(index, directory, held) if index.exists() else None
+    if placed is not None:
+        shards = sorted(set(placed.values()))
+    elif SINGLE in held or len(held) == 1:
+        shards = [SINGLE if SINGLE in held else held.copy().pop()]
+    else:
+        raise UserError(f"{directory}: expected {SINGLE} or {INDEX}, found {len(held)} safetensors files")
+    if MTP_FILE in held and MTP_FILE not in shards:
+        shards.append(MTP_FILE)
+    if unnamed := sorted(held - set(shards)):
+        raise UserError(f"{directory / unnamed[0]}: not named by {INDEX if placed is not None else SINGLE}")
+    files: dict[str, TensorFile] = {}
+    for shard in shards:
+        opened = TensorFile(_inside(directory, shard))
+        for name in opened.tensors:
+            if name in files:
+                raise UserError(f"{directory / shard}: tensor {name!r} is also in {files[name].path.name}")
+            if placed is not None and placed.get(name, MTP_FILE) != shard:
+                where = f"puts it in {placed[name]}" if name in placed else "does not name it"
+                raise UserError(f"{directory / shard}: holds tensor {name!r}, but {INDEX} {where}")
+            files[name] = opened
+    for name in placed or ():
+        if name not in files:
+            raise UserError(f"{index}: tensor {name[:200]!r} is not in {placed and placed[name]}")
+    return files
+
+
+def _read_index(path: Path, directory: Path, held: set[str]) -> dict[str, str]:
+    data_bytes = sum((directory / name).stat().st_size for name in held if (directory / name).is_file())
+    values = load_json(read_bytes(path, max(FREE_JSON_BYTES, data_bytes // JSON_SHARE)), str(path))
+    placed = values.get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
+        raise UserError(f"{path}: weight_map must map tensor names to file names")
+    for shard in sorted(set(placed.values())):
+        if not shard.endswith(".safetensors") or Path(shard).name != shard or "\\" in shard or "\0" in shard:
+            raise UserError(f"{path}: {shard[:200]!r} must be a plain .safetensors file name")
+        if shard not in held:
+            raise UserError(f"{path}: names {shard[:200]!r}, which is not in the directory")
+    return placed
+
+
+def _inside(directory: Path, shard: str) -> Path:
+    path = directory / shard
+    if path.is_symlink() and path.resolve().parent != directory.resolve():
+        raise UserError(f"{path}: a link out of the directory; copy the files there (hf download --local-dir)")
+    return path
+
+
+def _adapt(config: ModelConfig, files: dict[str, TensorFile]) -> tuple[ModelConfig, str]:
+    """Settles what only the tensors show: the dense dtype, and how QKV is laid out."""
+    name = "model.embed_tokens.weight"
+    dtype = files[name].tensors[name].dtype if name in files else "BF16"
+    named = {spelling: ours for ours, spelling in HF_DTYPES.items()}
+    if dtype not in named:
+        raise UserError(f"{files[name].path}: tensor {name!r} is {dtype}; expected BF16 or F32")
+    config = dataclasses.replace(config, param_dtype=named[dtype])
+    if config.qkv_layout == "split":
+        return config, qkv.SEPARATE
+    if config.linear_format != "dense":
+        return config, qkv.INTERLEAVED
+    fused = next(weight for weight in weights(config) if weight.path[-1] == "qkv").parts[0].name
+    return config, qkv.SEPARATE if split_names(fused)[0] in files else qkv.CONTIGUOUS
+
+
+def _check_chunks(config: ModelConfig, layout: str, files: dict[str, TensorFile]) -> int:
+    """The chunk count of an interleaved checkpoint, from shapes alone; 1 for other layouts."""
+    if layout != qkv.INTERLEAVED:
+        return 1
+
+    def shapes() -> Iterator[tuple[str, int, int, int]]:
+        for weight in weights(config):
+            names = [part.tensor_name() for part in weight.parts]
+            if weight.path[-1] != "qkv":
+                continue
+            if any(name not in files for name in names):
+                return  # reported with its name by _check_names
+            codes, scales = (files[name].tensors[name].shape for name in names)
+            if len(codes) == len(scales) == 2:
+                yield names[0], weight.kind, codes[0], scales[0]
+
+    return qkv.infer_chunks(config, shapes())
+
+
+def _expected(config: ModelConfig, layout: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    for weight in weights(config):
+        if layout == qkv.SEPARATE and weight.path[-1] == "qkv":
+            part = weight.parts[0]
+            for name, rows in zip(split_names(part.name), qkv.qkv_rows(config, weight.kind)):
+                yield name, part.dtype, (rows, weight.shape[-1])
+            continue
+        for part, _, name in tensors_of(weight):
+            yield name, part.dtype, part.tensor_shape
+
+
+def _check_names(config: ModelConfig, layout: str, files: dict[str, TensorFile], directory: Path) -> None:
+    """Every expected tensor is there with its dtype and shape, and no other is."""
+    missing, matched = [], 0
+    for name, dtype, shape in _expected(config, layout):
+        if name not in files:
+            missing.append(name)
+            if len(missing) > _NAMED:  # a hostile config may expect billions
+                break
+            continue
+        matched += 1
+        found = files[name].tensors[name]
+        where = f"{files[name].path}: tensor {name!r}"
+        if found.shape != shape:
+            raise UserError(f"{where} has shape {list(found.shape)}; the config needs {list(shape)}")
+        if found.dtype != dtype and (dtype, found.dtype) != ("F32", "BF16"):
+            raise UserError(f"{where} is {found.dtype}; expected {dtype}")
+    if missing:
+        more = " and more" if len(missing) > _NAMED else ""
+        raise UserError(f"{directory}: missing {', '.join(missing[:_NAMED])}{more}")
+    if matched != len(files):
+        known = {name for name, _, _ in _expected(config, layout)}
+        extra = [name for name in files if name not in known]
+        raise UserError(
+            f"{directory}: {len(extra)} tensors that this model does not have: "
+            + ", ".join(repr(name[:200]) for name in extra[:_NAMED])
+        )
+
+
+def read_params(
+    source: HuggingFaceCheckpoint, sharding_of: ShardingOf | None = None, advance: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """The parameter tree, one leaf at a time. `sharding_of` takes a leaf's path, ("layers_1", "moe", "gate", "codes").
+
+    `advance` is told the bytes of every tensor read. On CPU an array takes over its buffer, so nothing is held twice.
+    """
+    params: dict[str, Any] = {}
+    for weight in weights(source.config):
+        buffers = [_aligned_empty(part.shape, DTYPES[part.dtype]) for part in weight.parts]
+        _fill(source, weight, buffers, advance or (lambda nbytes: None))
+        arrays = []
+        while buffers:
+            path = (*weight.path, *filter(None, [weight.parts[len(arrays)].field]))
+            placed = jax.device_put(buffers.pop(0), sharding_of(path) if sharding_of else None)
+            arrays.append(placed.block_until_ready())
+        node = params
+        for key in weight.path[:-1]:
+            node = node.setdefault(key, {})
+        node[weight.path[-1]] = CONTAINERS[weight.format](*arrays)
+    return params
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A buffer that JAX on CPU adopts without a copy: it wants 64-byte alignment."""
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(count + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def _fill(
+    source: HuggingFaceCheckpoint, weight: Weight, buffers: list[np.ndarray], advance: Callable[[int], None]
+) -> None:
+    if weight.path[-1] == "qkv" and source.qkv_layout != qkv.INTERLEAVED:
+        return _fill_dense_qkv(source, weight, buffers[0], advance)
+    by_part = dict(zip(weight.parts, buffers))
+    for part, index, name in tensors_of(weight):
+        target = by_part[part][index] if part.layout == "stack" else by_part[part].reshape(part.tensor_shape)
+        tensor = source.read(name)
+        _check_values(part, weight, tensor, name)
+        target[...] = tensor
+        _done(source, name, advance)
+
+
+def _check_values(part: Part, weight: Weight, tensor: np.ndarray, name: str) -> None:
+    if part.field != "scales":
+        return
+    if weight.format == "mxfp4":
+        check_scales(tensor, name)
+    elif not np.isfinite(tensor).all():
+        index = [int(i) for i in np.argwhere(~np.isfinite(tensor))[0]]
+        raise UserError(f"{name}: scale {tensor[tuple(index)]} at index {index} is not a finite number")
+
+
+def _fill_dense_qkv(
+    source: HuggingFaceCheckpoint, weight: Weight, buffer: np.ndarray, advance: Callable[[int], None]
+) -> None:
+    name = weight.parts[0].name
+    if source.qkv_layout == qkv.SEPARATE:
+        names = split_names(name)
+        thirds = [source.read(third) for third in names]
+    else:
+        names = (name,)
+        query, key, _ = qkv.qkv_rows(source.config, weight.kind)
+        thirds = np.split(source.read(name), (query, query + key))
+    qkv.interleave(thirds, source.config, weight.kind, buffer)
+    for third in names:
+        _done(source, third, advance)
+
+
+def _done(source: HuggingFaceCheckpoint, name: str, advance: Callable[[int], None]) -> None:
+    file = source.files[name]
+    file.release(name)
+    advance(file.tensors[name].nbytes)
+
+
+def probe_qkv(source: HuggingFaceCheckpoint, params: dict[str, Any]) -> int:
+    """Recomputes one head of Q, K and V from raw bytes for each kind of layer, by the published formula.
+
+    Returns how many heads were compared; a difference from the tree is an error.
+    """
+    chosen: dict[tuple[str, int, str], Weight] = {}
+    for weight in weights(source.config):
+        if weight.path[-2:-1] == ("attention",) and weight.path[-1] in ("qkv", "q", "k", "v"):
+            chosen.setdefault((weight.path[0].split("_")[0], weight.kind, weight.path[-1]), weight)
+    return qkv.probe(source.config, list(chosen.values()), params, source.qkv_layout, source.read)
+
+
+def read_checkpoint(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a Hugging Face directory, probed; see `read_params` for placement."""
+    source = open_checkpoint(Path(directory))
+    params = read_params(source, sharding_of)
+    probe_qkv(source, params)
+    return source.config, params
+
+
+__all__ = [
+    "HuggingFaceCheckpoint",
+    "open_checkpoint",
+    "probe_qkv",
+    "read_checkpoint",
+    "read_hf_config",
+    "read_params",
+    "write_checkpoint",
+]

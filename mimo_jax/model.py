@@ -1,0 +1,88 @@
+"""`load`: a checkpoint directory of either kind becomes a model that is ready to generate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.config import ModelConfig
+from mimo_jax.errors import UserError
+from mimo_jax.decoding import FlaxStep
+from mimo_jax.modeling.backbone import Params, is_expert
+from mimo_jax.quantization import dequantize
+from mimo_jax.tokenizer import Tokenizer
+
+BUNDLED = Path(__file__).parent / "assets" / "mimo-tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Parameters with what is needed to use them. `step` runs them; `stop_ids` end a text."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    defaults: dict[str, Any]  # of generation_config.json: temperature, top_p, ...
+
+    @property
+    def step(self) -> FlaxStep:
+        return FlaxStep(self.config)
+
+
+def load(directory: str | Path = BUNDLED, unpack: bool | None = None) -> Model:
+    """Reads a Hugging Face or an Orbax checkpoint directory.
+
+    `unpack` expands packed weights to one plain float32 array each, which is what XLA on CPU decodes fastest from;
+    by default that is done on CPU only. Everywhere else packed weights stay packed.
+    """
+    from mimo_jax.checkpoint.huggingface import read_any
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    config, params = read_any(directory)
+    if unpack is None:
+        unpack = jax.default_backend() == "cpu"
+    if unpack:
+        config, params = unpack_params(config, params)
+    defaults = _generation_defaults(directory / "generation_config.json")
+    stop_ids = defaults.get("eos_token_id", config.eos_token_id)
+    stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
+    return Model(config, params, tokenizer, tuple(stop_ids), defaults)
+
+
+def _generation_defaults(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def unpack_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same weights as plain float32 arrays, one per expert, so that no product copies a slice of a stack."""
+    if config.storage == "unpacked" or not any(config.moe_pattern):
+        return config, params
+
+    def expand(path, leaf):
+        # In numpy: eager JAX would compile a program for every shape.
+        dense = dequantize(jax.tree.map(np.asarray, leaf), np.float32)
+        return tuple(map(jnp.asarray, dense)) if is_expert(path) else jnp.asarray(dense)
+
+    def is_weight(node) -> bool:
+        return not isinstance(node, dict)
+
+    unpacked = jax.tree_util.tree_map_with_path(expand, params, is_leaf=is_weight)
+    return dataclasses.replace(config, storage="unpacked", dtype="float32", param_dtype="float32"), unpacked

@@ -1,0 +1,81 @@
+"""Sampling strategies: tiny frozen objects. What is switched on decides the program, the numbers do not recompile it.
+
+Filters apply in the order temperature, top-k, top-p, min-p. Each keeps every token at least as likely as its
+threshold token, so that equal probabilities are never told apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """Always the most likely token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Samples at `temperature` from what the filters keep; a filter that is None is off."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, lambda t: 0 < t < math.inf, "a finite number above 0")
+        _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 1, "a whole number from 1")
+        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "in (0, 1]")
+        _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
+
+
+Strategy = Greedy | Sampled
+
+
+def _require(name: str, value, rule, expected: str) -> None:
+    if isinstance(value, (bool, str)):
+        raise UserError(f"sampling: {name}={value!r} must be {expected}")
+    if isinstance(value, (int, float)) and not rule(value):  # inside jit the fields are tracers, checked before
+        raise UserError(f"sampling: {name}={value} must be {expected}")
+
+
+def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """The distribution `strategy` draws the next token from, in float32."""
+    if isinstance(strategy, Greedy):
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    p = jax.nn.softmax(logits.astype(jnp.float32) / strategy.temperature, axis=-1)
+    # Every threshold is one of the values of `p` itself, so that no rounding tells equal probabilities apart.
+    threshold = jnp.zeros_like(p[..., :1])
+    if strategy.top_k is not None or strategy.top_p is not None:
+        descending = jnp.sort(p, axis=-1, descending=True)
+        if strategy.top_k is not None:
+            index = jnp.clip(strategy.top_k, 1, p.shape[-1]) - 1
+            threshold = jnp.take(descending, index, axis=-1)[..., None]
+        if strategy.top_p is not None:
+            candidates = jnp.where(descending >= threshold, descending, 0.0)
+            total = jnp.sum(candidates, axis=-1, keepdims=True)
+            before = jnp.cumsum(candidates, axis=-1) - candidates
+            nucleus = (before < strategy.top_p * total) & (candidates > 0)
+            threshold = jnp.min(jnp.where(nucleus, descending, jnp.inf), axis=-1, keepdims=True)
+    if strategy.min_p is not None:
+        threshold = jnp.maximum(threshold, strategy.min_p * jnp.max(p, axis=-1, keepdims=True))
+    kept = jnp.where(p >= threshold, p, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def draw(strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array) -> Int[Array, "B"]:
+    """One token per row; row b uses only `keys_B[b]`, so a row never depends on its batch mates."""
+    if isinstance(strategy, Greedy):
+        return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
+    log_p_BC = jnp.log(probabilities(strategy, logits_BC))
+    return jax.vmap(jax.random.categorical)(keys_B, log_p_BC).astype(jnp.int32)

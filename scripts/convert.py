@@ -1,0 +1,69 @@
+"""Converts checkpoints: published Hugging Face layouts to Orbax, back to the FP4-DFlash layout, and checks them.
+
+    scripts/convert.py to-orbax MiMo-V2.5-Pro-FP4-DFlash/ pro-orbax/
+    scripts/convert.py to-hf    pro-orbax/ exported/
+    scripts/convert.py verify   exported/
+
+Packed weights are carried bit for bit. A destination appears when it is complete, never before; a conversion that was
+interrupted is simply run again. The last line on standard output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from mimo_jax.cli import main_guard
+
+
+def to_orbax_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.checkpoint.convert import to_orbax
+
+    return _reported(args, to_orbax(Path(args.source), Path(args.destination), args.overwrite))
+
+
+def to_hf_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.checkpoint.convert import to_huggingface
+
+    return _reported(args, to_huggingface(Path(args.source), Path(args.destination), args.overwrite))
+
+
+def verify_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.checkpoint.convert import verify
+
+    return {"directory": args.directory, **verify(Path(args.directory))}
+
+
+def _reported(args: argparse.Namespace, report: dict) -> dict:
+    print(
+        f"{args.destination}: complete. Peak memory {report['peak_over_base'] / 1e6:,.0f} MB above the interpreter's "
+        f"base for {report['array_bytes'] / 1e6:,.0f} MB of arrays: {report['ratio']:.2f}x",
+        file=sys.stderr,
+    )
+    return {"destination": args.destination, **report}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, command, text in (
+        ("to-orbax", to_orbax_command, "a Hugging Face directory (FP8, FP4-DFlash or BF16) to Orbax"),
+        ("to-hf", to_hf_command, "an Orbax directory to the published FP4-DFlash layout"),
+    ):
+        converter = commands.add_parser(name, help=text)
+        converter.add_argument("source", help="the directory to read")
+        converter.add_argument("destination", help="the directory to create")
+        converter.add_argument("--overwrite", action="store_true", help="replace the destination once the new is whole")
+        converter.set_defaults(command=command)
+    verifier = commands.add_parser("verify", help="every file and tensor of a written directory against its manifest")
+    verifier.add_argument("directory")
+    verifier.set_defaults(command=verify_command)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bytes are only moved; an accelerator's memory would be in the way
+    main_guard(lambda: print(json.dumps((args := parse(sys.argv[1:])).command(args))))

@@ -1,0 +1,121 @@
+"""Continues a prompt with a checkpoint, streaming the text; a summary and one line of JSON follow.
+
+    scripts/generate.py --prompt "def binary_search(items, target):"
+    scripts/generate.py --model path/to/checkpoint --prompt-ids 17,42 --temperature 0.7 --top-p 0.95 --seed 3
+    scripts/generate.py --prompt "def a(" --prompt "class B:"          # a batch
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from mimo_jax.cli import main_guard
+from mimo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mimo_jax.generation import Result
+    from mimo_jax.sampling import Strategy
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch ($PROMPT by default)")
+    prompt.add_argument("--prompt-ids", action="append", help="comma-separated token ids instead of text")
+    prompt.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
+    return parser.parse_args(argv)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
+    if args.prompt_ids:
+        try:
+            return [[int(token) for token in ids.split(",")] for ids in args.prompt_ids]
+        except ValueError as error:
+            raise UserError(f"--prompt-ids: {error}; expected whole numbers separated by commas") from None
+    if args.prompt_file:
+        try:
+            file = sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")
+            with file:
+                return [file.read().decode("utf-8")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.prompt_file}: not valid UTF-8 at byte {error.start}") from None
+        except OSError as error:
+            raise UserError(f"{args.prompt_file}: {error.strerror}") from None
+    if args.prompt is None and "PROMPT" not in os.environ:
+        raise UserError("prompt: missing; give --prompt, --prompt-ids or --prompt-file")
+    return args.prompt or [os.environ["PROMPT"]]
+
+
+def read_strategy(args: argparse.Namespace) -> Strategy:
+    from mimo_jax.sampling import Greedy, Sampled
+
+    filters = (args.top_k, args.top_p, args.min_p)
+    if args.temperature == 0:
+        if any(value is not None for value in filters):
+            raise UserError("sampling: --top-k, --top-p and --min-p need --temperature above 0")
+        return Greedy()
+    return Sampled(args.temperature, *filters)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    prompts, strategy = read_prompts(args), read_strategy(args)
+    from mimo_jax.generation import generate, stream
+    from mimo_jax.model import BUNDLED, load
+
+    model = load(args.model or BUNDLED)
+    options = {"max_tokens": args.max_tokens, "seed": args.seed, "stop": args.stop}
+    if len(prompts) > 1:
+        results = generate(model, prompts, strategy, **options)
+        for prompt, result in zip(prompts, results):
+            print(f"{show(model, prompt)}{result.text}\n{'-' * 40}")
+    else:
+        print(show(model, prompts[0]), end="", flush=True)
+        for piece in stream(model, prompts[0], strategy, **options):
+            print(piece.text, end="", flush=True)
+        print()
+        results = [piece.result]
+    print_summary(model.config.storage, results)
+
+
+def show(model, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+
+
+def print_summary(storage: str, results: list[Result]) -> None:
+    """A card for people on standard error, one line of JSON on standard output."""
+    timing = results[0].timing
+    weights = {"unpacked": "expanded to float32 for the CPU"}.get(storage, f"stored as {storage}")
+    card = [
+        ("prompt", f"{timing.prompt_tokens} tokens, {timing.prompt_tokens_per_second:,.0f} tokens/s"),
+        ("generated", f"{timing.generated_tokens} tokens, {timing.tokens_per_second:,.0f} tokens/s"),
+        ("first token", f"{timing.first_token_seconds:.2f} s"),
+        ("compilation", f"{timing.compile_seconds:.2f} s"),
+        ("peak memory", f"{timing.peak_bytes / 1e6:,.0f} MB"),
+        ("weights", weights),
+    ]
+    print("\n" + "\n".join(f"{name:>12}  {value}" for name, value in card), file=sys.stderr)
+    record = {
+        **dataclasses.asdict(timing),
+        "prompt_tokens_per_second": timing.prompt_tokens_per_second,
+        "tokens_per_second": timing.tokens_per_second,
+        "finish_reasons": [result.finish_reason for result in results],
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main_guard(lambda: main(sys.argv[1:]))

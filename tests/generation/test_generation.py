@@ -1,0 +1,116 @@
+"""Generation: the same text however it is asked for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimo_jax.errors import UserError
+from mimo_jax.generation import Result, generate, stream
+from mimo_jax.modeling.backbone import Backbone
+from mimo_jax.sampling import Greedy, Sampled
+
+PROMPTS = ["def f(", "for item in items: return", "x"]
+SAMPLED = Sampled(temperature=0.9, top_p=0.95)
+
+
+def greedy_continuation(forward, ids: list[int], count: int) -> list[int]:
+    ids, padded = list(ids), np.zeros((1, 512), np.int32)
+    for _ in range(count):
+        padded[0, : len(ids)] = ids
+        logits = forward(padded)
+        ids.append(int(jnp.argmax(logits[0, len(ids) - 1])))
+    return ids[-count:]
+
+
+def test_cached_generation_is_the_models_own_continuation(model):
+    """Whatever the prompt's length against window and prefill chunks, greedy tokens are the full forward's."""
+    forward = jax.jit(lambda tokens: Backbone(model.config).apply({"params": model.params}, tokens)[0])
+    for length in (1, 7, 8, 9, 19, 65, 300):
+        prompt = np.random.default_rng(length).integers(0, 300, length).tolist()
+        assert generate(model, prompt, max_tokens=6).tokens == greedy_continuation(forward, prompt, 6)
+
+
+@pytest.mark.parametrize("strategy", [Greedy(), SAMPLED])
+def test_a_row_does_not_depend_on_its_batch_mates(model, strategy):
+    """A prompt's text in a batch is its text alone."""
+    together = generate(model, PROMPTS, strategy, max_tokens=24, seed=5)
+    alone = [generate(model, prompt, strategy, max_tokens=24, seed=5) for prompt in PROMPTS]
+    assert [row.tokens for row in together] == [row.tokens for row in alone]
+
+
+def test_the_seed_decides_the_text(model):
+    """Same seed, same text; another seed, another text; one seed per row is honoured."""
+    first, again = (generate(model, "def f(", SAMPLED, max_tokens=24, seed=1).tokens for _ in range(2))
+    rows = generate(model, ["def f("] * 2, SAMPLED, max_tokens=24, seed=[1, 2])
+    assert first == again == rows[0].tokens
+    assert rows[1].tokens != first
+
+
+@pytest.mark.parametrize("strategy", [Greedy(), SAMPLED])
+def test_streamed_pieces_make_up_the_text(model, strategy):
+    """What is streamed is what generate returns, token for token."""
+    whole = generate(model, "def f(", strategy, max_tokens=30, seed=3)
+    pieces = list(stream(model, "def f(", strategy, max_tokens=30, seed=3))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[-1].result.tokens == whole.tokens
+    assert len(pieces) > 4
+
+
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(model):
+    """Stop strings cut the text before them, streaming or not, and no part of one is ever shown."""
+    text = generate(model, "def f(", max_tokens=40).text
+    word = text[10:14]
+    cut = generate(model, "def f(", max_tokens=40, stop=[word])
+    pieces = [piece.text for piece in stream(model, "def f(", max_tokens=40, stop=[word])]
+    assert cut.text == text[: text.index(word)] == "".join(pieces)
+    assert cut.finish_reason == "stop"
+
+
+def test_a_stop_token_ends_only_its_own_row(model):
+    """One row's stop token leaves the others running."""
+    free = generate(model, PROMPTS, max_tokens=20)
+    token = free[0].tokens[3]
+    stopped = generate(dataclasses.replace(model, stop_ids=(token,)), PROMPTS, max_tokens=20)
+    for before, after in zip(free, stopped):
+        end = before.tokens.index(token) + 1 if token in before.tokens else 20
+        assert after.tokens == before.tokens[:end]
+        assert after.finish_reason == ("stop" if token in before.tokens else "length")
+    assert len(stopped[0].tokens) <= 4
+
+
+def test_the_context_bounds_the_generation(model):
+    """Generation ends where the context does."""
+    assert len(generate(model, [1] * 695, max_tokens=50).tokens) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt: empty"),
+        ([1] * 700, {}, "prompt: 700 tokens; the context holds 700"),
+        ([5, 320], {}, "token id 320 is outside the vocabulary of 320"),
+        ([-1], {}, "token id -1"),
+        ("a\udcff", {}, "not valid UTF-8 at character 1"),
+        ([], {}, "prompt: the batch is empty"),
+        ("a", {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ("a", {"seed": -1}, "seed"),
+        (["a", "b"], {"seed": [1]}, "1 seeds for 2 prompts"),
+        ("a", {"stop": [""]}, "empty stop string"),
+    ],
+)
+def test_bad_requests_are_named(model, prompt, options, message):
+    """A request that cannot be served says what is wrong with it."""
+    with pytest.raises(UserError, match=message):
+        generate(model, prompt, **options)
+
+
+def test_timing_counts_what_happened(model):
+    """Counts and durations of a result are those of the call."""
+    result = generate(model, "def f(", max_tokens=10)
+    assert isinstance(result, Result)
+    assert result.timing.generated_tokens == len(result.tokens) == 10
+    assert result.timing.prompt_tokens == len(model.tokenizer.encode("def f("))
+    assert 0 < result.timing.prefill_seconds <= result.timing.first_token_seconds
