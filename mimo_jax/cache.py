@@ -1,4 +1,4 @@
-"""The KV cache: rows that grow on global layers, a ring on sliding layers, so memory per token grows only with the former.
+"""The KV cache: rows that grow on global layers, a ring on sliding layers, which takes no memory per token.
 
 A ring of R rows keeps position p in row p mod R. With R >= window - 1 + N, a block of N tokens may be written and then
 partly taken back (by shortening `lengths`): what it overwrote had already left every window that is still needed, and
@@ -23,8 +23,8 @@ MAX_BLOCK = 8  # the longest block of tokens that may be written and taken back
 class LayerCache:
     """Rotated keys and scaled values of one layer; S is the capacity (global) or the ring size (sliding)."""
 
-    keys: Float[Array, "B S K Q"]
-    values: Float[Array, "B S K V"]
+    keys: Float[Array, "B K S Q"]
+    values: Float[Array, "B K S V"]
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +44,8 @@ def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
         rows = capacity if kind == GLOBAL else min(capacity, config.sliding_window - 1 + MAX_BLOCK)
         heads = config.kv_heads(kind)
         return LayerCache(
-            jnp.zeros((batch, rows, heads, config.head_dim), dtype),
-            jnp.zeros((batch, rows, heads, config.v_head_dim), dtype),
+            jnp.zeros((batch, heads, rows, config.head_dim), dtype),
+            jnp.zeros((batch, heads, rows, config.v_head_dim), dtype),
         )
 
     return Cache(tuple(layer(kind) for kind in config.layer_pattern), jnp.zeros(batch, jnp.int32))
@@ -70,13 +70,13 @@ def append(
 ) -> LayerCache:
     """Writes the first `counts_B` of T new tokens behind `lengths_B`; of more than a ring holds, only the last."""
     batch, block = keys_BTKQ.shape[:2]
-    rows = layer.keys.shape[1]
+    rows = layer.keys.shape[2]
     step_T = jnp.arange(block)
     position_BT = lengths_B[:, None] + step_T
     row_BT = position_BT % rows if kind == SLIDING else position_BT
     written_BT = (step_T < counts_B[:, None]) & (step_T >= counts_B[:, None] - rows)
     row_BT = jnp.where(written_BT, row_BT, rows)  # out of range, so dropped
-    index = (jnp.arange(batch)[:, None], row_BT)
+    index = (jnp.arange(batch)[:, None], slice(None), row_BT)
     return LayerCache(
         layer.keys.at[index].set(keys_BTKQ, mode="drop", unique_indices=False),
         layer.values.at[index].set(values_BTKV, mode="drop", unique_indices=False),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,22 @@ class ModelConfig:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2**40:
                 raise UserError(f"config: {field}={value!r} must be a positive number")
         for field in _INTEGER_FIELDS:
-            if not isinstance(getattr(self, field), int):
+            if type(getattr(self, field)) is not int:
                 raise UserError(f"config: {field}={getattr(self, field)!r} must be an integer")
+        if self.mtp_layers < 0:
+            raise UserError(f"config: mtp_layers={self.mtp_layers} must not be negative")
+        for field in ("sink_on_sliding", "sink_on_global"):
+            if not isinstance(getattr(self, field), bool):
+                raise UserError(f"config: {field}={getattr(self, field)!r} must be true or false")
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, field)
+            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
+                raise UserError(f"config: {field}={value!r} must be a token id below vocab_size={self.vocab_size}")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"config: {field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
         for field in ("layer_pattern", "moe_pattern"):
-            if not set(getattr(self, field)) <= {0, 1}:
+            if not all(entry in (0, 1) for entry in getattr(self, field)):
                 raise UserError(f"config: {field}={getattr(self, field)} may hold only 0 and 1")
         if len(self.layer_pattern) != len(self.moe_pattern) or not self.layer_pattern:
             raise UserError(
@@ -321,30 +331,40 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> ModelConfig:
         target = {"sliding_window_size": "sliding_window"}.get(alias, alias.removeprefix("swa_"))
         if alias in values and values[alias] != values.get(target):
             raise UserError(f"{where}: {alias}={values[alias]!r} must equal {target}={values.get(target)!r}")
-    missing = [key for key in _KEYS if key not in values and key not in _OPTIONAL_KEYS]
+    missing = [key for key in _KEYS if values.get(key) is None and key not in _OPTIONAL_KEYS]
     if missing:
         raise UserError(f"{where}: missing {', '.join(missing)}")
     fields = {field: values[key] for key, field in _KEYS.items() if key in values and values[key] is not None}
-    for field in ("layer_pattern", "moe_pattern"):
-        if not isinstance(fields[field], list):
-            raise UserError(f"{where}: {field}={fields[field]!r} must be a list with one entry per layer")
-        fields[field] = tuple(fields[field])
-    if isinstance(fields.get("eos_token_id"), list):
-        fields["eos_token_id"] = fields["eos_token_id"][0]
+    for key in ("hybrid_layer_pattern", "moe_layer_freq"):
+        if not isinstance(values[key], list):
+            raise UserError(f"{where}: {key}={values[key]!r} must be a list with one entry per layer")
+        fields[_KEYS[key]] = tuple(values[key])
+    if isinstance(values.get("eos_token_id"), list) and values["eos_token_id"]:
+        fields["eos_token_id"] = values["eos_token_id"][0]
     layers = values.get("num_hidden_layers", len(fields["layer_pattern"]))
     if layers != len(fields["layer_pattern"]):
         raise UserError(
             f"{where}: num_hidden_layers={layers} but hybrid_layer_pattern has {len(fields['layer_pattern'])} entries"
         )
-    fields["architecture"] = (values.get("architectures") or ["MiMoV2ForCausalLM"])[0]
+    architectures = values.get("architectures") or ["MiMoV2ForCausalLM"]
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: architectures={architectures!r} must be a list with one name")
+    fields["architecture"] = architectures[0]
     fields.setdefault("qkv_layout", "split" if values.get("model_type") == "mimo_v2_flash" else "fused_qkv")
     fields["storage"] = _storage_of(values.get("quantization_config"), where)
     try:
         return ModelConfig(**fields)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {_with_hf_keys(str(error))}") from None
     except TypeError as error:
         raise UserError(f"{where}: a value has the wrong type ({error})") from None
+
+
+def _with_hf_keys(message: str) -> str:
+    """An error about a field, in the words of the file."""
+    key_of = {field: key for key, field in _KEYS.items()}
+    words = re.sub(r"\w+", lambda word: key_of.get(word[0], word[0]), message)
+    return words.removeprefix("config: ")
 
 
 def _storage_of(quantization: dict[str, Any] | None, where: str) -> str:
@@ -352,7 +372,7 @@ def _storage_of(quantization: dict[str, Any] | None, where: str) -> str:
         return "dense"
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         raise UserError(f"{where}: quantization_config must have quant_method 'fp8', found {quantization!r}")
-    if list(quantization.get("weight_block_size", [])) != [128, 128]:
+    if quantization.get("weight_block_size") != [128, 128]:
         raise UserError(
             f"{where}: quantization_config.weight_block_size must be [128, 128], "
             f"found {quantization.get('weight_block_size')!r}"

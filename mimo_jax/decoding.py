@@ -104,7 +104,7 @@ def start(
     strategy: Strategy,
 ) -> State:
     """The state after the first token, drawn from the prefill's logits."""
-    batch, capacity = limits_B.shape[0], max(layer.keys.shape[1] for layer in cache.layers)
+    batch, capacity = limits_B.shape[0], max(layer.keys.shape[2] for layer in cache.layers)
     zeros = jnp.zeros(batch, jnp.int32)
     output = jnp.zeros((batch, capacity), jnp.int32)
     state = State(cache, zeros, output, zeros, limits_B, limits_B <= 0, keys_B)

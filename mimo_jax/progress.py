@@ -39,4 +39,4 @@ def progress(title: str, total: float, unit: str = "steps", done: float = 0) -> 
         counted = [DownloadColumn(), TransferSpeedColumn()]
     columns = [TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bars:
-        yield Bar(bars, bars.add_task(title, total=total, completed=done))
+        yield Bar(bars, bars.add_task(title, total=total, completed=int(done)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch ($PROMPT by default)")
+    prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch")
     prompt.add_argument("--prompt-ids", action="append", help="comma-separated token ids instead of text")
     prompt.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -54,9 +53,9 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
             raise UserError(f"{args.prompt_file}: not valid UTF-8 at byte {error.start}") from None
         except OSError as error:
             raise UserError(f"{args.prompt_file}: {error.strerror}") from None
-    if args.prompt is None and "PROMPT" not in os.environ:
+    if args.prompt is None:
         raise UserError("prompt: missing; give --prompt, --prompt-ids or --prompt-file")
-    return args.prompt or [os.environ["PROMPT"]]
+    return args.prompt
 
 
 def read_strategy(args: argparse.Namespace) -> Strategy:

@@ -1,10 +1,9 @@
-"""Conversion between the published layouts and Orbax, `verify`, and reading whichever of the two a directory holds."""
+"""Conversion between the published layouts and Orbax, and `verify`; with progress and the memory it took."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import resource
 import sys
 from pathlib import Path
@@ -14,11 +13,11 @@ import jax
 import numpy as np
 
 from mimo_jax.checkpoint import huggingface, orbax
-from mimo_jax.checkpoint.huggingface import ShardingOf
-from mimo_jax.checkpoint.manifest import read_manifest, verify_files
+from mimo_jax.checkpoint.export import exported_config
+from mimo_jax.checkpoint.huggingface import read_any
+from mimo_jax.checkpoint.manifest import read_manifest, refuse_existing, verify_files
 from mimo_jax.checkpoint.names import array_bytes
 from mimo_jax.checkpoint.tensorfile import read_bytes
-from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.progress import progress
 
@@ -37,16 +36,6 @@ CARRIED = (
     "LICENSE",
 )
 _MAX_CARRIED_BYTES = 1 << 28
-
-
-def is_orbax(directory: Path) -> bool:
-    return (directory / orbax.PARAMS).is_dir()
-
-
-def read_any(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a Hugging Face or an Orbax directory. `sharding_of` maps a leaf's path to a sharding."""
-    reader = orbax.read_orbax if is_orbax(Path(directory)) else huggingface.read_checkpoint
-    return reader(directory, sharding_of)
 
 
 def carried_files(directory: Path) -> dict[str, bytes]:
@@ -87,7 +76,7 @@ def to_huggingface(source: Path, destination: Path, overwrite: bool = False) -> 
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if config.expert_format != "mxfp4":
         print(f"experts are stored as {config.expert_format}: rounding them to MXFP4", file=sys.stderr)
-    with progress("writing", held if config.storage == "mxfp4" else 0, "bytes") as bar:
+    with progress("writing", array_bytes(exported_config(config)), "bytes") as bar:
         huggingface.write_checkpoint(destination, config, params, carried_files(source), overwrite, bar.advance)
     return {"storage": "mxfp4", "from": config.storage, **memory_report(base, held)}
 
@@ -120,8 +109,7 @@ def _verify_tensors(directory: Path, digests: dict[str, str]) -> None:
 
 def _refuse(source: Path, destination: Path, overwrite: bool) -> None:
     """Before any work: a destination that may not be replaced, or that is the source."""
-    if destination.exists() and not overwrite:
-        raise UserError(f"{destination}: already exists; give --overwrite to replace it")
+    refuse_existing(destination, overwrite)
     if destination.resolve() == source.resolve() or source.resolve() in destination.resolve().parents:
         raise UserError(f"{destination}: lies in the source; choose another place")
 
@@ -136,16 +124,20 @@ def return_freed_memory() -> None:
 def current_memory() -> int:
     """Resident bytes of this process now, with JAX started."""
     jax.devices()
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return peak_memory()
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return _status("VmRSS") or peak_memory()
 
 
 def peak_memory() -> int:
     """The most bytes this process ever had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # ru_maxrss alone would do, but a process inherits it from the one that started it.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(field: str) -> int | None:
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def memory_report(base: int, held: int) -> dict[str, Any]:

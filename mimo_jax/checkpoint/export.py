@@ -43,7 +43,7 @@ def write_checkpoint(
     `params` may be of any storage. Nothing called `directory` exists until everything is on disk.
     """
     advance = advance or (lambda nbytes: None)
-    target = dataclasses.replace(config, storage="mxfp4", param_dtype="bfloat16")
+    target = exported_config(config)
     shards = _plan_shards(target, shard_bytes)
     placed = {name: file for file, specs in shards.items() for name in specs}
     total = sum(tensor_bytes(spec) for specs in shards.values() for spec in specs.values())
@@ -58,6 +58,11 @@ def write_checkpoint(
             write_file(folder / name, data)
         digests = _write_shards(folder, shards, placed, target, params, advance)
         write_manifest(folder, "huggingface", digests, lambda nbytes: None)
+
+
+def exported_config(config: ModelConfig) -> ModelConfig:
+    """What a model of `config` becomes in the FP4-DFlash layout."""
+    return dataclasses.replace(config, storage="mxfp4", param_dtype="bfloat16")
 
 
 def json_bytes(values: Any) -> bytes:

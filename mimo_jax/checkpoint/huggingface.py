@@ -325,10 +325,20 @@ def read_checkpoint(directory: str | Path, sharding_of: ShardingOf | None = None
     return source.config, params
 
 
+def read_any(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Config and parameters of a Hugging Face or an Orbax directory; see `read_params` for placement."""
+    if not (Path(directory) / "params").is_dir():
+        return read_checkpoint(directory, sharding_of)
+    from mimo_jax.checkpoint.orbax import read_orbax  # importing Orbax takes longer than reading a small model
+
+    return read_orbax(directory, sharding_of)
+
+
 __all__ = [
     "HuggingFaceCheckpoint",
     "open_checkpoint",
     "probe_qkv",
+    "read_any",
     "read_checkpoint",
     "read_hf_config",
     "read_params",

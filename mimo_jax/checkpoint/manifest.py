@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from mimo_jax.files import sync_directory
 
 MANIFEST = "manifest.json"
 FORMAT = "mimo_jax checkpoint 1"
+KINDS = ("huggingface", "orbax")
 _MAX_BYTES = 1 << 28
 _CHUNK = 1 << 20
+_SMALL_BYTES = 1 << 16
+_REMOVAL_TRIES, _SETTLED = 200, 5  # tries of 20 ms; so many in a row must find nothing
 
 
 @contextmanager
@@ -32,16 +36,14 @@ def new_directory(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     A block that fails leaves nothing; one that is killed leaves a hidden neighbour, which the next attempt removes.
     A directory being replaced stays where it is until the new one is complete.
     """
+    destination = Path(os.path.abspath(destination))
     partial = destination.with_name(f".{destination.name}.partial")
     replaced = destination.with_name(f".{destination.name}.replaced")
     try:
         if replaced.exists() and not destination.exists():
             replaced.rename(destination)  # killed between the two renames below
-        if destination.exists() and not overwrite:
-            raise UserError(f"{destination}: already exists; give --overwrite to replace it")
-        for leftover in (partial, replaced):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        refuse_existing(destination, overwrite)
+        remove_all((partial, replaced))
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
@@ -50,12 +52,34 @@ def new_directory(destination: Path, overwrite: bool = False) -> Iterator[Path]:
             destination.rename(replaced)
         partial.rename(destination)
         sync_directory(destination.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove_all((replaced,))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
         raise UserError(f"{destination}: could not be written ({reason})") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_all((partial,))
+
+
+def refuse_existing(destination: Path, overwrite: bool) -> None:
+    """Only what these converters wrote may be replaced, and only when asked to."""
+    if not destination.exists() and not destination.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{destination}: already exists; give --overwrite to replace it")
+    if destination.is_symlink() or not (destination / MANIFEST).is_file():
+        raise UserError(f"{destination}: has no {MANIFEST}, so it is not a written checkpoint; not replaced")
+
+
+def remove_all(paths: Iterable[Path]) -> None:
+    """Removes directory trees, even while a failed writer's last threads still put files into them."""
+    for path in paths:
+        absent = 0 if path.exists() else _SETTLED
+        for _ in range(_REMOVAL_TRIES):
+            if absent >= _SETTLED:
+                break
+            shutil.rmtree(path, ignore_errors=True)
+            absent = 0 if path.exists() else absent + 1
+            time.sleep(0.02)
 
 
 def _sync_tree(directory: Path) -> None:
@@ -92,11 +116,39 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     data = read_bytes(path, _MAX_BYTES)
     values = load_json(data, str(path))
     values.pop("sha256", None)
-    if _canonical(values) != data:
+    try:
+        intact = _canonical(values) == data
+    except RecursionError:
+        intact = False
+    if not intact:
         raise UserError(f"{path}: damaged: it does not match its own SHA-256")
-    if values.get("format") != FORMAT:
-        raise UserError(f"{path}: format is {values.get('format')!r}, expected {FORMAT!r}")
+    if values.get("format") != FORMAT or values.get("kind") not in KINDS:
+        raise UserError(
+            f"{path}: is {values.get('format')!r} of {values.get('kind')!r}; expected {FORMAT!r} of {KINDS}"
+        )
+    for name, entry in _table(values, "files", path).items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+            raise UserError(f"{path}: files: {name!r} must have bytes and sha256")
+    _table(values, "tensors", path)
     return values
+
+
+def _table(values: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    if not isinstance(values.get(key), dict):
+        raise UserError(f"{path}: {key} must be a table")
+    return values[key]
+
+
+def check_whole(directory: Path, manifest: dict[str, Any]) -> None:
+    """The cheap part of `verify_files`: every listed file has its size, and small ones (the config) their digest."""
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else -1
+        if size != entry["bytes"]:
+            found = "no file" if size < 0 else f"{size} bytes"
+            raise UserError(f"{path}: {found}; {MANIFEST} lists {entry['bytes']} bytes")
+        if size <= _SMALL_BYTES and _file_entry(path, lambda nbytes: None) != entry:
+            raise UserError(f"{path}: damaged: SHA-256 differs from {MANIFEST}")
 
 
 def verify_files(directory: Path, manifest: dict[str, Any], advance: Callable[[int], None]) -> None:

@@ -11,7 +11,11 @@ import dataclasses
 import hashlib
 import logging
 import math
+import os
+import re
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +27,14 @@ from orbax.checkpoint import v1 as ocp
 
 from mimo_jax.checkpoint.export import json_bytes
 from mimo_jax.checkpoint.huggingface import CONTAINERS, ShardingOf, read_hf_config, read_torch_dtype
-from mimo_jax.checkpoint.manifest import new_directory, read_manifest, write_file, write_manifest
+from mimo_jax.checkpoint.manifest import (
+    check_whole,
+    new_directory,
+    read_manifest,
+    remove_all,
+    write_file,
+    write_manifest,
+)
 from mimo_jax.checkpoint.names import weights
 from mimo_jax.checkpoint.tensorfile import DTYPES
 from mimo_jax.config import ModelConfig, to_hf
@@ -31,27 +42,31 @@ from mimo_jax.errors import UserError
 
 PARAMS = "params"
 _IN_FLIGHT_BYTES = 32 << 20
+_CHUNK_BYTES = 64 << 20  # a 2.4 GB expert stack in one chunk takes four times as long to write
 _LEFTOVER = ".orbax-checkpoint-tmp"
-_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 @contextmanager
 def _settings(tree: Any, partial_load: bool = False) -> Iterator[None]:
     """Few bytes in flight, no compression (weights do not shrink), and no traceback in the log beside our one line."""
-    # A limit below the largest array is an error, not a slower transfer.
-    limit = max([_IN_FLIGHT_BYTES, *(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))])
+    # A limit that the largest array does not stay below is an error, not a slower transfer.
+    limit = _IN_FLIGHT_BYTES + max(map(_leaf_bytes, jax.tree.leaves(tree)), default=0)
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     context.memory.write_concurrent_bytes = limit
     context.memory.read_concurrent_bytes = limit
     context.pytree.loading.partial_load = partial_load
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with context:
-            yield
-    finally:
+    loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
+    before = [logger.level for logger in loggers], sys.unraisablehook, threading.excepthook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = threading.excepthook = lambda _: None
+    with context:
+        yield
+    # Only now: after a failure Orbax's remaining threads still end, each with a traceback of its own.
+    levels, sys.unraisablehook, threading.excepthook = before
+    for logger, level in zip(loggers, levels):
         logger.setLevel(level)
 
 
@@ -64,9 +79,8 @@ def save_tree(path: Path, tree: Any, metadata: dict | None = None) -> None:
     try:
         with _settings(tree):
             ocp.save(path.absolute(), tree, custom_metadata=metadata)
-    except _FAILURES as error:
-        for leftover in path.parent.glob(f"{path.name}{_LEFTOVER}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    except Exception as error:  # the libraries below raise everything, bare Exception included
+        remove_all(path.parent.glob(f"{path.name}{_LEFTOVER}*"))
         raise UserError(f"{path}: could not be written ({_reason(error)})") from None
 
 
@@ -81,11 +95,15 @@ def restore_tree(path: Path, abstract: Any, partial_load: bool = False) -> Any:
     try:
         with _settings(placed, partial_load):
             return ocp.load(path.absolute(), placed)
-    except _FAILURES as error:
+    except Exception as error:  # the libraries below raise everything, bare Exception included
         raise UserError(f"{path}: not a complete checkpoint of this model ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
+    """One short line: the operating system's word if there is one, else the first of the library's."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
     text = getattr(error, "strerror", None) or str(error).strip() or repr(error)
     return text.splitlines()[0][:300]
 
@@ -100,8 +118,7 @@ def steps(directory: Path) -> list[int]:
 def save_step(directory: Path, step: int, tree: Any, keep: int = 2) -> None:
     """Saves `directory/step` and drops all but the newest `keep`. A kill at any point leaves only complete steps."""
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in [*directory.glob(f"*{_LEFTOVER}*"), *directory.glob("trash-*")]:
-        shutil.rmtree(leftover)
+    remove_all([*directory.glob(f"*{_LEFTOVER}*"), *directory.glob("trash-*")])
     if step not in steps(directory):
         save_tree(directory / f"{step:08d}", tree)
     for old in steps(directory)[:-keep]:
@@ -149,7 +166,10 @@ def write_orbax(
         described = json_bytes({**to_hf(config), "torch_dtype": config.param_dtype})
         for name, data in {**(extra_files or {}), "config.json": described}.items():
             write_file(folder / name, data)
-        save_tree(folder / PARAMS, params)
+        try:
+            save_tree(folder / PARAMS, params)
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(directory))) from None
         write_manifest(folder, "orbax", leaf_digests(params), advance)
 
 
@@ -173,12 +193,13 @@ def read_orbax_config(directory: Path) -> ModelConfig:
 def read_orbax(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
     """Config and parameters of a model directory, onto the first device or wherever `sharding_of(path)` says.
 
-    The manifest must be there and whole (it is written last); its digests of the data are `verify`'s business.
+    The manifest must be there and whole (it is written last), every file have its size and the small ones their digest;
+    those of the data are `verify`'s business.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint directory")
-    read_manifest(directory)
+    check_whole(directory, read_manifest(directory))
     config = read_orbax_config(directory)
     return config, restore_tree(directory / PARAMS, abstract_tree(config, sharding_of))
 

@@ -130,5 +130,5 @@ def _tree_rows(config: ModelConfig, weight: Weight, leaf, letter: str, head: int
 def _numbers(leaf, index=()) -> np.ndarray:
     if isinstance(leaf, BlockFp8Tensor):
         held = BlockFp8Tensor(np.asarray(leaf.codes)[index], np.asarray(leaf.scales)[index])
-        return dequantize_fp8(held, np.float32)
+        return np.asarray(dequantize_fp8(held, np.float32))
     return np.asarray(leaf)[index].astype(np.float32)

@@ -10,40 +10,44 @@ from jaxtyping import Array, Bool, Float, Int
 from mimo_jax.cache import LayerCache, append, row_positions
 from mimo_jax.config import SLIDING, ModelConfig
 from mimo_jax.modeling.layers import linear, rotate, weight_init
-from mimo_jax.quantization import dequantize
+from mimo_jax.quantization import Weight, dequantize
 
 _MASKED = -1e30  # finite: a row of padding may have nothing visible at all
 
 
 def attend(
     q_BTHQ: Float[Array, "B T H Q"],
-    k_BSKQ: Float[Array, "B S K Q"],
-    v_BSKV: Float[Array, "B S K V"],
+    k_BKSQ: Float[Array, "B K S Q"],
+    v_BKSV: Float[Array, "B K S V"],
     visible_BTS: Bool[Array, "B T S"],
     sink_H: Float[Array, "H"] | None,
 ) -> Float[Array, "B T H V"]:
     """Softmax attention in float32; the sink joins the denominator as one more logit that has no value vector."""
     batch, steps, heads, dim = q_BTHQ.shape
-    kv_heads = k_BSKQ.shape[2]
+    kv_heads = k_BKSQ.shape[1]
     q_BTKGQ = q_BTHQ.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
-    s_BKGTS = jnp.einsum("btkgq,bskq->bkgts", q_BTKGQ, k_BSKQ, preferred_element_type=jnp.float32) * dim**-0.5
+    s_BKGTS = jnp.einsum("btkgq,bksq->bkgts", q_BTKGQ, k_BKSQ, preferred_element_type=jnp.float32) * dim**-0.5
     s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, _MASKED)
     top = jnp.max(s_BKGTS, axis=-1, keepdims=True)
+    sink_KG = None
     if sink_H is not None:
         sink_KG = sink_H.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
         top = jnp.maximum(top, sink_KG)
     top = jax.lax.stop_gradient(top)
     e_BKGTS = jnp.exp(s_BKGTS - top)
     total = jnp.sum(e_BKGTS, axis=-1, keepdims=True)
-    if sink_H is not None:
+    if sink_KG is not None:
         total = total + jnp.exp(sink_KG - top)
-    p_BKGTS = (e_BKGTS / total).astype(v_BSKV.dtype)
-    return jnp.einsum("bkgts,bskv->btkgv", p_BKGTS, v_BSKV).reshape(batch, steps, heads, -1)
+    p_BKGTS = (e_BKGTS / total).astype(v_BKSV.dtype)
+    return jnp.einsum("bkgts,bksv->btkgv", p_BKGTS, v_BKSV).reshape(batch, steps, heads, -1)
 
 
-def visibility(
-    query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], window: int | None
-) -> Bool[Array, "B T S"]:
+def heads_first(x_BTKQ: Float[Array, "B T K Q"]) -> Float[Array, "B K T Q"]:
+    """The layout that `attend` and the cache share: a batched matmul reads it without a copy."""
+    return jnp.swapaxes(x_BTKQ, 1, 2)
+
+
+def visibility(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], window: int | None) -> Bool[Array, "B T S"]:
     """Which key positions a query position sees: its own and earlier ones, the last `window` of them if given."""
     distance_BTS = query_BT[:, :, None] - key_BS[:, None, :]
     visible_BTS = (distance_BTS >= 0) & (key_BS >= 0)[:, None, :]
@@ -64,7 +68,8 @@ def attend_banded(q_BTHQ: Array, k_BTKQ: Array, v_BTKV: Array, window: int, sink
 
     def with_previous(x: Array) -> Array:
         previous = jnp.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
-        return jnp.concatenate([previous, x], axis=2).reshape(batch * blocks, 2 * window, *x.shape[3:])
+        both = jnp.concatenate([previous, x], axis=2).reshape(batch * blocks, 2 * window, *x.shape[3:])
+        return heads_first(both)
 
     query = jnp.arange(blocks * window).reshape(blocks, window)
     key = jnp.concatenate([query - window, query], axis=1)  # negative in the first block: nothing there
@@ -104,7 +109,7 @@ class Attention(nn.Module):
             out_BTHV = attend_banded(q, k, v, window, sink_H)
         else:
             position = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-            out_BTHV = attend(q, k, v, visibility(position, position, window), sink_H)
+            out_BTHV = attend(q, heads_first(k), heads_first(v), visibility(position, position, window), sink_H)
         shape = (config.hidden_size, config.num_heads * config.v_head_dim)
         o = self.param("o", weight_init("dense", shape, config.init_range, config.param_dtype))
         return linear(out_BTHV.reshape(*x_BTD.shape[:2], -1), o), cache
@@ -114,13 +119,13 @@ class Attention(nn.Module):
         updated = append(cache, k, v, lengths_B, counts_B, self.kind)
         if self.kind == SLIDING:
             # The ring as it was, then the new tokens: a long chunk overwrites rows its first queries still need.
-            keys = jnp.concatenate([cache.keys, k], axis=1)
-            values = jnp.concatenate([cache.values, v], axis=1)
-            held_BS = row_positions(self.kind, cache.keys.shape[1], lengths_B)
+            keys = jnp.concatenate([cache.keys, heads_first(k)], axis=2)
+            values = jnp.concatenate([cache.values, heads_first(v)], axis=2)
+            held_BS = row_positions(self.kind, cache.keys.shape[2], lengths_B)
             key_BS = jnp.concatenate([held_BS, query_BT], axis=1)
         else:
             keys, values = updated.keys, updated.values
-            key_BS = row_positions(self.kind, keys.shape[1], lengths_B + counts_B)
+            key_BS = row_positions(self.kind, keys.shape[2], lengths_B + counts_B)
         return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
@@ -149,8 +154,9 @@ class Attention(nn.Module):
         )
 
 
-def linear_chunked(x_BTD: Float[Array, "B T D"], weight) -> Float[Array, "B T G M"]:
+def linear_chunked(x_BTD: Float[Array, "B T D"], weight: Weight) -> Float[Array, "B T G M"]:
     """x W^T for a weight stored as [G chunks, M rows, D]; the chunk axis is kept."""
-    dense_GMD = dequantize(weight, x_BTD.dtype)
-    y = jnp.einsum("btd,gmd->btgm", x_BTD, dense_GMD, preferred_element_type=jnp.float32)
-    return y.astype(x_BTD.dtype)
+    chunks, rows, width = weight.shape
+    # As one flat matrix: contracted with three axes, XLA on CPU transposes the whole weight at every step.
+    flat_ND = dequantize(weight, x_BTD.dtype).reshape(-1, width)
+    return linear(x_BTD, flat_ND).reshape(*x_BTD.shape[:2], chunks, rows)

@@ -99,9 +99,7 @@ class Backbone(nn.Module):
         config = self.config
         table = weight_init("dense", (config.vocab_size, config.hidden_size), config.init_range, config.param_dtype)
         self.embed = self.param("embed", table)
-        self.layers = [
-            Block(config, kind, bool(moe)) for kind, moe in zip(config.layer_pattern, config.moe_pattern)
-        ]
+        self.layers = [Block(config, kind, bool(moe)) for kind, moe in zip(config.layer_pattern, config.moe_pattern)]
         self.norm = norm(config)
         self.head = self.param("head", table)
         self.mtp = [MtpLayer(config) for _ in range(config.mtp_layers)]

@@ -6,17 +6,20 @@ bytes than the mathematics (docs/LOG.md).
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.quantization import Weight, dequantize
+from mimo_jax.quantization import dequantize
 
 DECODE_TOKENS = 16  # up to here, experts are visited one by one
 GROUP_ROWS = 256  # rows per block of one expert when many tokens are grouped
 
-Experts = tuple[Weight, Weight, Weight]  # gate [E, F, D], up [E, F, D], down [E, D, F]; or tuples of E matrices
+# gate [E, F, D], up [E, F, D], down [E, D, F]: each a `Weight` stack, or a tuple of E matrices
+Experts = tuple[Any, Any, Any]
 
 
 def routed_ffn(
@@ -25,7 +28,7 @@ def routed_ffn(
     """sum_x weights[t, x] * expert[ids[t, x]](x[t]), combined in float32. No token is dropped at any imbalance."""
     unpacked = isinstance(experts[0], tuple)
     if x_TD.shape[0] > DECODE_TOKENS:
-        stacks = tuple(jnp.stack(matrices) for matrices in experts) if unpacked else experts
+        stacks: Any = tuple(jnp.stack(matrices) for matrices in experts) if unpacked else experts
         y_TD = _grouped(x_TD, ids_TX, weights_TX, stacks)
     elif unpacked:
         y_TD = _each_in_turn(x_TD, ids_TX, weights_TX, experts)

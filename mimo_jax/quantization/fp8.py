@@ -24,8 +24,8 @@ class BlockFp8Tensor:
     is stored as [chunk, rows, K] with one scale grid per chunk, which is how the published files lay it out.
     """
 
-    codes: Array  # float8_e4m3fn [..., N, K]
-    scales: Float[Array, "*N/128 K/128"]
+    codes: Array | np.ndarray  # float8_e4m3fn [..., N, K]
+    scales: Float[Array | np.ndarray, "*N/128 K/128"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def _spread(xp: ModuleType, scales, shape: tuple[int, ...]):
     return wide[..., :rows, :cols]
 
 
-def quantize_fp8(weights: Float[Array, "*N K"]) -> BlockFp8Tensor:
+def quantize_fp8(weights: Float[Array | np.ndarray, "*N K"]) -> BlockFp8Tensor:
     """Scale = block maximum / 448, never subnormal; 1 for an all-zero block. Clips: a bare cast overflows to NaN."""
     xp = np if isinstance(weights, np.ndarray) else jnp
     *leading, rows, cols = weights.shape

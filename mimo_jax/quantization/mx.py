@@ -18,8 +18,8 @@ from pallas_kernels import mxfp4
 class MxTensor:
     """Weights [..., N, K] in MXFP4, blocks of 32 along K (the contraction axis)."""
 
-    codes: UInt8[Array, "*N K/2"]
-    scales: UInt8[Array, "*N K/32"]
+    codes: UInt8[Array | np.ndarray, "*N K/2"]
+    scales: UInt8[Array | np.ndarray, "*N K/32"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ class MxTensor:
         return MxTensor(self.codes[index], self.scales[index])
 
 
-def quantize_mx(weights: Float[Array, "*N K"], rule: str = "even") -> MxTensor:
+def quantize_mx(weights: Float[Array | np.ndarray, "*N K"], rule: str = "even") -> MxTensor:
     """Rounds to MXFP4 under the named scale rule (see `pallas_kernels.mxfp4`). The input must be finite."""
     codes, scales = mxfp4.quantize(weights, rule)
     return MxTensor(mxfp4.pack(codes), scales)

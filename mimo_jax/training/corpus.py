@@ -148,9 +148,7 @@ def batch_at(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) 
     if windows < batch:
         raise UserError(f"corpus: {len(tokens)} tokens give {windows} windows of {length}; a batch needs {batch}")
     index = np.arange(step * batch, (step + 1) * batch)
-    epochs = index // windows
-    starts = [
-        np.random.default_rng((seed, epoch)).permutation(windows)[i % windows] * length
-        for epoch, i in zip(epochs, index)
-    ]
+    epochs = [int(epoch) for epoch in index // windows]
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(windows) for epoch in set(epochs)}
+    starts = [orders[epoch][i % windows] * length for epoch, i in zip(epochs, index)]
     return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
@@ -13,7 +15,7 @@ def _name(path) -> str:
     return path[-1].key
 
 
-def matrix_axes(params) -> object:
+def matrix_axes(params) -> Any:
     """Per leaf, Muon's (input, output) axes, or None for what AdamW updates. Stacks are sets of matrices [.., N, K]."""
 
     def axes(path, leaf):

@@ -9,6 +9,7 @@ auxiliary loss: a bias that only selects moves by a fixed step towards the under
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -65,9 +66,7 @@ class TrainState:
 
 def quantize_experts(params: Params) -> Params:
     """Parameters as the quantised checkpoint will read; differentiable, straight through."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: fake_quantize(leaf) if is_expert(path) else leaf, params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fake_quantize(leaf) if is_expert(path) else leaf, params)
 
 
 def init_state(config: ModelConfig, train: TrainConfig) -> TrainState:
@@ -84,13 +83,13 @@ def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig,
     """Next-token loss plus the weighted MTP loss; the second value holds both and the expert counts."""
     if train.qat:
         params = quantize_experts(params)
-    model = Backbone(config)
+    apply: Callable[..., Any] = partial(Backbone(config).apply, {"params": params})
     tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
-    logits_BTC, features, _ = model.apply({"params": params}, tokens_BT)
+    logits_BTC, features, _ = apply(tokens_BT)
     loss = jnp.mean(cross_entropy(logits_BTC, targets_BT))
     rows = max(1, train.batch // train.mtp_share)
     hidden_BTD, targets_BT = features.hidden[:rows], targets_BT[:rows]
-    ahead = model.apply({"params": params}, hidden_BTD, tokens_BT[:rows], method="predict_ahead")
+    ahead = apply(hidden_BTD, tokens_BT[:rows], method="predict_ahead")
     mtp_loss = jnp.float32(0)
     for depth, logits_BTC in enumerate(ahead, start=1):
         last = tokens_BT.shape[1] - depth
@@ -115,11 +114,14 @@ def train_step(state: TrainState, window_BT: Array, config: ModelConfig, train: 
     gradients, (loss, mtp_loss, counts_LE) = jax.grad(loss_fn, has_aux=True)(state.params, window_BT, config, train)
     optimizer = make_optimizer(train.schedule, train.weight_decay)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params = balance_experts(optax.apply_updates(state.params, updates), counts_LE, config, train.balance_rate)
+    params: Any = optax.apply_updates(state.params, updates)
+    # The bias comes to rest with the weights: jitter at the end would be noise in the exported router.
+    descent = train.schedule(state.step) / train.peak_rate if train.decay_steps else 1.0
+    params = balance_experts(params, counts_LE, config, train.balance_rate * descent)
     metrics = {
         "loss": loss,
         "mtp_loss": mtp_loss,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
         "rate": train.schedule(state.step),
         "imbalance": jnp.mean(jnp.max(counts_LE, axis=1) / jnp.mean(counts_LE, axis=1)),
     }

@@ -52,11 +52,11 @@ def train_until(
     run: Path, tokens: np.ndarray, config: ModelConfig, train: TrainConfig, state: TrainState, last_step: int
 ) -> TrainState:
     """Trains from `state.step` to `last_step`, logging every 10 steps and saving every 100 and at the end."""
-    step = int(state.step)
-    _truncate_log(run / "log.jsonl", step)
-    with progress("training", last_step, done=step) as bar, (run / "log.jsonl").open("a") as log:
+    first = int(state.step) + 1
+    _truncate_log(run / "log.jsonl", first - 1)
+    with progress("training", last_step, done=first - 1) as bar, (run / "log.jsonl").open("a") as log:
         started = time.perf_counter()
-        for step in range(step + 1, last_step + 1):
+        for step in range(first, last_step + 1):
             window = batch_at(tokens, step - 1, train.batch, train.length, train.seed)
             state, metrics = train_step(state, window, config, train)
             if step % LOG_EVERY == 0 or step == last_step:
@@ -107,5 +107,7 @@ def read_settings(run: Path) -> tuple[ModelConfig, TrainConfig]:
     if not (run / "run.json").is_file():
         raise UserError(f"{run}: not a run directory; expected run.json")
     settings = json.loads((run / "run.json").read_text())
-    model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
+    model: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()
+    }
     return ModelConfig(**model), TrainConfig(**settings["train"])

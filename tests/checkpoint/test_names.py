@@ -1,0 +1,98 @@
+"""The name table against the published inventories and against the model's own parameter tree."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import jax
+import pytest
+
+from mimo_jax.checkpoint import names
+from mimo_jax.checkpoint.orbax import abstract_tree
+from mimo_jax.config import preset
+from mimo_jax.modeling.backbone import abstract_params
+from tests.checkpoint.samples import small
+
+BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+
+
+def census(config) -> Counter:
+    """Elements by dtype."""
+    counts = Counter()
+    for dtype, shape in names.expected_tensors(config).values():
+        counts[dtype] += math.prod(shape)
+    return counts
+
+
+def test_pro_fp8_has_the_published_tensors() -> None:
+    """The full-size FP8 checkpoint is covered exactly: 159,581 tensors, every element counted."""
+    config = dataclasses.replace(preset("mimo-v2.5-pro"), storage="fp8")
+    counts = census(config)
+    assert len(names.expected_tensors(config)) == 159_581
+    assert counts.total() == 1_023_244_718_976
+    assert round(sum(BYTES[dtype] * count for dtype, count in counts.items()) / 1e9, 2) == 1033.37
+
+
+def test_pro_mxfp4_has_the_published_elements() -> None:
+    """The FP4-DFlash checkpoint's elements by dtype are the published ones."""
+    counts = census(preset("mimo-v2.5-pro"))
+    assert len(names.expected_tensors(preset("mimo-v2.5-pro"))) == 159_581
+    assert counts == {
+        "U8": 531_351_207_936,
+        "F8_E4M3": 13_378_781_184,
+        "F32": 163_648_512,
+        "BF16": 9_450_733_440,
+    }
+    assert names.array_bytes(preset("mimo-v2.5-pro")) == 564_286_050_048
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("model.layers.0.self_attn.qkv_proj.weight", "F8_E4M3", (27136, 6144)),
+        ("model.layers.0.self_attn.qkv_proj.weight_scale_inv", "F32", (216, 48)),
+        ("model.layers.0.mlp.down_proj.weight_scale_inv", "F32", (48, 128)),
+        ("model.layers.1.self_attn.attention_sink_bias", "BF16", (128,)),
+        ("model.layers.69.mlp.gate.weight", "F32", (384, 6144)),
+        ("model.layers.1.mlp.experts.383.gate_proj.weight", "U8", (2048, 3072)),
+        ("model.layers.1.mlp.experts.383.gate_proj.weight_scale", "U8", (2048, 192)),
+        ("model.layers.1.mlp.experts.0.down_proj.weight_scale", "U8", (6144, 64)),
+        ("model.mtp.layers.2.eh_proj.weight", "BF16", (6144, 12288)),
+        ("model.mtp.layers.0.self_attn.qkv_proj.weight_scale_inv", "F32", (216, 48)),
+    ],
+)
+def test_pro_rows_of_the_published_table(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Single rows of the published table, copied from it."""
+    assert names.expected_tensors(preset("mimo-v2.5-pro"))[name] == (dtype, shape)
+
+
+def test_v25_and_flash_spot_checks() -> None:
+    """V2.5's ragged grids and V2-Flash's split projections have the published shapes."""
+    v25 = names.expected_tensors(preset("mimo-v2.5"))
+    at = "model.layers.{}.self_attn.qkv_proj.weight{}"
+    assert v25[at.format(0, "")][1] == (13568, 4096) and v25[at.format(0, "_scale_inv")][1] == (108, 32)
+    assert v25[at.format(1, "")][1] == (14848, 4096) and v25[at.format(1, "_scale_inv")][1] == (116, 32)
+    flash = names.expected_tensors(preset("mimo-v2-flash"))
+    assert flash["model.layers.1.self_attn.k_proj.weight"] == ("F8_E4M3", (1536, 4096))
+    assert flash["model.layers.1.self_attn.v_proj.weight_scale_inv"] == ("F32", (8, 32))
+    assert not any("qkv_proj" in name for name in flash)
+
+
+@pytest.mark.parametrize("storage", ["dense", "fp8", "mxfp4"])
+@pytest.mark.parametrize("layout", ["fused_qkv", "split"])
+def test_table_is_the_parameter_tree(storage: str, layout: str) -> None:
+    """Every leaf of the model's tree has its row, with its shape and dtype, and no row is without a leaf."""
+    config = small(storage=storage, qkv_layout=layout)
+    expected, table = abstract_params(config), abstract_tree(config)
+    assert jax.tree.structure(expected) == jax.tree.structure(table)
+    assert jax.tree.leaves(jax.tree.map(lambda a: (a.shape, a.dtype), expected)) == jax.tree.leaves(
+        jax.tree.map(lambda a: (a.shape, a.dtype), table)
+    )
+
+
+def test_names_and_leaves_are_in_bijection() -> None:
+    """No name is given twice, and the tensors hold as many elements as the tree's arrays."""
+    config = small()
+    listed = [name for weight in names.weights(config) for _, _, name in names.tensors_of(weight)]
+    assert len(listed) == len(set(listed)) == len(names.expected_tensors(config))
+    assert census(config).total() == sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
