@@ -1,8 +1,8 @@
 """MiMo UltraSpeed in JAX.
 
-    import mimo_jax as mimo
-    model = mimo.load()                                   # the bundled checkpoint; or a path
-    result = mimo.generate(model, "def fib(n):", mimo.Sampled(temperature=0.7), max_tokens=64)
+import mimo_jax as mimo
+model = mimo.load()                                   # the bundled checkpoint; or a path
+result = mimo.generate(model, "def fib(n):", mimo.Sampled(temperature=0.7), max_tokens=64)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mimo_jax.config import ModelConfig, preset
     from mimo_jax.errors import UserError
-    from mimo_jax.generation import Piece, Result, Timing, generate, stream
+    from mimo_jax.generation import Piece, Result, Timing, generate, generate_batch, stream
     from mimo_jax.model import BUNDLED, Model, load
     from mimo_jax.modeling.backbone import Backbone
     from mimo_jax.sampling import Greedy, Sampled
@@ -30,6 +30,7 @@ __all__ = [
     "Timing",
     "UserError",
     "generate",
+    "generate_batch",
     "load",
     "preset",
     "stream",
@@ -48,6 +49,7 @@ _HOMES = {
     "Timing": "generation",
     "UserError": "errors",
     "generate": "generation",
+    "generate_batch": "generation",
     "load": "model",
     "preset": "config",
     "stream": "generation",

@@ -65,22 +65,28 @@ class Piece:
 
 def generate(
     model: Model,
-    prompts: Prompt | Sequence[Prompt],
+    prompt: Prompt,
+    strategy: Strategy = Greedy(),
+    max_tokens: int = 128,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> Result:
+    """Continues one prompt (text or token ids) by at most `max_tokens` tokens. The same seed gives the same text."""
+    return generate_batch(model, [prompt], strategy, max_tokens, seed, stop)[0]
+
+
+def generate_batch(
+    model: Model,
+    prompts: Sequence[Prompt],
     strategy: Strategy = Greedy(),
     max_tokens: int = 128,
     seed: int | Sequence[int] = 0,
     stop: Sequence[str] = (),
-) -> Result | list[Result]:
-    """Continues one prompt (text or token ids), or each of a list of prompts, by at most `max_tokens` tokens.
-
-    The same seed gives the same text; a row's text does not depend on its batch mates. `seed` may be one per row.
-    """
-    batch = [prompts] if _is_single(prompts) else list(prompts)
+) -> list[Result]:
+    """Continues every prompt; no row depends on its batch mates. `seed` is one for all rows, or one per row."""
     rounds = STOP_CHECK_ROUNDS if stop else max_tokens
-    results: list[Result] = []
-    for _, results in _generate(model, batch, strategy, max_tokens, seed, tuple(stop), rounds):
-        pass
-    return results[0] if _is_single(prompts) else results
+    *_, (_, results) = _generate(model, list(prompts), strategy, max_tokens, seed, tuple(stop), rounds)
+    return results
 
 
 def stream(
@@ -97,10 +103,6 @@ def stream(
         text = results[0].text if results else _settled(texts[0], stop)
         yield Piece(text[len(shown) :], results[0] if results else None)
         shown = text
-
-
-def _is_single(prompts) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
 
 
 def _settled(text: str, stop: Sequence[str]) -> str:
@@ -223,9 +225,9 @@ def compile_seconds() -> Iterator[list[float]]:
     """A one-element list that grows by the seconds XLA compiles (or fetches from its cache) within the block."""
     total = [0.0]
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_) -> None:
         if event == _COMPILE_EVENT:
-            total[0] += seconds
+            total[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.config import ModelConfig
-from mimo_jax.errors import UserError
 from mimo_jax.decoding import FlaxStep
+from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import Params, is_expert
 from mimo_jax.quantization import dequantize
 from mimo_jax.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""The independent twin: transformers' MiMoV2FlashForCausalLM with our weights. Needs torch; tests and benchmarks only."""
+"""The independent twin: transformers' MiMoV2FlashForCausalLM in our geometry. For tests and benchmarks; needs torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from mimo_jax.config import SLIDING, ModelConfig
 from mimo_jax.modeling.backbone import Params
 
 
-def build_twin(config: ModelConfig, params: Params):
-    """A torch model in float32, eval mode, that computes what `Backbone(config)` computes with plain `params`.
-
-    `params` hold no packed tensors (storage "dense" or "unpacked"). The twin has no MTP layers.
-    """
+def build_twin(config: ModelConfig):
+    """A torch model, float32 and in eval mode, of the geometry of `config`; it has no MTP layers."""
     import torch
     from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
@@ -50,9 +47,15 @@ def build_twin(config: ModelConfig, params: Params):
         attention.k_proj = torch.nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
         attention.v_proj = torch.nn.Linear(config.hidden_size, heads * config.v_head_dim, bias=False)
         attention.num_key_value_groups = config.num_heads // heads
+    return twin.float().eval()
+
+
+def load_weights(twin, config: ModelConfig, params: Params) -> None:
+    """Gives the twin our parameters, which hold no packed tensors (storage "dense" or "unpacked")."""
+    import torch
+
     state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in twin_state(config, params).items()}
     twin.load_state_dict(state, strict=True)
-    return twin.float().eval()
 
 
 def twin_state(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:

@@ -1,14 +1,13 @@
 """Measures speed. Two things are always compared within one run: timings on shared machines are noisy.
 
-    scripts/benchmark.py decode                # ms per token of the bundled model beside transformers (needs torch)
-    scripts/benchmark.py profile --trace DIR   # where a decode step's time goes
+scripts/benchmark.py decode                # ms per token of the bundled model beside transformers (needs torch)
+scripts/benchmark.py profile --trace DIR   # where a decode step's time goes
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ def decode_command(args: argparse.Namespace) -> dict:
         "unpacked": lambda: generate(model, prompt, max_tokens=args.tokens),
         "packed": lambda: generate(packed, prompt, max_tokens=args.tokens),
     }
-    record: dict = {"tokens": args.tokens, "repeats": args.repeats, "jax": jax.__version__, "machine": platform.machine()}
+    record: dict = {"tokens": args.tokens, "repeats": args.repeats, "jax": jax.__version__}
     if not args.no_transformers:
         runs["transformers"] = transformers_run(model, prompt, args.tokens, record)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -57,10 +56,11 @@ def transformers_run(model, prompt: list[int], count: int, record: dict):
     import torch
     import transformers
 
-    from mimo_jax.oracle import build_twin
+    from mimo_jax.oracle import build_twin, load_weights
 
     torch.set_grad_enabled(False)
-    twin = build_twin(model.config, model.params)
+    twin = build_twin(model.config)
+    load_weights(twin, model.config, model.params)
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     tokens = torch.tensor([prompt])
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}

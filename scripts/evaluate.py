@@ -1,7 +1,7 @@
 """Measures a trained model on held-out Python.
 
-    scripts/evaluate.py bits --model path/to/checkpoint            # bits per byte of a checkpoint
-    scripts/evaluate.py qat --bf16 runs/bf16 --qat runs/qat        # what MXFP4 costs, with and without QAT
+scripts/evaluate.py bits --model path/to/checkpoint            # bits per byte of a checkpoint
+scripts/evaluate.py qat --bf16 runs/bf16 --qat runs/qat        # what MXFP4 costs, with and without QAT
 """
 
 from __future__ import annotations

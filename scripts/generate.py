@@ -1,8 +1,8 @@
 """Continues a prompt with a checkpoint, streaming the text; a summary and one line of JSON follow.
 
-    scripts/generate.py --prompt "def binary_search(items, target):"
-    scripts/generate.py --model path/to/checkpoint --prompt-ids 17,42 --temperature 0.7 --top-p 0.95 --seed 3
-    scripts/generate.py --prompt "def a(" --prompt "class B:"          # a batch
+scripts/generate.py --prompt "def binary_search(items, target):"
+scripts/generate.py --model path/to/checkpoint --prompt-ids 17,42 --temperature 0.7 --top-p 0.95 --seed 3
+scripts/generate.py --prompt "def a(" --prompt "class B:"          # a batch
 """
 
 from __future__ import annotations
@@ -72,21 +72,22 @@ def read_strategy(args: argparse.Namespace) -> Strategy:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     prompts, strategy = read_prompts(args), read_strategy(args)
-    from mimo_jax.generation import generate, stream
+    from mimo_jax.generation import generate_batch, stream
     from mimo_jax.model import BUNDLED, load
 
     model = load(args.model or BUNDLED)
     options = {"max_tokens": args.max_tokens, "seed": args.seed, "stop": args.stop}
     if len(prompts) > 1:
-        results = generate(model, prompts, strategy, **options)
+        results = generate_batch(model, prompts, strategy, **options)
         for prompt, result in zip(prompts, results):
             print(f"{show(model, prompt)}{result.text}\n{'-' * 40}")
     else:
         print(show(model, prompts[0]), end="", flush=True)
+        results = []
         for piece in stream(model, prompts[0], strategy, **options):
             print(piece.text, end="", flush=True)
+            results = [piece.result] if piece.result else []
         print()
-        results = [piece.result]
     print_summary(model.config.storage, results)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -76,7 +77,10 @@ def _train(args, config, train, fresh_state, settings) -> dict:
     resumed = orbax.steps(directory / "checkpoints")
     state = run.latest_state(directory, config, train) if resumed else fresh_state()
     run.train_until(directory, tokens, config, train, state, args.steps)
-    run.plot_losses([directory], directory / "loss.png")
+    if importlib.util.find_spec("matplotlib"):
+        run.plot_losses([directory], directory / "loss.png")
+    else:
+        print("no loss.png: it needs the `plots` extra (pip install -e '.[plots]')", file=sys.stderr)
     last = json.loads((directory / "log.jsonl").read_text().splitlines()[-1])
     return {"run": str(directory), "resumed_at": resumed[-1] if resumed else 0, **last}
 

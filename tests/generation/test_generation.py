@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.errors import UserError
-from mimo_jax.generation import Result, generate, stream
+from mimo_jax.generation import Result, generate, generate_batch, stream
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.sampling import Greedy, Sampled
 
@@ -36,7 +36,7 @@ def test_cached_generation_is_the_models_own_continuation(model):
 @pytest.mark.parametrize("strategy", [Greedy(), SAMPLED])
 def test_a_row_does_not_depend_on_its_batch_mates(model, strategy):
     """A prompt's text in a batch is its text alone."""
-    together = generate(model, PROMPTS, strategy, max_tokens=24, seed=5)
+    together = generate_batch(model, PROMPTS, strategy, max_tokens=24, seed=5)
     alone = [generate(model, prompt, strategy, max_tokens=24, seed=5) for prompt in PROMPTS]
     assert [row.tokens for row in together] == [row.tokens for row in alone]
 
@@ -44,7 +44,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(model, strategy):
 def test_the_seed_decides_the_text(model):
     """Same seed, same text; another seed, another text; one seed per row is honoured."""
     first, again = (generate(model, "def f(", SAMPLED, max_tokens=24, seed=1).tokens for _ in range(2))
-    rows = generate(model, ["def f("] * 2, SAMPLED, max_tokens=24, seed=[1, 2])
+    rows = generate_batch(model, ["def f("] * 2, SAMPLED, max_tokens=24, seed=[1, 2])
     assert first == again == rows[0].tokens
     assert rows[1].tokens != first
 
@@ -71,9 +71,9 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(model):
 
 def test_a_stop_token_ends_only_its_own_row(model):
     """One row's stop token leaves the others running."""
-    free = generate(model, PROMPTS, max_tokens=20)
+    free = generate_batch(model, PROMPTS, max_tokens=20)
     token = free[0].tokens[3]
-    stopped = generate(dataclasses.replace(model, stop_ids=(token,)), PROMPTS, max_tokens=20)
+    stopped = generate_batch(dataclasses.replace(model, stop_ids=(token,)), PROMPTS, max_tokens=20)
     for before, after in zip(free, stopped):
         end = before.tokens.index(token) + 1 if token in before.tokens else 20
         assert after.tokens == before.tokens[:end]
@@ -94,10 +94,9 @@ def test_the_context_bounds_the_generation(model):
         ([5, 320], {}, "token id 320 is outside the vocabulary of 320"),
         ([-1], {}, "token id -1"),
         ("a\udcff", {}, "not valid UTF-8 at character 1"),
-        ([], {}, "prompt: the batch is empty"),
+        ([], {}, "prompt: empty"),
         ("a", {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ("a", {"seed": -1}, "seed"),
-        (["a", "b"], {"seed": [1]}, "1 seeds for 2 prompts"),
         ("a", {"stop": [""]}, "empty stop string"),
     ],
 )
@@ -105,6 +104,15 @@ def test_bad_requests_are_named(model, prompt, options, message):
     """A request that cannot be served says what is wrong with it."""
     with pytest.raises(UserError, match=message):
         generate(model, prompt, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seed", "message"), [([], 0, "the batch is empty"), (["a", "b"], [1], "1 seeds for 2 prompts")]
+)
+def test_bad_batches_are_named(model, prompts, seed, message):
+    """A batch without rows, or with seeds that do not fit it, says so."""
+    with pytest.raises(UserError, match=message):
+        generate_batch(model, prompts, seed=seed)
 
 
 def test_timing_counts_what_happened(model):

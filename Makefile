@@ -1,0 +1,65 @@
+# `make generate PROMPT='...'` and `make test` do all the set-up they need, in a virtual environment below this folder.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+PROMPT ?= def binary_search(items, target):
+ARGS ?=
+# The prompt travels through the environment, so that no quote, parenthesis or dollar in it means anything on the way.
+export MIMO_PROMPT := $(value PROMPT)
+unexport PROMPT
+
+# Measured on 2 cores: 4.1 s -> 2.5 s per forward and backward pass over 8,192 tokens.
+TRAIN_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 TF_CPP_MIN_LOG_LEVEL=3 \
+  XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID --xla_cpu_enable_fast_math=true"
+
+.PHONY: generate test lint gpu train clean
+
+generate: $(VENV)/core.stamp
+	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+gpu:
+	@command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU \
+	  || { echo "make gpu: no NVIDIA GPU found (nvidia-smi lists none)" >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(VENV)/gpu.stamp
+	JAX_PLATFORMS=cuda $(BIN)/python scripts/gpu_report.py
+
+# The bundled model: a corpus from this machine's Python source, then one pretraining run and two descents to rate zero,
+# with and without quantisation-aware training. About two hours on two cores; every command resumes where it stopped.
+train: $(VENV)/dev.stamp
+	$(BIN)/python scripts/train.py corpus --data runs/corpus
+	$(TRAIN_ENV) $(BIN)/python scripts/train.py pretrain --data runs/corpus --run runs/base --steps 3000
+	$(TRAIN_ENV) $(BIN)/python scripts/train.py anneal --data runs/corpus --start runs/base --run runs/qat --steps 400 --qat
+	$(TRAIN_ENV) $(BIN)/python scripts/train.py anneal --data runs/corpus --start runs/base --run runs/bf16 --steps 400
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core.stamp: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) (once; a minute or two)" >&2
+	$(PIP) -e .
+	@touch $@
+
+# One resolver call, so that torch is settled together with everything that wants it.
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) with test dependencies (once; several minutes)" >&2
+	$(PIP) torch==2.13.0 -e '.[dev,oracle]'
+	@touch $@ $(VENV)/core.stamp
+
+$(VENV)/gpu.stamp: pyproject.toml $(VENV)/dev.stamp
+	$(PIP) -e '.[dev,cuda]'
+	@touch $@

@@ -1,0 +1,17 @@
+"""Shared set-up: tests run on the CPU unless a platform is named, and those that need something absent say so."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where JAX sees none."""
+    if not any(item.get_closest_marker("gpu") for item in items) or jax.default_backend() == "gpu":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -1,0 +1,55 @@
+"""A model small enough for every test: global and sliding, dense and routed layers, an MTP layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.config import ModelConfig
+from mimo_jax.modeling.backbone import abstract_params
+
+TINY = ModelConfig(
+    vocab_size=256,
+    hidden_size=64,
+    layer_pattern=(0, 1, 1, 0),
+    moe_pattern=(0, 1, 1, 1),
+    num_heads=4,
+    num_kv_heads=2,
+    sliding_num_kv_heads=2,
+    head_dim=24,
+    v_head_dim=16,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_experts=8,
+    experts_per_token=2,
+    rope_theta=1e4,
+    sliding_rope_theta=100.0,
+    sliding_window=8,
+    value_scale=0.612,
+    max_position=256,
+    mtp_layers=1,
+    dtype="float32",
+    param_dtype="float32",
+    init_range=0.08,
+)
+
+
+def tiny_config(**changes) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> dict:
+    """Random parameters (dense storage) whose sinks, router biases and gains are off their neutral start."""
+    rng = np.random.default_rng(seed)
+    scales = {"sink": (0, 1.0), "router_bias": (0, 0.2), "weight": (1, 0.2)}
+
+    def draw(path, leaf):
+        mean, scale = scales.get(getattr(path[-1], "key", ""), (0, config.init_range))
+        return jnp.asarray(rng.normal(mean, scale, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)).astype(np.int32)
