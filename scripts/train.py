@@ -4,6 +4,7 @@
     scripts/train.py pretrain --data runs/corpus --run runs/base --steps 3000
     scripts/train.py anneal   --data runs/corpus --start runs/base --run runs/qat --steps 400 --qat
     scripts/train.py export   --data runs/corpus --run runs/qat --out checkpoint/
+    scripts/train.py plot     --run runs/base --run runs/qat --out loss.png
 
 Every command can be killed and given again: it goes on from its last save with the same loss curve.
 """
@@ -67,6 +68,13 @@ def export_command(args: argparse.Namespace) -> dict:
     return {"checkpoint": args.out, "step": int(state.step)}
 
 
+def plot_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.training import run
+
+    run.plot_losses([Path(directory) for directory in args.run], Path(args.out))
+    return {"plot": args.out}
+
+
 def _train(args, config, train, fresh_state, settings) -> dict:
     from mimo_jax.checkpoint import orbax
     from mimo_jax.training import corpus, run
@@ -115,6 +123,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     export.add_argument("--run", required=True, help="the run to export")
     export.add_argument("--out", required=True, help="folder to write; must not exist")
     export.set_defaults(command=export_command)
+
+    plot = commands.add_parser("plot", help="the losses of several runs in one picture")
+    plot.add_argument("--run", action="append", required=True, help="a run; repeat it")
+    plot.add_argument("--out", required=True, help="PNG file to write")
+    plot.set_defaults(command=plot_command)
 
     for command in (corpus, pretrain, anneal, export):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
