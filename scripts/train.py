@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import sys
@@ -26,7 +27,8 @@ def corpus_command(args: argparse.Namespace) -> dict:
 
     roots = [Path(root) for root in args.root] or corpus.default_roots()
     manifest = corpus.build(Path(args.data), roots, args.vocab_size, args.tokenizer_bytes)
-    return {"tokens": manifest["tokens"], "bytes": manifest["bytes"], "heldout": manifest["packages"]["heldout"]}
+    digest = hashlib.sha256((Path(args.data) / "manifest.json").read_bytes()).hexdigest()
+    return {key: manifest[key] for key in ("python", "tokens", "bytes", "packages")} | {"manifest_sha256": digest}
 
 
 def pretrain_command(args: argparse.Namespace) -> dict:

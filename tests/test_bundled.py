@@ -1,0 +1,72 @@
+"""The bundled model: small enough for git, whole, readable by others, and trained."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mimo_jax as mimo
+from mimo_jax.checkpoint.convert import verify
+from mimo_jax.modeling.backbone import Backbone
+from mimo_jax.training.pretraining import cross_entropy
+
+FOLDER = mimo.BUNDLED
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mimo.load()
+
+
+def test_it_is_whole_and_small():
+    """Every byte is as exported, and the folder stays below 16 MB."""
+    assert verify(FOLDER)["verified"]
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 16e6
+
+
+def test_it_is_in_the_published_format():
+    """The config's switches are those of the FP4-DFlash checkpoint, and the index names every tensor's shard."""
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["model_type"] == "mimo_v2"
+    assert config["quantization_config"]["store_dtype"] == "mxfp4"
+    index = json.loads((FOLDER / "model.safetensors.index.json").read_text())
+    safe_open = pytest.importorskip("safetensors").safe_open
+    for shard in set(index["weight_map"].values()):
+        with safe_open(FOLDER / shard, "np") as file:
+            assert set(file.keys()) == {name for name, place in index["weight_map"].items() if place == shard}
+
+
+def test_transformers_opens_the_tokenizer(model):
+    """Another engine's reader gives the same ids, the same special tokens, and a chat prompt."""
+    transformers = pytest.importorskip("transformers", reason="another engine's reader is needed to compare with")
+    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    text = "def naïve(x):\n    return x  # → 42\n"
+    assert theirs.encode(text) == model.tokenizer.encode(text)
+    assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
+    assert theirs.eos_token_id == model.config.eos_token_id
+    chat = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\n"
+
+
+def test_it_has_learnt_python(model):
+    """Code it was not trained on (this package's) costs it under 2 bits per byte; random weights cost about 3.6."""
+    text = (Path(mimo.__file__).parent / "sampling.py").read_text()
+    ids = model.tokenizer.encode(text)[:769]
+    logits, _, _ = jax.jit(Backbone(model.config).apply)({"params": model.params}, jnp.asarray([ids[:-1]]))
+    nats = float(jnp.sum(cross_entropy(logits, jnp.asarray([ids[1:]]))))
+    size = len(model.tokenizer.decode(ids[1:]).encode())
+    assert nats / size / np.log(2) < 2.0
+
+
+def test_packed_and_unpacked_weights_write_the_same_text(model):
+    """Expanding the weights at load, as is done on CPU, changes no token."""
+    packed = mimo.load(unpack=False)
+    assert packed.config.storage == "mxfp4"
+    prompt = "class Stack:\n    def __init__(self"
+    exact = mimo.Model(
+        mimo.ModelConfig(**{**vars(packed.config), "dtype": "float32"}), packed.params, packed.tokenizer, (), {}
+    )
+    assert mimo.generate(exact, prompt, max_tokens=24).tokens == mimo.generate(model, prompt, max_tokens=24).tokens
