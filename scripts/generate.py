@@ -72,19 +72,20 @@ def read_strategy(args: argparse.Namespace) -> Strategy:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     prompts, strategy = read_prompts(args), read_strategy(args)
-    from mimo_jax.generation import generate_batch, stream
+    from mimo_jax.generation import encode_prompt, generate_batch, stream
     from mimo_jax.model import BUNDLED, load
 
     model = load(args.model or BUNDLED)
+    ids = [encode_prompt(model, prompt) for prompt in prompts]  # before anything is printed
     options = {"max_tokens": args.max_tokens, "seed": args.seed, "stop": args.stop}
     if len(prompts) > 1:
-        results = generate_batch(model, prompts, strategy, **options)
+        results = generate_batch(model, ids, strategy, **options)
         for prompt, result in zip(prompts, results):
             print(f"{show(model, prompt)}{result.text}\n{'-' * 40}")
     else:
         print(show(model, prompts[0]), end="", flush=True)
         results = []
-        for piece in stream(model, prompts[0], strategy, **options):
+        for piece in stream(model, ids[0], strategy, **options):
             print(piece.text, end="", flush=True)
             results = [piece.result] if piece.result else []
         print()

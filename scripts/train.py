@@ -2,7 +2,8 @@
 
     scripts/train.py corpus   --data runs/corpus
     scripts/train.py pretrain --data runs/corpus --run runs/base --steps 3000
-    scripts/train.py anneal   --data runs/corpus --start runs/base --run runs/qat --steps 400 --qat
+    scripts/train.py anneal   --data runs/corpus --start runs/base --run runs/bf16 --steps 220
+    scripts/train.py anneal   --data runs/corpus --start runs/bf16 --run runs/qat --steps 80 --rate 8e-4 --qat
     scripts/train.py export   --data runs/corpus --run runs/qat --out checkpoint/
     scripts/train.py plot     --run runs/base --run runs/qat --out loss.png
 
@@ -53,6 +54,7 @@ def anneal_command(args: argparse.Namespace) -> dict:
         decay_start=first,
         decay_steps=args.steps,
         qat=args.qat,
+        peak_rate=args.rate or base.peak_rate,
         batch=args.batch or base.batch,
         length=args.length or base.length,
     )
@@ -117,6 +119,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     anneal = commands.add_parser("anneal", help="continue a run while the rate falls to zero")
     anneal.add_argument("--start", required=True, help="the run to continue from")
     anneal.add_argument("--qat", action="store_true", help="train the experts as MXFP4 will store them")
+    anneal.add_argument("--rate", type=float, help="learning rate to come down from (default: as before)")
     anneal.add_argument("--batch", type=int, help="sequences per step (default: as before)")
     anneal.add_argument("--length", type=int, help="tokens per sequence (default: as before)")
     anneal.set_defaults(command=anneal_command)
