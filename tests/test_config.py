@@ -5,8 +5,10 @@ import json
 
 import pytest
 
-from mimo_jax.config import GLOBAL, PRESETS, SLIDING, from_hf, preset, read_config, to_hf
+from mimo_jax.checkpoint.huggingface import read_hf_config
+from mimo_jax.config import GLOBAL, PRESETS, SLIDING, preset
 from mimo_jax.errors import UserError
+from mimo_jax.hf_config import from_hf, to_hf
 
 
 def published(name: str = "mimo-v2.5-pro", **changes) -> dict:
@@ -119,10 +121,11 @@ def test_unreadable_files(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"config\.json: ") as caught:
-        read_config(path)
+        read_hf_config(tmp_path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="not a readable JSON file"):
-        read_config(tmp_path / "absent.json")
+    path.unlink()
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_hf_config(tmp_path)
 
 
 def test_unknown_preset_lists_the_known():

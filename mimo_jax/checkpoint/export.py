@@ -18,7 +18,8 @@ import numpy as np
 from mimo_jax.checkpoint.manifest import new_directory, write_file, write_manifest
 from mimo_jax.checkpoint.names import MTP_PREFIX, Weight, weights
 from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFileWriter
-from mimo_jax.config import ModelConfig, to_hf
+from mimo_jax.config import ModelConfig
+from mimo_jax.hf_config import to_hf
 from mimo_jax.quantization import BlockFp8Tensor, MxTensor, dequantize_fp8, dequantize_mx, quantize_fp8, quantize_mx
 from mimo_jax.quantization.mx import check_finite
 

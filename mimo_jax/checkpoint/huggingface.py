@@ -26,8 +26,9 @@ from mimo_jax.checkpoint.names import (
     weights,
 )
 from mimo_jax.checkpoint.tensorfile import DTYPES, FREE_JSON_BYTES, JSON_SHARE, TensorFile, load_json, read_bytes
-from mimo_jax.config import ModelConfig, from_hf
+from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
+from mimo_jax.hf_config import from_hf
 from mimo_jax.quantization import BlockFp8Tensor, MxTensor
 from mimo_jax.quantization.mx import check_scales
 

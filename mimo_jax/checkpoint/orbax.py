@@ -37,8 +37,9 @@ from mimo_jax.checkpoint.manifest import (
 )
 from mimo_jax.checkpoint.names import weights
 from mimo_jax.checkpoint.tensorfile import DTYPES
-from mimo_jax.config import ModelConfig, to_hf
+from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
+from mimo_jax.hf_config import to_hf
 
 PARAMS = "params"
 _IN_FLIGHT_BYTES = 32 << 20

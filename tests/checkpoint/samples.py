@@ -12,7 +12,8 @@ import numpy as np
 import safetensors
 
 from mimo_jax.checkpoint import names
-from mimo_jax.config import ModelConfig, preset, to_hf
+from mimo_jax.config import ModelConfig, preset
+from mimo_jax.hf_config import to_hf
 
 Tensors = dict[str, tuple[str, np.ndarray]]  # name -> (dtype as safetensors spells it, content)
 
