@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ import numpy as np
 
 from mimo_jax import decoding
 from mimo_jax.errors import UserError
+from mimo_jax.memory import peak_memory
 from mimo_jax.model import Model
 from mimo_jax.sampling import Greedy, Strategy
 
@@ -239,5 +238,4 @@ def compile_seconds() -> Iterator[list[float]]:
 def peak_bytes() -> int:
     """The most memory held so far: the device's where it tells, else this process's."""
     stats = jax.devices()[0].memory_stats() or {}
-    in_kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return stats.get("peak_bytes_in_use", in_kilobytes * (1 if sys.platform == "darwin" else 1024))
+    return stats.get("peak_bytes_in_use") or peak_memory()

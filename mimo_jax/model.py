@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mimo_jax.checkpoint.tensorfile import load_json, read_bytes
 from mimo_jax.config import ModelConfig
 from mimo_jax.decoding import FlaxStep
 from mimo_jax.errors import UserError
@@ -18,6 +18,7 @@ from mimo_jax.modeling.backbone import Params, is_expert
 from mimo_jax.quantization import dequantize
 from mimo_jax.tokenizer import Tokenizer
 
+_MAX_JSON_BYTES = 4_000_000
 BUNDLED = Path(__file__).parent / "assets" / "mimo-tiny"
 
 
@@ -56,19 +57,15 @@ def load(directory: str | Path = BUNDLED, unpack: bool | None = None) -> Model:
     defaults = _generation_defaults(directory / "generation_config.json")
     stop_ids = defaults.get("eos_token_id", config.eos_token_id)
     stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
+    if not all(type(token) is int and 0 <= token < config.vocab_size for token in stop_ids):
+        raise UserError(f"{directory}: eos_token_id={stop_ids} must be token ids below {config.vocab_size}")
     return Model(config, params, tokenizer, tuple(stop_ids), defaults)
 
 
 def _generation_defaults(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+    return load_json(read_bytes(path, _MAX_JSON_BYTES), str(path))
 
 
 def unpack_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

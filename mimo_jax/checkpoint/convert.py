@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from mimo_jax.checkpoint.manifest import read_manifest, refuse_existing, verify_
 from mimo_jax.checkpoint.names import array_bytes
 from mimo_jax.checkpoint.tensorfile import read_bytes
 from mimo_jax.errors import UserError
+from mimo_jax.memory import current_memory, peak_memory, return_freed_memory
 from mimo_jax.progress import progress
 
 # Files that go along with the weights unchanged. Code never does.
@@ -112,32 +111,6 @@ def _refuse(source: Path, destination: Path, overwrite: bool) -> None:
     refuse_existing(destination, overwrite)
     if destination.resolve() == source.resolve() or source.resolve() in destination.resolve().parents:
         raise UserError(f"{destination}: lies in the source; choose another place")
-
-
-def return_freed_memory() -> None:
-    """Makes glibc hand freed blocks back at once: it may keep those below 32 MB, a quarter of a small checkpoint."""
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, 1 << 16)
-
-
-def current_memory() -> int:
-    """Resident bytes of this process now, with JAX started."""
-    jax.devices()
-    return _status("VmRSS") or peak_memory()
-
-
-def peak_memory() -> int:
-    """The most bytes this process ever had resident."""
-    # ru_maxrss alone would do, but a process inherits it from the one that started it.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _status(field: str) -> int | None:
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def memory_report(base: int, held: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,9 @@ def _settings(tree: Any, partial_load: bool = False) -> Iterator[None]:
     context.pytree.loading.partial_load = partial_load
     loggers = [logging.getLogger("absl"), logging.getLogger("asyncio")]
     before = [logger.level for logger in loggers], sys.unraisablehook, threading.excepthook
+    filters = warnings.catch_warnings()
+    filters.__enter__()
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     sys.unraisablehook = threading.excepthook = lambda _: None
@@ -67,6 +71,7 @@ def _settings(tree: Any, partial_load: bool = False) -> Iterator[None]:
         yield
     # Only now: after a failure Orbax's remaining threads still end, each with a traceback of its own.
     levels, sys.unraisablehook, threading.excepthook = before
+    filters.__exit__(None, None, None)
     for logger, level in zip(loggers, levels):
         logger.setLevel(level)
 

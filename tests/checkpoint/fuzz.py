@@ -18,9 +18,9 @@ from pathlib import Path
 
 import jax
 
-from mimo_jax.checkpoint.convert import current_memory, peak_memory
 from mimo_jax.checkpoint.huggingface import open_checkpoint, probe_qkv, read_params
 from mimo_jax.errors import UserError
+from mimo_jax.memory import current_memory, peak_memory
 from tests.checkpoint.samples import random_tensors, save_checkpoint, small
 
 SECONDS, HANG_SECONDS = 1.0, 60

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from mimo_jax.checkpoint import convert, orbax
+from mimo_jax import memory
+from mimo_jax.checkpoint import orbax
 from mimo_jax.checkpoint.convert import to_huggingface, to_orbax, verify
 from mimo_jax.checkpoint.huggingface import read_any, read_checkpoint
 from mimo_jax.checkpoint.manifest import new_directory
@@ -334,5 +335,5 @@ def test_peak_memory(tmp_path) -> None:
 
 def test_memory_helpers_agree() -> None:
     """Current memory never exceeds the peak by more than the clock between two readings."""
-    assert 0 < convert.current_memory() <= convert.peak_memory() + (8 << 20)
+    assert 0 < memory.current_memory() <= memory.peak_memory() + (8 << 20)
     assert jax.devices()
