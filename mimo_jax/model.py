@@ -68,18 +68,32 @@ def _generation_defaults(path: Path) -> dict[str, Any]:
     return load_json(read_bytes(path, _MAX_JSON_BYTES), str(path))
 
 
+def dense_params(params: Params) -> Params:
+    """The same weights as plain float32 arrays, whatever they are stored as; what training can go on from."""
+    # In numpy: eager JAX would compile a program for every shape.
+    return jax.tree.map(
+        lambda leaf: dequantize(jax.tree.map(np.asarray, leaf), np.float32),
+        params,
+        is_leaf=lambda node: not isinstance(node, dict),
+    )
+
+
+def load_masters(directory: Path, dtype: str) -> tuple[ModelConfig, Params]:
+    """A checkpoint as training holds it: plain float32 arrays, and a config with activations of `dtype`."""
+    from mimo_jax.checkpoint.huggingface import read_any
+
+    config, params = read_any(directory)
+    config = dataclasses.replace(config, storage="dense", dtype=dtype, param_dtype="float32")
+    return config, dense_params(params)
+
+
 def unpack_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The same weights as plain float32 arrays, one per expert, so that no product copies a slice of a stack."""
     if config.storage == "unpacked" or not any(config.moe_pattern):
         return config, params
 
-    def expand(path, leaf):
-        # In numpy: eager JAX would compile a program for every shape.
-        dense = dequantize(jax.tree.map(np.asarray, leaf), np.float32)
-        return tuple(map(jnp.asarray, dense)) if is_expert(path) else jnp.asarray(dense)
+    def place(path, leaf):
+        return tuple(map(jnp.asarray, leaf)) if is_expert(path) else jnp.asarray(leaf)
 
-    def is_weight(node) -> bool:
-        return not isinstance(node, dict)
-
-    unpacked = jax.tree_util.tree_map_with_path(expand, params, is_leaf=is_weight)
+    unpacked = jax.tree_util.tree_map_with_path(place, dense_params(params))
     return dataclasses.replace(config, storage="unpacked", dtype="float32", param_dtype="float32"), unpacked

@@ -91,19 +91,24 @@ def _accept(root: Path, relative: Path) -> SourceFile | None:
     return SourceFile(package, relative.as_posix(), hashlib.sha256(data).hexdigest(), len(data), root)
 
 
-def build(out: Path, roots: list[Path], vocab_size: int, tokenizer_bytes: int) -> dict:
-    """Writes `tokenizer.json`, `train.bin`, `heldout.bin` (uint16 token ids) and `manifest.json` into `out`."""
+def build(
+    out: Path, roots: list[Path], vocab_size: int, tokenizer_bytes: int, tokenizer: Tokenizer | None = None
+) -> dict:
+    """Writes `tokenizer.json`, `train.bin`, `heldout.bin` (uint16 token ids) and `manifest.json` into `out`.
+
+    A tokenizer of `vocab_size` is trained on the first `tokenizer_bytes`, unless a finished one is given.
+    """
     files = collect(roots)
     by_split = {split: [source for source in files if source.split == split] for split in SPLITS}
     if not all(by_split.values()):
         raise UserError(f"corpus: {len(files)} files found under {len(roots)} roots; both splits need some")
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer.train(_texts(by_split["train"], tokenizer_bytes), vocab_size)
+    tokenizer = tokenizer or Tokenizer.train(_texts(by_split["train"], tokenizer_bytes), vocab_size)
     tokenizer.save(out / "tokenizer.json")
     counts = {split: _tokenize(by_split[split], tokenizer, out / f"{split}.bin") for split in SPLITS}
     manifest = {
         "python": sys.version.split()[0],
-        "vocab_size": vocab_size,
+        "vocab_size": tokenizer.vocab_size,
         "tokens": counts,
         "bytes": {split: sum(source.size for source in by_split[split]) for split in SPLITS},
         "packages": {split: sorted({source.package for source in by_split[split]}) for split in SPLITS},

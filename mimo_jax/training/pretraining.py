@@ -1,9 +1,11 @@
 """Pretraining and its continuation with quantisation-aware training (QAT), as pure functions over one state.
 
 QAT: every forward pass sees the experts as their exported MXFP4 bytes would decode; gradients pass straight through to
-float32 masters; router, attention and everything else stay at higher precision. Experts are kept balanced without an
-auxiliary loss: a bias that only selects moves by a fixed step towards the under-used ones (DeepSeek-V3, arXiv
-2412.19437, section 2.1.2).
+float32 masters; router, attention and everything else stay at higher precision. With a teacher, the same model without
+rounding, the loss is the distance to its distribution: quantisation-aware distillation (arXiv 2601.20088).
+
+Experts are kept balanced without an auxiliary loss: a bias that only selects moves by a fixed step towards the
+under-used ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class TrainConfig:
     decay_start: int = 0
     decay_steps: int = 0  # 0: the rate stays at its peak
     qat: bool = False
+    distill: float = 0.0  # share of the loss that is the distance to a teacher's distribution
     weight_decay: float = 0.1
     mtp_weight: float = 0.3
     mtp_share: int = 4  # MTP layers learn from one sequence in this many
@@ -46,6 +49,8 @@ class TrainConfig:
         for field in ("batch", "length", "peak_rate", "mtp_share"):
             if getattr(self, field) <= 0:
                 raise UserError(f"training: {field}={getattr(self, field)} must be positive")
+        if not 0 <= self.distill <= 1:
+            raise UserError(f"training: distill={self.distill} must lie in [0, 1]")
         if self.decay_steps < 0 or self.warmup < 0:
             raise UserError(f"training: decay_steps={self.decay_steps}, warmup={self.warmup} must not be negative")
 
@@ -69,8 +74,9 @@ def quantize_experts(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fake_quantize(leaf) if is_expert(path) else leaf, params)
 
 
-def init_state(config: ModelConfig, train: TrainConfig) -> TrainState:
-    params = init_params(config, jax.random.key(train.seed))
+def init_state(config: ModelConfig, train: TrainConfig, params: Params | None = None) -> TrainState:
+    """The state before the first update: random parameters unless float32 `params` are given."""
+    params = init_params(config, jax.random.key(train.seed)) if params is None else params
     return TrainState(params, make_optimizer(train.schedule, train.weight_decay).init(params), jnp.int32(0))
 
 
@@ -79,14 +85,32 @@ def cross_entropy(logits_BTC: Float[Array, "B T C"], targets_BT: Int[Array, "B T
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTC.astype(jnp.float32), targets_BT)
 
 
-def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig):
-    """Next-token loss plus the weighted MTP loss; the second value holds both and the expert counts."""
+def divergence(teacher_BTC: Float[Array, "B T C"], logits_BTC: Float[Array, "B T C"]) -> Float[Array, "B T"]:
+    """KL(teacher || model) per position from logits, in nats."""
+    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits_BTC), jax.nn.log_softmax(teacher_BTC))
+
+
+def loss_fn(
+    params: Params,
+    window_BT: Int[Array, "B T+1"],
+    config: ModelConfig,
+    train: TrainConfig,
+    teacher: Params | None = None,
+):
+    """Next-token loss, distilled from `teacher` if there is one, plus the weighted MTP loss.
+
+    The second value holds the plain next-token loss, the MTP loss and the expert counts.
+    """
     if train.qat:
         params = quantize_experts(params)
     apply: Callable[..., Any] = partial(Backbone(config).apply, {"params": params})
     tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
     logits_BTC, features, _ = apply(tokens_BT)
-    loss = jnp.mean(cross_entropy(logits_BTC, targets_BT))
+    loss = objective = jnp.mean(cross_entropy(logits_BTC, targets_BT))
+    if teacher is not None:
+        teacher_BTC, _, _ = Backbone(config).apply({"params": teacher}, tokens_BT)
+        distance = jnp.mean(divergence(teacher_BTC, logits_BTC))
+        objective = (1 - train.distill) * loss + train.distill * distance
     rows = max(1, train.batch // train.mtp_share)
     hidden_BTD, targets_BT = features.hidden[:rows], targets_BT[:rows]
     ahead = apply(hidden_BTD, tokens_BT[:rows], method="predict_ahead")
@@ -94,7 +118,7 @@ def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig,
     for depth, logits_BTC in enumerate(ahead, start=1):
         last = tokens_BT.shape[1] - depth
         mtp_loss += jnp.mean(cross_entropy(logits_BTC[:, :last], targets_BT[:, depth:])) / len(ahead)
-    return loss + train.mtp_weight * mtp_loss, (loss, mtp_loss, features.expert_counts)
+    return objective + train.mtp_weight * mtp_loss, (loss, mtp_loss, features.expert_counts)
 
 
 def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelConfig, rate: float) -> Params:
@@ -109,9 +133,13 @@ def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelC
 
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
-def train_step(state: TrainState, window_BT: Array, config: ModelConfig, train: TrainConfig):
+def train_step(
+    state: TrainState, window_BT: Array, config: ModelConfig, train: TrainConfig, teacher: Params | None = None
+):
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
-    gradients, (loss, mtp_loss, counts_LE) = jax.grad(loss_fn, has_aux=True)(state.params, window_BT, config, train)
+    gradients, (loss, mtp_loss, counts_LE) = jax.grad(loss_fn, has_aux=True)(
+        state.params, window_BT, config, train, teacher
+    )
     optimizer = make_optimizer(train.schedule, train.weight_decay)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)

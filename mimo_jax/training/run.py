@@ -18,6 +18,7 @@ from mimo_jax.checkpoint import orbax
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
+from mimo_jax.modeling.backbone import Params
 from mimo_jax.progress import progress
 from mimo_jax.training.corpus import batch_at
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
@@ -49,7 +50,13 @@ def prepare(run: Path, settings: dict[str, Any]) -> None:
 
 
 def train_until(
-    run: Path, tokens: np.ndarray, config: ModelConfig, train: TrainConfig, state: TrainState, last_step: int
+    run: Path,
+    tokens: np.ndarray,
+    config: ModelConfig,
+    train: TrainConfig,
+    state: TrainState,
+    last_step: int,
+    teacher: Params | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `last_step`, logging every 10 steps and saving every 100 and at the end."""
     first = int(state.step) + 1
@@ -58,7 +65,7 @@ def train_until(
         started = time.perf_counter()
         for step in range(first, last_step + 1):
             window = batch_at(tokens, step - 1, train.batch, train.length, train.seed)
-            state, metrics = train_step(state, window, config, train)
+            state, metrics = train_step(state, window, config, train, teacher)
             if step % LOG_EVERY == 0 or step == last_step:
                 metrics = {name: round(float(value), 5) for name, value in jax.device_get(metrics).items()}
                 speed = LOG_EVERY * train.batch * train.length / (time.perf_counter() - started)

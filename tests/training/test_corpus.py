@@ -76,6 +76,17 @@ def test_the_same_files_give_the_same_bytes(root, tmp_path, built):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_a_finished_tokenizer_is_used_as_it_is(root, tmp_path, built):
+    """Going on from a checkpoint, the corpus is cut by that checkpoint's tokenizer, not by a new one."""
+    _, out = built
+    again = tmp_path / "again"
+    small = corpus.build(again, [root], vocab_size=280, tokenizer_bytes=100_000)
+    given = Tokenizer.load(out / "tokenizer.json")
+    manifest = corpus.build(again, [root], vocab_size=280, tokenizer_bytes=100_000, tokenizer=given)
+    assert (again / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    assert manifest["vocab_size"] == 300 and small["vocab_size"] == 280
+
+
 def test_tokens_decode_to_the_files(root, built):
     """The token file is the files' text, each ended by the end-of-text token."""
     manifest, out = built

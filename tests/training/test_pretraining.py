@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import Backbone
@@ -67,6 +68,22 @@ def test_qat_loss_is_the_exported_models_loss():
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
     for one, other in zip(jax.tree.leaves(found_gradient), jax.tree.leaves(expected_gradient)):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_distillation_is_the_distance_to_the_teacher():
+    """With a teacher the objective is its share of KL(teacher || model), in nats, and zero for the teacher itself."""
+    teacher = random_params(CONFIG, seed=5)
+    objective = jax.jit(loss_fn, static_argnums=(2, 3))
+    plain = dataclasses.replace(TRAIN, mtp_weight=0.0)
+    half = dataclasses.replace(plain, distill=0.5)
+    logits = [Backbone(CONFIG).apply({"params": params}, WINDOW[:, :-1])[0] for params in (teacher, PARAMS)]
+    p, q = (np.asarray(jax.nn.softmax(values), np.float64) for values in logits)
+    distance = scipy.stats.entropy(p, q, axis=-1).mean()
+    total, (loss, *_) = objective(PARAMS, WINDOW, CONFIG, half, teacher)
+    assert distance > 0.1
+    assert float(total) == pytest.approx(0.5 * float(loss) + 0.5 * distance, rel=1e-5)
+    alone, _ = objective(PARAMS, WINDOW, CONFIG, dataclasses.replace(plain, distill=1.0), PARAMS)
+    assert float(alone) == pytest.approx(0, abs=1e-6)
 
 
 def test_bias_moves_towards_idle_experts():
