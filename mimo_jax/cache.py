@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
-
-MAX_BLOCK = 8  # the longest block of tokens that may be written and taken back
+from mimo_jax.config import GLOBAL, MAX_BLOCK, SLIDING, ModelConfig
 
 
 @jax.tree_util.register_dataclass

@@ -11,6 +11,7 @@ import dataclasses
 from mimo_jax.errors import UserError
 
 GLOBAL, SLIDING = 0, 1
+MAX_BLOCK = 8  # the longest block of tokens that a cache can take back, so the longest that can be drafted
 
 # Where each storage keeps its weights: format of the fused/dense linears, format of the routed experts.
 STORAGE_FORMATS = {

@@ -1,0 +1,168 @@
+"""The DFlash drafter (arXiv 2602.06036) in MiMo's form: one forward pass fills a block behind the anchor token.
+
+The target's tapped residual streams pass through one projection and norm, and are injected into every layer as keys
+and values. The block's rows (the anchor's embedding, then one learned mask vector per draft) see that context through
+a sliding window, and each other in both directions. Row k proposes the token at its own position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mimo_jax.cache import LayerCache
+from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.modeling.attention import attend, heads_first
+from mimo_jax.modeling.layers import DenseMlp, RMSNorm, linear, rotary_table, rotate, weight_init
+
+Params = dict[str, Any]
+
+
+def norm(config: DrafterConfig) -> RMSNorm:
+    return RMSNorm(config.norm_eps, config.param_dtype)
+
+
+class DraftAttention(nn.Module):
+    """Qwen3-style attention: per-head norms on queries and keys, half-width rotary, a sink logit per head."""
+
+    config: DrafterConfig
+
+    def setup(self) -> None:
+        config = self.config
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = self._matrix("q", query, config.hidden_size)
+        self.k = self._matrix("k", key, config.hidden_size)
+        self.v = self._matrix("v", key, config.hidden_size)
+        self.o = self._matrix("o", config.hidden_size, query)
+        self.q_norm, self.k_norm = norm(config), norm(config)
+        if config.has_sink:
+            self.sink = self.param("sink", nn.initializers.zeros, (config.num_heads,), jnp.dtype(config.param_dtype))
+
+    def _matrix(self, name: str, rows: int, cols: int) -> Array:
+        return self.param(name, weight_init("dense", (rows, cols), self.config.init_range, self.config.param_dtype))
+
+    def _heads(self, x: Array, weight: Array) -> Array:
+        return linear(x, weight).reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    def keys_values(self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]) -> LayerCache:
+        """What `x_BTD` offers to be attended to: turned keys and scaled values [B, K, T, Q]."""
+        keys = rotate(self.k_norm(self._heads(x_BTD, self.k)), *rotary)
+        values = self._heads(x_BTD, self.v)
+        values = (values.astype(jnp.float32) * self.config.value_scale).astype(values.dtype)
+        return LayerCache(heads_first(keys), heads_first(values))
+
+    def __call__(
+        self, x_BND: Float[Array, "B N D"], rotary: tuple[Array, Array], context: LayerCache, visible_BNS: Array
+    ) -> Float[Array, "B N D"]:
+        """Attends to the context rows that `visible_BNS` shows and to every row of the block."""
+        q_BNHQ = rotate(self.q_norm(self._heads(x_BND, self.q)), *rotary)
+        block = self.keys_values(x_BND, rotary)
+        keys = jnp.concatenate([context.keys, block.keys], axis=2)
+        values = jnp.concatenate([context.values, block.values], axis=2)
+        size = x_BND.shape[1]
+        whole_block = jnp.ones((*visible_BNS.shape[:2], size), bool)
+        visible = jnp.concatenate([visible_BNS, whole_block], axis=-1)
+        out = attend(q_BNHQ, keys, values, visible, self.sink if self.config.has_sink else None)
+        return linear(out.reshape(*x_BND.shape[:2], -1), self.o)
+
+
+class DraftLayer(nn.Module):
+    """Attention, then SwiGLU, each behind a norm that the injected context does not pass."""
+
+    config: DrafterConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.input_norm, self.post_norm = norm(config), norm(config)
+        self.attention = DraftAttention(config)
+        self.mlp = DenseMlp(config.intermediate_size, "dense", config.init_range, config.param_dtype)
+
+    def __call__(self, x_BND: Array, rotary: tuple[Array, Array], context: LayerCache, visible_BNS: Array) -> Array:
+        x_BND = x_BND + self.attention(self.input_norm(x_BND), rotary, context, visible_BNS)
+        return x_BND + self.mlp(self.post_norm(x_BND))
+
+
+class Drafter(nn.Module):
+    """`context` turns tapped features into rows of the draft cache; the call itself fills one block per row."""
+
+    config: DrafterConfig
+
+    def setup(self) -> None:
+        config = self.config
+        shape = (config.hidden_size, len(config.target_layer_ids) * config.hidden_size)
+        self.fuse = self.param("fuse", weight_init("dense", shape, config.init_range, config.param_dtype))
+        self.context_norm, self.norm = norm(config), norm(config)
+        self.mask = self.param(
+            "mask", nn.initializers.normal(config.init_range), (config.hidden_size,), jnp.dtype(config.param_dtype)
+        )
+        self.layers = [DraftLayer(config) for _ in range(config.num_layers)]
+        if config.bias_rank:
+            table = weight_init("dense", (config.vocab_size, config.bias_rank), config.init_range, config.param_dtype)
+            self.bias_in = self.param("bias_in", table)
+            self.bias_out = self.param("bias_out", nn.initializers.zeros, (config.vocab_size, config.bias_rank))
+
+    def context(self, taps_BTZ: Float[Array, "B T Z"], positions_BT: Int[Array, "B T"]) -> tuple[LayerCache, ...]:
+        """Per draft layer the keys and values of tapped tokens; Z is the taps side by side."""
+        config = self.config
+        fused_BTD = self.context_norm(linear(taps_BTZ.astype(config.dtype), self.fuse))
+        rotary = rotary_table(positions_BT, config.rotary_dim, config.context_theta, config.dtype)
+        return tuple(layer.attention.keys_values(fused_BTD, rotary) for layer in self.layers)
+
+    def __call__(
+        self,
+        anchor_BD: Float[Array, "B D"],
+        starts_B: Int[Array, "B"],
+        context: tuple[LayerCache, ...],
+        positions_BS: Int[Array, "B S"],
+    ) -> Float[Array, "B N D"]:
+        """Hidden rows of the block, ready for the target's head; row 0 is the anchor's.
+
+        `anchor_BD` embeds the last decided token, at position `starts_B`; context rows at negative positions, or at
+        `starts_B` and beyond, hold nothing.
+        """
+        config = self.config
+        batch, drafts = anchor_BD.shape[0], config.block_size - 1
+        masks = jnp.broadcast_to(self.mask.astype(config.dtype), (batch, drafts, config.hidden_size))
+        x_BND = jnp.concatenate([anchor_BD.astype(config.dtype)[:, None], masks], axis=1)
+        rows_BN = starts_B[:, None] + jnp.arange(config.block_size)
+        rotary = rotary_table(rows_BN, config.rotary_dim, config.block_theta, config.dtype)
+        visible_BNS = context_visibility(rows_BN, positions_BS, config.window)
+        for layer, held in zip(self.layers, context):
+            x_BND = layer(x_BND, rotary, held, visible_BNS)
+        return self.norm(x_BND)
+
+    def bias(self, previous_B: Int[Array, "B"]) -> Float[Array, "B C"]:
+        """What the token before a slot adds to that slot's logits: W2 W1[previous] (DSpark)."""
+        return linear(self.bias_in[previous_B].astype(self.config.dtype), self.bias_out, jnp.float32)
+
+    def everything(self, taps_BTZ: Array):
+        """Touches every parameter; what `init` runs."""
+        positions = jnp.broadcast_to(jnp.arange(taps_BTZ.shape[1]), taps_BTZ.shape[:2])
+        context = self.context(taps_BTZ, positions)
+        starts = jnp.full(taps_BTZ.shape[0], taps_BTZ.shape[1])
+        hidden = self(taps_BTZ[:, 0, : self.config.hidden_size], starts, context, positions)
+        return hidden, self.bias(starts) if self.config.bias_rank else None
+
+
+def context_visibility(
+    rows_BN: Int[Array, "B N"], positions_BS: Int[Array, "B S"], window: int
+) -> Bool[Array, "B N S"]:
+    """Which context positions a block row sees: decided ones, before the anchor, less than `window` behind the row."""
+    positions = positions_BS[:, None, :]
+    is_context = (positions >= 0) & (positions < rows_BN[:, :1, None])
+    return is_context & (positions > rows_BN[:, :, None] - window)
+
+
+def init_drafter(config: DrafterConfig, key: Array) -> Params:
+    """Random parameters."""
+    taps = jnp.zeros((1, 2, len(config.target_layer_ids) * config.hidden_size), config.dtype)
+    return jax.jit(lambda key: Drafter(config).init(key, taps, method="everything")["params"])(key)
+
+
+def abstract_drafter(config: DrafterConfig) -> Params:
+    """The parameter tree as shapes and dtypes."""
+    return jax.eval_shape(lambda: init_drafter(config, jax.random.key(0)))
