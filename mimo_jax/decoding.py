@@ -1,7 +1,9 @@
 """Decoding on device: prefill in bucketed chunks, then one jitted while_loop over a donated state.
 
-A *step* is `(params, tokens, cache, counts, logits) -> (logits, features, cache)`. The loop knows nothing else of the
-model. Streaming is the same loop with a small budget of rounds per visit of the host.
+A round of the loop is draft -> verify -> commit. The *step* that verifies takes (params, tokens, cache, counts, logits)
+and returns (logits, features, cache); the loop knows nothing else of the model, and of the drafter nothing but
+`drafting.Proposer`. Plain decoding is the same loop with a drafter that proposes nothing; streaming is the same loop
+with a small budget of rounds per visit of the host.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import MAX_BLOCK, Cache, init_cache
 from mimo_jax.config import ModelConfig
+from mimo_jax.drafting import PLAIN, Proposer
 from mimo_jax.modeling.backbone import Backbone, Features, Params
 from mimo_jax.sampling import Strategy, draw
+from mimo_jax.verification import verify
 
 PREFILL_BUCKETS = (16, 64, 256)
 CAPACITY_BUCKETS = tuple(2**power for power in range(8, 21))
@@ -29,6 +33,7 @@ class FlaxStep:
     """The modules under XLA as a step. Hashable, so that equal configs share compiled programs."""
 
     config: ModelConfig
+    taps: tuple[int, ...] = ()
 
     def __call__(
         self,
@@ -38,7 +43,38 @@ class FlaxStep:
         counts_B: Int[Array, "B"],
         logits: Literal["all", "last"] = "all",
     ) -> tuple[Float[Array, "B T C"], Features, Cache]:
-        return Backbone(self.config).apply({"params": params}, tokens_BT, cache, counts_B, logits)
+        return Backbone(self.config, self.taps).apply({"params": params}, tokens_BT, cache, counts_B, logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What runs a round: the step, the drafter, and the rule that verifies sampled drafts."""
+
+    step: FlaxStep
+    drafter: Proposer = PLAIN
+    rule: str = "block"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters of the target and of its drafter."""
+
+    target: Params
+    drafter: Params = dataclasses.field(default_factory=dict)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """What speculation did for each row: rounds, and per draft slot how often it was put to the test and accepted.
+
+    Slot m is tested in rounds that accepted every slot before it. Tokens beyond a row's end count nowhere.
+    """
+
+    rounds: Int[Array, "B"]
+    tested: Int[Array, "B M"]
+    accepted: Int[Array, "B M"]
 
 
 @jax.tree_util.register_dataclass
@@ -47,12 +83,14 @@ class State:
     """What the loop carries. `last` is committed but not yet in the cache; `output` holds the generated tokens."""
 
     cache: Cache
+    draft_cache: Any
     last: Int[Array, "B"]
     output: Int[Array, "B S"]
     counts: Int[Array, "B"]
     limits: Int[Array, "B"]
     is_done: Bool[Array, "B"]
     keys: Array
+    counters: Counters
 
 
 def capacity_for(tokens: int) -> int:
@@ -70,33 +108,41 @@ def prefill_chunks(length: int) -> list[tuple[int, int]]:
     return chunks
 
 
-@partial(jax.jit, static_argnames="step", donate_argnames=("cache", "logits_BC"))
-def _prefill_chunk(step, params, tokens_BT, counts_B, cache, logits_BC):
+@partial(jax.jit, static_argnames="engine", donate_argnames=("cache", "draft_cache", "logits_BC"))
+def _prefill_chunk(engine, weights, tokens_BT, counts_B, cache, draft_cache, logits_BC):
     """Runs one chunk; rows that end in it get their next-token logits."""
-    new_B1C, _, cache = step(params, tokens_BT, cache, counts_B, "last")
-    return cache, jnp.where((counts_B > 0)[:, None], new_B1C[:, 0], logits_BC)
+    before_B = cache.lengths
+    new_B1C, features, cache = engine.step(weights.target, tokens_BT, cache, counts_B, "last")
+    draft_cache = engine.drafter.absorb(
+        weights.drafter, weights.target, draft_cache, tokens_BT, features, before_B, counts_B
+    )
+    return cache, draft_cache, jnp.where((counts_B > 0)[:, None], new_B1C[:, 0], logits_BC)
 
 
 def prefill(
-    step: FlaxStep, params: Params, prompts: list[list[int]], capacity: int
-) -> tuple[Cache, Float[Array, "B C"]]:
-    """Fills a fresh cache with the prompts (token ids, none empty); the logits follow each prompt's last token."""
+    engine: Engine, weights: Weights, prompts: list[list[int]], capacity: int
+) -> tuple[Cache, Any, Float[Array, "B C"]]:
+    """Fills fresh caches with the prompts (token ids, none empty); the logits follow each prompt's last token."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    cache = init_cache(step.config, len(prompts), capacity)
-    logits_BC = jnp.zeros((len(prompts), step.config.vocab_size), jnp.float32)
+    config = engine.step.config
+    cache = init_cache(config, len(prompts), capacity)
+    draft_cache = engine.drafter.init_cache(len(prompts), capacity)
+    logits_BC = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
     for start, size in prefill_chunks(int(lengths.max())):
         tokens = np.zeros((len(prompts), size), np.int32)
         for row, prompt in enumerate(prompts):
             piece = prompt[start : start + size]
             tokens[row, : len(piece)] = piece
         counts = np.clip(lengths - start, 0, size).astype(np.int32)
-        cache, logits_BC = _prefill_chunk(step, params, tokens, counts, cache, logits_BC)
-    return cache, logits_BC
+        cache, draft_cache, logits_BC = _prefill_chunk(engine, weights, tokens, counts, cache, draft_cache, logits_BC)
+    return cache, draft_cache, logits_BC
 
 
-@partial(jax.jit, donate_argnames="cache")
+@partial(jax.jit, static_argnames="engine", donate_argnames=("cache", "draft_cache"))
 def start(
+    engine: Engine,
     cache: Cache,
+    draft_cache: Any,
     logits_BC: Float[Array, "B C"],
     limits_B: Int[Array, "B"],
     keys_B: Array,
@@ -105,32 +151,92 @@ def start(
 ) -> State:
     """The state after the first token, drawn from the prefill's logits."""
     batch, capacity = limits_B.shape[0], max(layer.keys.shape[2] for layer in cache.layers)
-    zeros = jnp.zeros(batch, jnp.int32)
-    output = jnp.zeros((batch, capacity), jnp.int32)
-    state = State(cache, zeros, output, zeros, limits_B, limits_B <= 0, keys_B)
-    return _commit(state, logits_BC, stops, strategy)
+    zeros_B, zeros_BM = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, engine.drafter.block_size - 1), jnp.int32)
+    state = State(
+        cache=cache,
+        draft_cache=draft_cache,
+        last=zeros_B,
+        output=jnp.zeros((batch, capacity), jnp.int32),
+        counts=zeros_B,
+        limits=limits_B,
+        is_done=limits_B <= 0,
+        keys=keys_B,
+        counters=Counters(zeros_B, zeros_BM, zeros_BM),
+    )
+    first_B = draw(strategy, logits_BC, _round_keys(state))
+    state, _ = _emit(state, first_B[:, None], jnp.ones_like(zeros_B), stops)
+    return state
 
 
-def _commit(state: State, logits_BC: Array, stops: Array, strategy: Strategy) -> State:
-    """Draws one token for every unfinished row. Its randomness depends on the row's key and position only."""
-    keys_B = jax.vmap(jax.random.fold_in)(state.keys, state.counts)
-    token_B = draw(strategy, logits_BC, keys_B)
-    rows = jnp.arange(token_B.shape[0])
-    column = jnp.where(state.is_done, state.output.shape[1], state.counts)  # finished rows write nowhere
-    counts = state.counts + ~state.is_done
-    hit_stop = jnp.any(token_B[:, None] == stops, axis=-1)
-    return dataclasses.replace(
+def _round_keys(state: State) -> Array:
+    """Randomness of a round depends on the row's key and position only, never on its batch mates."""
+    return jax.vmap(jax.random.fold_in)(state.keys, state.counts)
+
+
+def _emit(state: State, tokens_BN: Array, offered_B: Array, stops: Array) -> tuple[State, Array]:
+    """Appends the first `offered_B` tokens of every unfinished row, as far as its limit and its first stop.
+
+    Returns how many were appended, too; of finished rows none are.
+    """
+    batch, size = tokens_BN.shape
+    slot_N = jnp.arange(size)
+    is_stop_BN = jnp.any(tokens_BN[..., None] == stops, axis=-1)
+    to_stop_B = jnp.min(jnp.where(is_stop_BN, slot_N + 1, size), axis=-1)
+    kept_B = jnp.minimum(jnp.minimum(offered_B, to_stop_B), state.limits - state.counts)
+    kept_B = jnp.where(state.is_done, 0, kept_B)
+    is_kept_BN = slot_N < kept_B[:, None]
+    column_BN = jnp.where(is_kept_BN, state.counts[:, None] + slot_N, state.output.shape[1])  # else nowhere
+    newest_B = jnp.take_along_axis(tokens_BN, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0]
+    counts_B = state.counts + kept_B
+    stopped_B = jnp.any(is_stop_BN & is_kept_BN, axis=-1)
+    emitted = dataclasses.replace(
         state,
-        last=jnp.where(state.is_done, state.last, token_B),
-        output=state.output.at[rows, column].set(token_B, mode="drop"),
-        counts=counts,
-        is_done=state.is_done | hit_stop | (counts >= state.limits),
+        last=jnp.where(state.is_done, state.last, newest_B),
+        output=state.output.at[jnp.arange(batch)[:, None], column_BN].set(tokens_BN, mode="drop"),
+        counts=counts_B,
+        is_done=state.is_done | stopped_B | (counts_B >= state.limits),
+    )
+    return emitted, kept_B
+
+
+def _round(engine: Engine, weights: Weights, state: State, stops: Array, strategy: Strategy) -> State:
+    """One round of every unfinished row: draft, verify in one pass of the target, commit what was accepted."""
+    drafter, keys_B, before_B = engine.drafter, _round_keys(state), state.cache.lengths
+    draft = drafter.propose(weights.drafter, weights.target, state.draft_cache, state.last, before_B, strategy, keys_B)
+    tokens_BN = jnp.concatenate([state.last[:, None], draft.tokens], axis=1)
+    read_B = jnp.where(state.is_done, 0, tokens_BN.shape[1])
+    logits_BNC, features, cache = engine.step(weights.target, tokens_BN, state.cache, read_B)
+    accepted_B, next_B = verify(strategy, engine.rule, logits_BNC, draft.tokens, draft.probabilities, keys_B)
+
+    slot_N = jnp.arange(tokens_BN.shape[1])
+    padded_BN = jnp.concatenate([draft.tokens, next_B[:, None]], axis=1)
+    offered_BN = jnp.where(slot_N < accepted_B[:, None], padded_BN, next_B[:, None])
+    emitted, kept_B = _emit(state, offered_BN, accepted_B + 1, stops)
+    # The anchor and the accepted drafts have been read; the newest token has not. The rest of the block is taken back.
+    draft_cache = drafter.absorb(
+        weights.drafter, weights.target, state.draft_cache, tokens_BN, features, before_B, kept_B
+    )
+    return dataclasses.replace(
+        emitted,
+        cache=dataclasses.replace(cache, lengths=before_B + kept_B),
+        draft_cache=draft_cache,
+        counters=_count(state.counters, accepted_B, kept_B),
     )
 
 
-@partial(jax.jit, static_argnames="step", donate_argnames="state")
+def _count(counters: Counters, accepted_B: Array, kept_B: Array) -> Counters:
+    slot_M = jnp.arange(counters.tested.shape[1])
+    tested_BM = slot_M < kept_B[:, None]
+    return Counters(
+        rounds=counters.rounds + (kept_B > 0),
+        tested=counters.tested + tested_BM,
+        accepted=counters.accepted + (tested_BM & (slot_M < accepted_B[:, None])),
+    )
+
+
+@partial(jax.jit, static_argnames="engine", donate_argnames="state")
 def decode(
-    step: FlaxStep, params: Params, state: State, stops: Int[Array, "n"], strategy: Strategy, budget: Int[Array, ""]
+    engine: Engine, weights: Weights, state: State, stops: Int[Array, "n"], strategy: Strategy, budget: Int[Array, ""]
 ) -> State:
     """Up to `budget` rounds; ends early when every row is done. `state` is donated."""
 
@@ -140,9 +246,7 @@ def decode(
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         rounds, state = carry
-        counts_B = 1 - state.is_done.astype(jnp.int32)
-        logits_BTC, _, cache = step(params, state.last[:, None], state.cache, counts_B)
-        return rounds + 1, _commit(dataclasses.replace(state, cache=cache), logits_BTC[:, 0], stops, strategy)
+        return rounds + 1, _round(engine, weights, state, stops, strategy)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 

@@ -43,6 +43,7 @@ class DrafterConfig:
     has_sink: bool = True
     norm_eps: float = 1e-5
     bias_rank: int = 0  # of the order-aware bias (DSpark, arXiv 2607.05147); 0: none
+    acceptance_length: float | None = None  # tokens per round measured with the target it was trained for
     max_position: int = 262_144
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
@@ -111,6 +112,7 @@ def _is_whole(value, low: int, high: int = 2**40) -> bool:
 
 _COUNT = (lambda value: _is_whole(value, 1), "a positive integer")
 _POSITIVE = (lambda value: _is_number(value) and 0 < value < 2**40, "a positive number")
+_POSITIVE_OR_NONE = (lambda value: value is None or _POSITIVE[0](value), "a positive number")
 _DTYPE = (lambda value: value in ("bfloat16", "float32"), "bfloat16 or float32")
 _RULES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"), _COUNT),
@@ -123,8 +125,11 @@ _RULES = {
     ),
     "mask_token_id": (lambda value: _is_whole(value, 0), "a token id"),
     "block_size": (lambda value: _is_whole(value, 2, MAX_BLOCK + 1), f"a whole number in 2..{MAX_BLOCK}"),
-    "backbone_rotary_base": (lambda value: value is None or _POSITIVE[0](value), "a positive number"),
-    "rotary_base": (lambda value: value in ROTARY_BASES, f"one of {', '.join(ROTARY_BASES)}"),
+    **dict.fromkeys(("backbone_rotary_base", "acceptance_length"), _POSITIVE_OR_NONE),
+    "rotary_base": (
+        lambda value: isinstance(value, str) and value in ROTARY_BASES,
+        f"one of {', '.join(ROTARY_BASES)}",
+    ),
     "has_sink": (lambda value: isinstance(value, bool), "true or false"),
     "bias_rank": (lambda value: _is_whole(value, 0), "0 or a rank"),
 }

@@ -18,8 +18,8 @@ from mimo_jax.sampling import Greedy, Strategy
 
 Prompt = str | Sequence[int]
 
-STREAM_ROUNDS = 4  # tokens per visit of the host while streaming
-STOP_CHECK_ROUNDS = 32  # the same, when only stop strings have to be looked for
+STREAM_TOKENS = 4  # about so many per visit of the host while streaming
+STOP_CHECK_TOKENS = 32  # the same, when only stop strings have to be looked for
 _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or its cache
 
 
@@ -45,12 +45,31 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """How drafting went for one row: rounds, the tokens they yielded, and how often each draft slot passed.
+
+    A slot is tested when every slot before it was accepted, so accepted / tested is its conditional acceptance.
+    """
+
+    rounds: int
+    tokens: int
+    tested: list[int]
+    accepted: list[int]
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Accepted drafts and the target's own token, per verification pass. At most the block size."""
+        return self.tokens / max(self.rounds, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """One row's text. `finish_reason` is "stop" (a stop token or string) or "length"; `timing` is the batch's."""
 
     text: str
     tokens: list[int]
     finish_reason: str
+    acceptance: Acceptance
     timing: Timing
 
 
@@ -83,8 +102,8 @@ def generate_batch(
     stop: Sequence[str] = (),
 ) -> list[Result]:
     """Continues every prompt; no row depends on its batch mates. `seed` is one for all rows, or one per row."""
-    rounds = STOP_CHECK_ROUNDS if stop else max_tokens
-    *_, (_, results) = _generate(model, list(prompts), strategy, max_tokens, seed, tuple(stop), rounds)
+    visit = STOP_CHECK_TOKENS if stop else max_tokens
+    *_, (_, results) = _generate(model, list(prompts), strategy, max_tokens, seed, tuple(stop), visit)
     return results
 
 
@@ -98,7 +117,7 @@ def stream(
 ) -> Iterator[Piece]:
     """Yields the text `generate` would return, in pieces, as it is made. Never yields part of a stop string."""
     shown = ""
-    for texts, results in _generate(model, [prompt], strategy, max_tokens, seed, tuple(stop), STREAM_ROUNDS):
+    for texts, results in _generate(model, [prompt], strategy, max_tokens, seed, tuple(stop), STREAM_TOKENS):
         text = results[0].text if results else _settled(texts[0], stop)
         yield Piece(text[len(shown) :], results[0] if results else None)
         shown = text
@@ -122,7 +141,7 @@ def _generate(
     max_tokens: int,
     seed: int | Sequence[int],
     stop: tuple[str, ...],
-    rounds: int,
+    visit: int,
 ) -> Iterator[tuple[list[str], list[Result]]]:
     """Yields the texts so far after every visit of the host, and at the end the results."""
     begin = time.perf_counter()
@@ -133,10 +152,13 @@ def _generate(
     limits = np.array([min(max_tokens, model.config.max_position - len(ids)) for ids in prompt_ids], np.int32)
     capacity = decoding.capacity_for(min(longest + max_tokens, model.config.max_position))
     stops = decoding.as_stops(model.stop_ids)
+    engine, weights = model.engine, model.weights
+    # A round may accept nothing but one token, so a call that is not watched is given a round for every token.
+    rounds = visit if visit == max_tokens else -(-visit // engine.drafter.block_size)
 
     with compile_seconds() as prefill_compile:
-        cache, logits = decoding.prefill(model.step, model.params, prompt_ids, capacity)
-        state = decoding.start(cache, logits, limits, decoding.row_keys(seeds), stops, strategy)
+        caches = decoding.prefill(engine, weights, prompt_ids, capacity)
+        state = decoding.start(engine, *caches, limits, decoding.row_keys(seeds), stops, strategy)
         tokens = decoding.tokens_of(state)
     first_token = time.perf_counter()
     tails = [_Tail(model, stop) for _ in prompts]
@@ -145,7 +167,7 @@ def _generate(
 
     with compile_seconds() as decode_compile:
         while not all(tail.is_cut or done for tail, done in zip(tails, jax.device_get(state.is_done))):
-            state = decoding.decode(model.step, model.params, state, stops, strategy, np.int32(rounds))
+            state = decoding.decode(engine, weights, state, stops, strategy, np.int32(rounds))
             tokens = decoding.tokens_of(state)
             texts = [tail.update(ids) for tail, ids in zip(tails, tokens)]
             yield texts, []
@@ -160,7 +182,15 @@ def _generate(
         compile_seconds=prefill_compile[0] + decode_compile[0],
         peak_bytes=peak_bytes(),
     )
-    yield texts, [tail.result(ids, timing) for tail, ids in zip(tails, tokens)]
+    counted = _acceptance(state)
+    yield texts, [tail.result(ids, row, timing) for tail, ids, row in zip(tails, tokens, counted)]
+
+
+def _acceptance(state: decoding.State) -> list[Acceptance]:
+    counters, counts_B = jax.device_get((state.counters, state.counts))
+    tokens_B = np.maximum(counts_B - 1, 0)  # the first token came with the prefill
+    columns = (counters.rounds, tokens_B, counters.tested, counters.accepted)
+    return [Acceptance(*row) for row in zip(*(values.tolist() for values in columns))]
 
 
 class _Tail:
@@ -180,9 +210,9 @@ class _Tail:
                 self._text, self.is_cut = self._text[: min(cuts)], True
         return self._text
 
-    def result(self, tokens: list[int], timing: Timing) -> Result:
+    def result(self, tokens: list[int], acceptance: Acceptance, timing: Timing) -> Result:
         stopped = self.is_cut or (bool(tokens) and tokens[-1] in self._model.stop_ids)
-        return Result(self._text, tokens, "stop" if stopped else "length", timing)
+        return Result(self._text, tokens, "stop" if stopped else "length", acceptance, timing)
 
 
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:

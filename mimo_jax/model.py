@@ -12,7 +12,8 @@ import numpy as np
 
 from mimo_jax.checkpoint.tensorfile import load_json, read_bytes
 from mimo_jax.config import ModelConfig
-from mimo_jax.decoding import FlaxStep
+from mimo_jax.decoding import Engine, FlaxStep, Weights
+from mimo_jax.drafting import PLAIN, BlockDrafter, Proposer
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import Params, is_expert
 from mimo_jax.quantization import dequantize
@@ -24,25 +25,34 @@ BUNDLED = Path(__file__).parent / "assets" / "mimo-tiny"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Parameters with what is needed to use them. `step` runs them; `stop_ids` end a text."""
+    """Parameters with what is needed to use them: `engine` runs `weights`; `stop_ids` end a text."""
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     defaults: dict[str, Any]  # of generation_config.json: temperature, top_p, ...
+    drafter: Proposer = PLAIN
+    draft_params: Params = dataclasses.field(default_factory=dict)
+    rule: str = "block"  # that verifies sampled drafts, see `verification.RULES`
 
     @property
-    def step(self) -> FlaxStep:
-        return FlaxStep(self.config)
+    def engine(self) -> Engine:
+        return Engine(FlaxStep(self.config, self.drafter.taps), self.drafter, self.rule)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.params, self.draft_params)
 
 
-def load(directory: str | Path = BUNDLED, unpack: bool | None = None) -> Model:
+def load(directory: str | Path = BUNDLED, unpack: bool | None = None, draft: bool = True) -> Model:
     """Reads a Hugging Face or an Orbax checkpoint directory.
 
     `unpack` expands packed weights to one plain float32 array each, which is what XLA on CPU decodes fastest from;
-    by default that is done on CPU only. Everywhere else packed weights stay packed.
+    by default that is done on CPU only. Everywhere else packed weights stay packed. `draft` decides whether the
+    drafter in the folder `dflash/`, if there is one, speeds up decoding; it never changes what is generated.
     """
+    from mimo_jax.checkpoint.dflash import has_drafter
     from mimo_jax.checkpoint.huggingface import read_any
 
     directory = Path(directory)
@@ -59,7 +69,20 @@ def load(directory: str | Path = BUNDLED, unpack: bool | None = None) -> Model:
     stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
     if not all(type(token) is int and 0 <= token < config.vocab_size for token in stop_ids):
         raise UserError(f"{directory}: eos_token_id={stop_ids} must be token ids below {config.vocab_size}")
-    return Model(config, params, tokenizer, tuple(stop_ids), defaults)
+    model = Model(config, params, tokenizer, tuple(stop_ids), defaults)
+    return with_drafter(model, directory / "dflash") if draft and has_drafter(directory) else model
+
+
+def with_drafter(model: Model, directory: Path) -> Model:
+    """`model` drafting with the drafter of a `dflash/` folder, in the dtype of its activations."""
+    from mimo_jax.checkpoint.dflash import read_drafter
+
+    config, params = read_drafter(directory)
+    config.check_fits(model.config)
+    dtype = model.config.dtype
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), params)
+    return dataclasses.replace(model, drafter=BlockDrafter(config), draft_params=params)
 
 
 def _generation_defaults(path: Path) -> dict[str, Any]:
@@ -78,13 +101,11 @@ def dense_params(params: Params) -> Params:
     )
 
 
-def load_masters(directory: Path, dtype: str) -> tuple[ModelConfig, Params]:
-    """A checkpoint as training holds it: plain float32 arrays, and a config with activations of `dtype`."""
-    from mimo_jax.checkpoint.huggingface import read_any
-
-    config, params = read_any(directory)
-    config = dataclasses.replace(config, storage="dense", dtype=dtype, param_dtype="float32")
-    return config, dense_params(params)
+def load_dense(directory: Path, dtype: str = "float32") -> Model:
+    """A checkpoint as training wants it: plain float32 arrays, expert stacks whole, activations of `dtype`."""
+    model = load(directory, unpack=False, draft=False)
+    config = dataclasses.replace(model.config, storage="dense", dtype=dtype, param_dtype="float32")
+    return dataclasses.replace(model, config=config, params=dense_params(model.params))
 
 
 def unpack_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

@@ -10,8 +10,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from mimo_jax.errors import UserError
 
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, "<think>", "</think>", "<|mask|>")
+END_OF_TEXT, TURN_START, TURN_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, "<think>", "</think>", MASK)
 
 # Qwen2's pre-tokenizer: contractions, words, single digits, punctuation runs, line ends, spaces.
 _PATTERN = (

@@ -18,7 +18,12 @@ from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mimo_jax.generation import Result
+    from mimo_jax.model import Model
     from mimo_jax.sampling import Strategy
+
+
+FEW_ROUNDS = 16  # too few to judge a drafter by
+SUSPICIOUS_SHARE = 0.25  # of the accepted drafts to expect
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -34,6 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-draft", action="store_true", help="one token per round, without the checkpoint's drafter")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
     return parser.parse_args(argv)
 
@@ -75,7 +81,7 @@ def main(argv: list[str]) -> None:
     from mimo_jax.generation import encode_prompt, generate_batch, stream
     from mimo_jax.model import BUNDLED, load
 
-    model = load(args.model or BUNDLED)
+    model = load(args.model or BUNDLED, draft=not args.no_draft)
     ids = [encode_prompt(model, prompt) for prompt in prompts]  # before anything is printed
     options = {"max_tokens": args.max_tokens, "seed": args.seed, "stop": args.stop}
     if len(prompts) > 1:
@@ -89,30 +95,41 @@ def main(argv: list[str]) -> None:
             print(piece.text, end="", flush=True)
             results = [piece.result] if piece.result else []
         print()
-    print_summary(model.config.storage, results)
+    print_summary(model, results)
 
 
 def show(model, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
-def print_summary(storage: str, results: list[Result]) -> None:
+def print_summary(model: Model, results: list[Result]) -> None:
     """A card for people on standard error, one line of JSON on standard output."""
-    timing = results[0].timing
+    timing, storage = results[0].timing, model.config.storage
     weights = {"unpacked": "expanded to float32 for the CPU"}.get(storage, f"stored as {storage}")
+    rounds = sum(row.acceptance.rounds for row in results)
+    tokens_per_round = sum(row.acceptance.tokens for row in results) / max(rounds, 1)
     card = [
         ("prompt", f"{timing.prompt_tokens} tokens, {timing.prompt_tokens_per_second:,.0f} tokens/s"),
         ("generated", f"{timing.generated_tokens} tokens, {timing.tokens_per_second:,.0f} tokens/s"),
+        ("per round", f"{tokens_per_round:.2f} tokens of at most {model.drafter.block_size}"),
         ("first token", f"{timing.first_token_seconds:.2f} s"),
         ("compilation", f"{timing.compile_seconds:.2f} s"),
         ("peak memory", f"{timing.peak_bytes / 1e6:,.0f} MB"),
         ("weights", weights),
     ]
     print("\n" + "\n".join(f"{name:>12}  {value}" for name, value in card), file=sys.stderr)
+    expected = model.drafter.expected
+    if expected and rounds >= FEW_ROUNDS and tokens_per_round < 1 + SUSPICIOUS_SHARE * (expected - 1):
+        print(
+            f"drafter: {tokens_per_round:.2f} tokens per round, {expected:.2f} expected; "
+            "it was probably trained for other weights (the text is right all the same)",
+            file=sys.stderr,
+        )
     record = {
         **dataclasses.asdict(timing),
         "prompt_tokens_per_second": timing.prompt_tokens_per_second,
         "tokens_per_second": timing.tokens_per_second,
+        "tokens_per_round": tokens_per_round,
         "finish_reasons": [result.finish_reason for result in results],
     }
     print(json.dumps(record))

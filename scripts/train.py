@@ -38,14 +38,15 @@ def corpus_command(args: argparse.Namespace) -> dict:
 
 def pretrain_command(args: argparse.Namespace) -> dict:
     from mimo_jax.config import preset
-    from mimo_jax.model import load_masters
+    from mimo_jax.model import load_dense
     from mimo_jax.training import run
     from mimo_jax.training.pretraining import TrainConfig, init_state
 
     train = TrainConfig(batch=args.batch, length=args.length, peak_rate=args.rate, seed=args.seed)
     if args.start:
         _check_same_tokenizer(Path(args.start), Path(args.data))
-        config, params = load_masters(Path(args.start), args.dtype)
+        start = load_dense(Path(args.start), args.dtype)
+        config, params = start.config, start.params
     else:
         config, params = dataclasses.replace(preset(args.preset), dtype=args.dtype), None
     settings = run.settings_of(config, train, start=args.start)
@@ -64,25 +65,13 @@ def anneal_command(args: argparse.Namespace) -> dict:
         decay_start=first,
         decay_steps=args.steps,
         qat=args.qat,
-        distill=args.distill if args.teacher else 0.0,
+        consistency=args.consistency,
         peak_rate=args.rate or base.peak_rate,
         batch=args.batch or base.batch,
         length=args.length or base.length,
     )
     args.steps += first
-    settings = run.settings_of(config, train, start=start.name, teacher=args.teacher and Path(args.teacher).name)
-    return _train(args, config, train, lambda: state, settings, _teacher_params(args, config))
-
-
-def _teacher_params(args: argparse.Namespace, config):
-    from mimo_jax.training import run
-
-    if not args.teacher:
-        return None
-    teacher_config, teacher_train = run.read_settings(Path(args.teacher))
-    if teacher_config != config:
-        raise UserError(f"{args.teacher}: its model differs from that of {args.start}")
-    return run.latest_state(Path(args.teacher), teacher_config, teacher_train).params
+    return _train(args, config, train, lambda: state, run.settings_of(config, train, start=start.name))
 
 
 def _check_same_tokenizer(checkpoint: Path, data: Path) -> None:
@@ -101,6 +90,60 @@ def export_command(args: argparse.Namespace) -> dict:
     return {"checkpoint": args.out, "step": int(state.step)}
 
 
+def selfgen_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.model import load_dense
+    from mimo_jax.training import corpus, selfgen
+
+    model = load_dense(Path(args.model))
+    settings = selfgen.SelfGenConfig(args.length, args.rows, temperatures=tuple(args.temperature), seed=args.seed)
+    tokens = corpus.load_tokens(Path(args.data), "train")
+    texts = selfgen.generate_texts(model, tokens, settings, Path(args.out), args.chunks)
+    return {"texts": args.out, "rows": len(texts), "tokens": int((texts.ends - texts.starts).sum())}
+
+
+def drafter_command(args: argparse.Namespace) -> dict:
+
+    from mimo_jax.checkpoint import orbax
+    from mimo_jax.model import load_dense
+    from mimo_jax.training import drafter, run, selfgen
+
+    model, texts = load_dense(Path(args.model)), selfgen.load_texts(Path(args.texts))
+    config = drafter.drafter_for(
+        model.config, model.tokenizer, layers=args.layers, window=args.window, bias_rank=args.bias_rank
+    )
+    train = drafter.DraftTrainConfig(
+        steps=args.steps,
+        batch=args.batch,
+        anchors=args.anchors,
+        kind=args.kind,
+        loss=args.loss,
+        optimizer=args.optimizer,
+        peak_rate=args.rate,
+        seed=args.seed,
+    )
+    directory = Path(args.run)
+    run.prepare(directory, run.settings_of(config, train))
+    resumed = orbax.steps(directory / "checkpoints")
+    state = drafter.latest_state(directory, config, train) if resumed else drafter.init_state(config, train)
+    update = drafter.training_update(texts, model, config, train)
+    run.train_until(directory, state, args.steps, update, args.batch * texts.tokens.shape[1])
+    return _summary(directory, resumed)
+
+
+def export_drafter_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.checkpoint.dflash import attach_drafter, write_drafter
+    from mimo_jax.training import drafter
+
+    config, train = drafter.read_settings(Path(args.run))
+    state = drafter.latest_state(Path(args.run), config, train)
+    config = dataclasses.replace(config, param_dtype="bfloat16", acceptance_length=args.expect)
+    if args.checkpoint:
+        attach_drafter(Path(args.checkpoint), config, state.params)
+    else:
+        write_drafter(Path(args.out), config, state.params)
+    return {"drafter": args.checkpoint or args.out, "step": int(state.step)}
+
+
 def plot_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training import run
 
@@ -108,7 +151,7 @@ def plot_command(args: argparse.Namespace) -> dict:
     return {"plot": args.out}
 
 
-def _train(args, config, train, fresh_state, settings, teacher=None) -> dict:
+def _train(args, config, train, fresh_state, settings) -> dict:
     from mimo_jax.checkpoint import orbax
     from mimo_jax.training import corpus, run
 
@@ -117,7 +160,15 @@ def _train(args, config, train, fresh_state, settings, teacher=None) -> dict:
     run.prepare(directory, settings)
     resumed = orbax.steps(directory / "checkpoints")
     state = run.latest_state(directory, config, train) if resumed else fresh_state()
-    run.train_until(directory, tokens, config, train, state, args.steps, teacher)
+    update = run.pretraining_update(tokens, config, train)
+    run.train_until(directory, state, args.steps, update, train.batch * train.length)
+    return _summary(directory, resumed)
+
+
+def _summary(directory: Path, resumed: list[int]) -> dict:
+    """The loss plot of a run that has come to its end, and its last logged line."""
+    from mimo_jax.training import run
+
     if importlib.util.find_spec("matplotlib"):
         run.plot_losses([directory], directory / "loss.png")
     else:
@@ -144,14 +195,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     pretrain.add_argument("--batch", type=int, default=32, help="sequences per step")
     pretrain.add_argument("--length", type=int, default=256, help="tokens per sequence")
     pretrain.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
-    pretrain.add_argument("--seed", type=int, default=0)
     pretrain.set_defaults(command=pretrain_command)
 
     anneal = commands.add_parser("anneal", help="continue a run while the rate falls to zero")
     anneal.add_argument("--start", required=True, help="the run to continue from")
     anneal.add_argument("--qat", action="store_true", help="train the experts as MXFP4 will store them")
-    anneal.add_argument("--teacher", help="a run of the same model to distil from, usually the one without --qat")
-    anneal.add_argument("--distill", type=float, default=1.0, help="share of the loss given to the teacher's distance")
+    anneal.add_argument(
+        "--consistency", type=float, default=0.0, help="weight of the rounded experts' distance to their masters"
+    )
     anneal.add_argument("--rate", type=float, help="learning rate to come down from (default: as before)")
     anneal.add_argument("--batch", type=int, help="sequences per step (default: as before)")
     anneal.add_argument("--length", type=int, help="tokens per sequence (default: as before)")
@@ -162,14 +213,51 @@ def parse(argv: list[str]) -> argparse.Namespace:
     export.add_argument("--out", required=True, help="folder to write; must not exist")
     export.set_defaults(command=export_command)
 
+    selfgen = commands.add_parser("selfgen", help="text written by the target, for its drafter to learn from")
+    selfgen.add_argument("--out", required=True, help="folder of chunk files; those that exist are kept")
+    selfgen.add_argument("--chunks", type=int, required=True, help="chunk files to have in the end")
+    selfgen.add_argument("--rows", type=int, default=128, help="sequences per chunk")
+    selfgen.add_argument("--length", type=int, default=256, help="tokens per sequence, its prompt included")
+    selfgen.add_argument(
+        "--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0], help="taken in turn by chunks"
+    )
+    selfgen.set_defaults(command=selfgen_command)
+
+    drafter = commands.add_parser("drafter", help="a DFlash drafter for a checkpoint, from text it wrote")
+    drafter.add_argument("--texts", default="runs/texts", help="folder that selfgen wrote")
+    drafter.add_argument(
+        "--kind", choices=("block", "chain"), default="block", help="chain: the control, token by token"
+    )
+    drafter.add_argument("--layers", type=int, default=2)
+    drafter.add_argument("--window", type=int, default=128, help="context tokens a block sees")
+    drafter.add_argument("--bias-rank", type=int, default=0, help="rank of the order-aware bias; 0: none")
+    drafter.add_argument("--loss", choices=("decay", "dpace", "tv"), default="dpace")
+    drafter.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    drafter.add_argument("--batch", type=int, default=16, help="sequences per step")
+    drafter.add_argument("--anchors", type=int, default=24, help="blocks per sequence")
+    drafter.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    drafter.set_defaults(command=drafter_command)
+
+    export_drafter = commands.add_parser("export-drafter", help="write a trained drafter as a dflash/ folder")
+    export_drafter.add_argument("--run", required=True, help="the run to export")
+    place = export_drafter.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", help="folder to write; must not exist")
+    place.add_argument("--checkpoint", help="checkpoint to put it into, in place of the drafter it has")
+    export_drafter.add_argument("--expect", type=float, help="tokens per round that `evaluate.py acceptance` measured")
+    export_drafter.set_defaults(command=export_drafter_command)
+
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")
     plot.add_argument("--run", action="append", required=True, help="a run; repeat it")
     plot.add_argument("--out", required=True, help="PNG file to write")
     plot.set_defaults(command=plot_command)
 
-    for command in (corpus, pretrain, anneal, export):
+    for command in (selfgen, drafter):
+        command.add_argument("--model", required=True, help="checkpoint folder of the target")
+    for command in (pretrain, selfgen, drafter):
+        command.add_argument("--seed", type=int, default=0)
+    for command in (corpus, pretrain, anneal, export, selfgen):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
-    for command in (pretrain, anneal):
+    for command in (pretrain, anneal, drafter):
         command.add_argument("--run", required=True, help="folder of the run: log, plot, checkpoints")
         command.add_argument("--steps", type=int, required=True, help="updates to make")
     return parser.parse_args(argv)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mimo_jax.checkpoint import huggingface, orbax
+from mimo_jax.checkpoint.dflash import drafter_files
 from mimo_jax.checkpoint.export import exported_config
 from mimo_jax.checkpoint.huggingface import read_any
 from mimo_jax.checkpoint.manifest import read_manifest, refuse_existing, verify_files
@@ -37,9 +38,10 @@ CARRIED = (
 _MAX_CARRIED_BYTES = 1 << 28
 
 
-def carried_files(directory: Path) -> dict[str, bytes]:
-    """The tokenizer and other small files that a checkpoint keeps through every conversion."""
-    return {name: read_bytes(directory / name, _MAX_CARRIED_BYTES) for name in CARRIED if (directory / name).exists()}
+def carried_files(directory: Path) -> dict[str, bytes | Path]:
+    """What a checkpoint keeps through every conversion: the tokenizer and other small files, and its drafter."""
+    small = {name: read_bytes(directory / name, _MAX_CARRIED_BYTES) for name in CARRIED if (directory / name).exists()}
+    return {**small, **drafter_files(directory)}
 
 
 def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:

@@ -9,13 +9,13 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mimo_jax.checkpoint.manifest import new_directory, write_file, write_manifest
+from mimo_jax.checkpoint.manifest import new_directory, place_file, write_manifest
 from mimo_jax.checkpoint.names import MTP_PREFIX, Weight, weights
 from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFileWriter
 from mimo_jax.config import ModelConfig
@@ -34,12 +34,12 @@ def write_checkpoint(
     directory: str | Path,
     config: ModelConfig,
     params: dict[str, Any],
-    extra_files: dict[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes config, generation config, shards, index, `extra_files` (name -> content) and, last, the manifest.
+    """Writes config, generation config, shards, index, `extra_files` (name -> content or file) and, last, the manifest.
 
     `params` may be of any storage. Nothing called `directory` exists until everything is on disk.
     """
@@ -56,7 +56,7 @@ def write_checkpoint(
     }
     with new_directory(Path(directory), overwrite) as folder:
         for name, data in files.items():
-            write_file(folder / name, data)
+            place_file(folder / name, data)
         digests = _write_shards(folder, shards, placed, target, params, advance)
         write_manifest(folder, "huggingface", digests, lambda nbytes: None)
 

@@ -25,7 +25,8 @@ from mimo_jax.checkpoint.names import (
     tensors_of,
     weights,
 )
-from mimo_jax.checkpoint.tensorfile import DTYPES, FREE_JSON_BYTES, JSON_SHARE, TensorFile, load_json, read_bytes
+from mimo_jax.checkpoint.shards import inside, read_index
+from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFile, load_json, read_bytes
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.hf_config import from_hf
@@ -107,7 +108,7 @@ def _open_files(directory: Path) -> dict[str, TensorFile]:
     """Tensor name -> file, over all shards; a tensor found twice, or not where the index says, is an error."""
     index = directory / INDEX
     held = {path.name for path in directory.iterdir() if path.suffix == ".safetensors"}
-    placed = _read_index(index, directory, held) if index.exists() else None
+    placed = read_index(index, directory, held) if index.exists() else None
     if placed is not None:
         shards = sorted(set(placed.values()))
     elif SINGLE in held or len(held) == 1:
@@ -120,7 +121,7 @@ def _open_files(directory: Path) -> dict[str, TensorFile]:
         raise UserError(f"{directory / unnamed[0]}: not named by {INDEX if placed is not None else SINGLE}")
     files: dict[str, TensorFile] = {}
     for shard in shards:
-        opened = TensorFile(_inside(directory, shard))
+        opened = TensorFile(inside(directory, shard))
         for name in opened.tensors:
             if name in files:
                 raise UserError(f"{directory / shard}: tensor {name!r} is also in {files[name].path.name}")
@@ -132,27 +133,6 @@ def _open_files(directory: Path) -> dict[str, TensorFile]:
         if name not in files:
             raise UserError(f"{index}: tensor {name[:200]!r} is not in {placed and placed[name]}")
     return files
-
-
-def _read_index(path: Path, directory: Path, held: set[str]) -> dict[str, str]:
-    data_bytes = sum((directory / name).stat().st_size for name in held if (directory / name).is_file())
-    values = load_json(read_bytes(path, max(FREE_JSON_BYTES, data_bytes // JSON_SHARE)), str(path))
-    placed = values.get("weight_map")
-    if not isinstance(placed, dict) or not placed or not all(isinstance(shard, str) for shard in placed.values()):
-        raise UserError(f"{path}: weight_map must map tensor names to file names")
-    for shard in sorted(set(placed.values())):
-        if not shard.endswith(".safetensors") or Path(shard).name != shard or "\\" in shard or "\0" in shard:
-            raise UserError(f"{path}: {shard[:200]!r} must be a plain .safetensors file name")
-        if shard not in held:
-            raise UserError(f"{path}: names {shard[:200]!r}, which is not in the directory")
-    return placed
-
-
-def _inside(directory: Path, shard: str) -> Path:
-    path = directory / shard
-    if path.is_symlink() and path.resolve().parent != directory.resolve():
-        raise UserError(f"{path}: a link out of the directory; copy the files there (hf download --local-dir)")
-    return path
 
 
 def _adapt(config: ModelConfig, files: dict[str, TensorFile]) -> tuple[ModelConfig, str]:

@@ -101,6 +101,15 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
+def place_file(path: Path, source: bytes | Path) -> None:
+    """Puts content, or a copy of a file, into a directory that is being built, in a folder of it if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, bytes):
+        write_file(path, source)
+    else:
+        shutil.copyfile(source, path)
+
+
 def write_manifest(directory: Path, kind: str, tensors: dict[str, str], advance: Callable[[int], None]) -> None:
     """Describes every file of `directory`; `tensors` maps a tensor's name to its SHA-256."""
     files = {name: _file_entry(directory / name, advance) for name in list_files(directory)}

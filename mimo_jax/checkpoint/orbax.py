@@ -17,7 +17,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ from mimo_jax.checkpoint.huggingface import CONTAINERS, ShardingOf, read_hf_conf
 from mimo_jax.checkpoint.manifest import (
     check_whole,
     new_directory,
+    place_file,
     read_manifest,
     remove_all,
-    write_file,
     write_manifest,
 )
 from mimo_jax.checkpoint.names import weights
@@ -162,7 +162,7 @@ def write_orbax(
     directory: str | Path,
     config: ModelConfig,
     params: dict[str, Any],
-    extra_files: dict[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> None:
@@ -171,7 +171,7 @@ def write_orbax(
     with new_directory(Path(directory), overwrite) as folder:
         described = json_bytes({**to_hf(config), "torch_dtype": config.param_dtype})
         for name, data in {**(extra_files or {}), "config.json": described}.items():
-            write_file(folder / name, data)
+            place_file(folder / name, data)
         try:
             save_tree(folder / PARAMS, params)
         except UserError as error:

@@ -26,10 +26,12 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What the step shows besides logits: the final residual stream, and per MoE layer the tokens of each expert."""
+    """What the step shows besides logits: the final residual stream, per MoE layer the tokens of each expert, and the
+    residual streams after the tapped layers, side by side."""
 
     hidden: Float[Array, "B T D"]
     expert_counts: Int[Array, "L E"]
+    taps: Float[Array, "B T Z"]
 
 
 def norm(config: ModelConfig) -> RMSNorm:
@@ -91,9 +93,13 @@ class MtpLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, layers, final norm and head, plus the MTP layers that share the embedding and the head."""
+    """Embedding, layers, final norm and head, plus the MTP layers that share the embedding and the head.
+
+    `taps` are the layers whose residual streams a drafter reads, each after its layer (before the final norm).
+    """
 
     config: ModelConfig
+    taps: tuple[int, ...] = ()
 
     def setup(self) -> None:
         config = self.config
@@ -121,16 +127,22 @@ class Backbone(nn.Module):
         counts_B = jnp.full(batch, steps) if counts_B is None else counts_B
         rotary = self._rotary(lengths_B[:, None] + jnp.arange(steps))
         x_BTD = self._embedded(tokens_BT)
-        layer_caches, expert_counts = [], []
+        layer_caches, expert_counts, taps = [], [], []
         for index, layer in enumerate(self.layers):
             held = cache.layers[index] if cache else None
             x_BTD, counts_E, held = layer(x_BTD, rotary[layer.kind], held, lengths_B, counts_B)
             layer_caches.append(held)
+            if index in self.taps:
+                taps.append(x_BTD)
             if counts_E is not None:
                 expert_counts.append(counts_E)
         x_BTD = self.norm(x_BTD)
         shown = x_BTD if logits == "all" else jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)
-        features = Features(x_BTD, jnp.stack(expert_counts) if expert_counts else jnp.zeros((0, 0), jnp.int32))
+        features = Features(
+            hidden=x_BTD,
+            expert_counts=jnp.stack(expert_counts) if expert_counts else jnp.zeros((0, 0), jnp.int32),
+            taps=jnp.concatenate(taps, axis=-1) if taps else jnp.zeros((batch, steps, 0), x_BTD.dtype),
+        )
         updated = Cache(tuple(layer_caches), lengths_B + counts_B) if cache else None
         return linear(shown, self.head, jnp.float32), features, updated
 

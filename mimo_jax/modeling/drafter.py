@@ -20,6 +20,7 @@ from mimo_jax.modeling.attention import attend, heads_first
 from mimo_jax.modeling.layers import DenseMlp, RMSNorm, linear, rotary_table, rotate, weight_init
 
 Params = dict[str, Any]
+KeysValues = tuple[Float[Array, "B T K Q"], Float[Array, "B T K Q"]]
 
 
 def norm(config: DrafterConfig) -> RMSNorm:
@@ -48,26 +49,22 @@ class DraftAttention(nn.Module):
     def _heads(self, x: Array, weight: Array) -> Array:
         return linear(x, weight).reshape(*x.shape[:2], -1, self.config.head_dim)
 
-    def keys_values(self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]) -> LayerCache:
-        """What `x_BTD` offers to be attended to: turned keys and scaled values [B, K, T, Q]."""
+    def keys_values(self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]) -> KeysValues:
+        """What `x_BTD` offers to be attended to: turned keys and scaled values."""
         keys = rotate(self.k_norm(self._heads(x_BTD, self.k)), *rotary)
         values = self._heads(x_BTD, self.v)
-        values = (values.astype(jnp.float32) * self.config.value_scale).astype(values.dtype)
-        return LayerCache(heads_first(keys), heads_first(values))
+        return keys, (values.astype(jnp.float32) * self.config.value_scale).astype(values.dtype)
 
     def __call__(
         self, x_BND: Float[Array, "B N D"], rotary: tuple[Array, Array], context: LayerCache, visible_BNS: Array
-    ) -> Float[Array, "B N D"]:
-        """Attends to the context rows that `visible_BNS` shows and to every row of the block."""
+    ) -> tuple[Float[Array, "B N D"], KeysValues]:
+        """Attends to the context rows, then those of the block, that `visible_BNS` shows; also returns the block's."""
         q_BNHQ = rotate(self.q_norm(self._heads(x_BND, self.q)), *rotary)
-        block = self.keys_values(x_BND, rotary)
-        keys = jnp.concatenate([context.keys, block.keys], axis=2)
-        values = jnp.concatenate([context.values, block.values], axis=2)
-        size = x_BND.shape[1]
-        whole_block = jnp.ones((*visible_BNS.shape[:2], size), bool)
-        visible = jnp.concatenate([visible_BNS, whole_block], axis=-1)
-        out = attend(q_BNHQ, keys, values, visible, self.sink if self.config.has_sink else None)
-        return linear(out.reshape(*x_BND.shape[:2], -1), self.o)
+        k_BNKQ, v_BNKQ = self.keys_values(x_BND, rotary)
+        keys = jnp.concatenate([context.keys, heads_first(k_BNKQ)], axis=2)
+        values = jnp.concatenate([context.values, heads_first(v_BNKQ)], axis=2)
+        out = attend(q_BNHQ, keys, values, visible_BNS, self.sink if self.config.has_sink else None)
+        return linear(out.reshape(*x_BND.shape[:2], -1), self.o), (k_BNKQ, v_BNKQ)
 
 
 class DraftLayer(nn.Module):
@@ -81,9 +78,12 @@ class DraftLayer(nn.Module):
         self.attention = DraftAttention(config)
         self.mlp = DenseMlp(config.intermediate_size, "dense", config.init_range, config.param_dtype)
 
-    def __call__(self, x_BND: Array, rotary: tuple[Array, Array], context: LayerCache, visible_BNS: Array) -> Array:
-        x_BND = x_BND + self.attention(self.input_norm(x_BND), rotary, context, visible_BNS)
-        return x_BND + self.mlp(self.post_norm(x_BND))
+    def __call__(
+        self, x_BND: Array, rotary: tuple[Array, Array], context: LayerCache, visible_BNS: Array
+    ) -> tuple[Array, KeysValues]:
+        y_BND, offered = self.attention(self.input_norm(x_BND), rotary, context, visible_BNS)
+        x_BND = x_BND + y_BND
+        return x_BND + self.mlp(self.post_norm(x_BND)), offered
 
 
 class Drafter(nn.Module):
@@ -103,9 +103,10 @@ class Drafter(nn.Module):
         if config.bias_rank:
             table = weight_init("dense", (config.vocab_size, config.bias_rank), config.init_range, config.param_dtype)
             self.bias_in = self.param("bias_in", table)
-            self.bias_out = self.param("bias_out", nn.initializers.zeros, (config.vocab_size, config.bias_rank))
+            shape, dtype = (config.vocab_size, config.bias_rank), jnp.dtype(config.param_dtype)
+            self.bias_out = self.param("bias_out", nn.initializers.zeros, shape, dtype)
 
-    def context(self, taps_BTZ: Float[Array, "B T Z"], positions_BT: Int[Array, "B T"]) -> tuple[LayerCache, ...]:
+    def context(self, taps_BTZ: Float[Array, "B T Z"], positions_BT: Int[Array, "B T"]) -> tuple[KeysValues, ...]:
         """Per draft layer the keys and values of tapped tokens; Z is the taps side by side."""
         config = self.config
         fused_BTD = self.context_norm(linear(taps_BTZ.astype(config.dtype), self.fuse))
@@ -125,24 +126,49 @@ class Drafter(nn.Module):
         `starts_B` and beyond, hold nothing.
         """
         config = self.config
-        batch, drafts = anchor_BD.shape[0], config.block_size - 1
-        masks = jnp.broadcast_to(self.mask.astype(config.dtype), (batch, drafts, config.hidden_size))
+        shape = (anchor_BD.shape[0], config.block_size - 1, config.hidden_size)
+        masks = jnp.broadcast_to(self.mask.astype(config.dtype), shape)
         x_BND = jnp.concatenate([anchor_BD.astype(config.dtype)[:, None], masks], axis=1)
-        rows_BN = starts_B[:, None] + jnp.arange(config.block_size)
-        rotary = rotary_table(rows_BN, config.rotary_dim, config.block_theta, config.dtype)
-        visible_BNS = context_visibility(rows_BN, positions_BS, config.window)
-        for layer, held in zip(self.layers, context):
-            x_BND = layer(x_BND, rotary, held, visible_BNS)
-        return self.norm(x_BND)
+        return self.read(x_BND, starts_B, context, positions_BS)[0]
 
-    def bias(self, previous_B: Int[Array, "B"]) -> Float[Array, "B C"]:
+    def read(
+        self,
+        x_BND: Float[Array, "B N D"],
+        starts_B: Int[Array, "B"],
+        context: tuple[LayerCache, ...],
+        positions_BS: Int[Array, "B S"],
+        causal: bool = False,
+    ) -> tuple[Float[Array, "B N D"], tuple[KeysValues, ...]]:
+        """Hidden rows behind embedded rows of any kind, and what each layer's rows offer as keys and values.
+
+        A block's rows see each other in both directions, unless `causal`.
+        """
+        config = self.config
+        batch, size = x_BND.shape[:2]
+        rows_BN = starts_B[:, None] + jnp.arange(size)
+        rotary = rotary_table(rows_BN, config.rotary_dim, config.block_theta, config.dtype)
+        block_NN = jnp.tri(size, dtype=bool) if causal else jnp.ones((size, size), bool)
+        visible_BNS = jnp.concatenate(
+            [
+                context_visibility(rows_BN, positions_BS, config.window),
+                jnp.broadcast_to(block_NN, (batch, size, size)),
+            ],
+            axis=-1,
+        )
+        offered = []
+        for layer, held in zip(self.layers, context):
+            x_BND, keys_values = layer(x_BND.astype(config.dtype), rotary, held, visible_BNS)
+            offered.append(keys_values)
+        return self.norm(x_BND), tuple(offered)
+
+    def bias(self, previous: Int[Array, "*B"]) -> Float[Array, "*B C"]:
         """What the token before a slot adds to that slot's logits: W2 W1[previous] (DSpark)."""
-        return linear(self.bias_in[previous_B].astype(self.config.dtype), self.bias_out, jnp.float32)
+        return linear(self.bias_in[previous].astype(self.config.dtype), self.bias_out, jnp.float32)
 
     def everything(self, taps_BTZ: Array):
         """Touches every parameter; what `init` runs."""
         positions = jnp.broadcast_to(jnp.arange(taps_BTZ.shape[1]), taps_BTZ.shape[:2])
-        context = self.context(taps_BTZ, positions)
+        context = tuple(LayerCache(*map(heads_first, layer)) for layer in self.context(taps_BTZ, positions))
         starts = jnp.full(taps_BTZ.shape[0], taps_BTZ.shape[1])
         hidden = self(taps_BTZ[:, 0, : self.config.hidden_size], starts, context, positions)
         return hidden, self.bias(starts) if self.config.bias_rank else None

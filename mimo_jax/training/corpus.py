@@ -152,8 +152,13 @@ def batch_at(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) 
     windows = (len(tokens) - 1) // length
     if windows < batch:
         raise UserError(f"corpus: {len(tokens)} tokens give {windows} windows of {length}; a batch needs {batch}")
-    index = np.arange(step * batch, (step + 1) * batch)
-    epochs = [int(epoch) for epoch in index // windows]
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(windows) for epoch in set(epochs)}
-    starts = [orders[epoch][i % windows] * length for epoch, i in zip(epochs, index)]
+    starts = shuffled(windows, step, batch, seed) * length
     return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
+
+
+def shuffled(count: int, step: int, batch: int, seed: int) -> np.ndarray:
+    """Batch `step` of an endless walk over `count` items, each epoch in an order of its own: indices [batch]."""
+    index = np.arange(step * batch, (step + 1) * batch)
+    epochs = [int(epoch) for epoch in index // count]
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set(epochs)}
+    return np.array([orders[epoch][i % count] for epoch, i in zip(epochs, index)])

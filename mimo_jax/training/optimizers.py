@@ -8,7 +8,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-ADAM_NAMES = {"embed", "head", "router", "router_bias", "sink", "weight"}
+ADAM_NAMES = {"embed", "head", "router", "router_bias", "sink", "weight", "mask", "bias_in", "bias_out"}
+OPTIMIZERS = ("muon", "adamw")
 
 
 def _name(path) -> str:
@@ -36,15 +37,17 @@ def learning_rate(peak: float, warmup: int, decay_start: int, decay_steps: int) 
     return optax.join_schedules(pieces, boundaries)
 
 
-def make_optimizer(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """Gradients clipped to norm 1, then Muon scaled to AdamW's update size (0.2 RMS), so that both share one rate."""
+def make_optimizer(schedule: optax.Schedule, weight_decay: float, name: str = "muon") -> optax.GradientTransformation:
+    """Gradients clipped to norm 1, then Muon scaled to AdamW's update size (0.2 RMS), so that both share one rate.
+
+    With `name` "adamw" every leaf is AdamW's.
+    """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) not in ADAM_NAMES, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        muon(
+    rules = {
+        "muon": lambda: muon(
             schedule,
             weight_decay=weight_decay,
             weight_decay_mask=decayed,
@@ -53,4 +56,6 @@ def make_optimizer(schedule: optax.Schedule, weight_decay: float) -> optax.Gradi
             consistent_rms=0.2,
             muon_weight_dimension_numbers=matrix_axes,
         ),
-    )
+        "adamw": lambda: optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=decayed),
+    }
+    return optax.chain(optax.clip_by_global_norm(1.0), rules[name]())

@@ -1,8 +1,7 @@
 """Pretraining and its continuation with quantisation-aware training (QAT), as pure functions over one state.
 
 QAT: every forward pass sees the experts as their exported MXFP4 bytes would decode; gradients pass straight through to
-float32 masters; router, attention and everything else stay at higher precision. With a teacher, the same model without
-rounding, the loss is the distance to its distribution: quantisation-aware distillation (arXiv 2601.20088).
+float32 masters; router, attention and everything else stay at higher precision.
 
 Experts are kept balanced without an auxiliary loss: a bias that only selects moves by a fixed step towards the
 under-used ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
@@ -38,7 +37,7 @@ class TrainConfig:
     decay_start: int = 0
     decay_steps: int = 0  # 0: the rate stays at its peak
     qat: bool = False
-    distill: float = 0.0  # share of the loss that is the distance to a teacher's distribution
+    consistency: float = 0.0  # with QAT: weight of the rounded experts' distance to their masters
     weight_decay: float = 0.1
     mtp_weight: float = 0.3
     mtp_share: int = 4  # MTP layers learn from one sequence in this many
@@ -49,8 +48,8 @@ class TrainConfig:
         for field in ("batch", "length", "peak_rate", "mtp_share"):
             if getattr(self, field) <= 0:
                 raise UserError(f"training: {field}={getattr(self, field)} must be positive")
-        if not 0 <= self.distill <= 1:
-            raise UserError(f"training: distill={self.distill} must lie in [0, 1]")
+        if self.consistency < 0 or (self.consistency and not self.qat):
+            raise UserError(f"training: consistency={self.consistency} must not be negative, and needs qat")
         if self.decay_steps < 0 or self.warmup < 0:
             raise UserError(f"training: decay_steps={self.decay_steps}, warmup={self.warmup} must not be negative")
 
@@ -90,30 +89,24 @@ def divergence(teacher_BTC: Float[Array, "B T C"], logits_BTC: Float[Array, "B T
     return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits_BTC), jax.nn.log_softmax(teacher_BTC))
 
 
-def loss_fn(
-    params: Params,
-    window_BT: Int[Array, "B T+1"],
-    config: ModelConfig,
-    train: TrainConfig,
-    teacher: Params | None = None,
-):
-    """Next-token loss, distilled from `teacher` if there is one, plus the weighted MTP loss.
+def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig):
+    """Next-token loss plus the weighted MTP loss; the second value holds both and the expert counts.
 
-    The second value holds the plain next-token loss, the MTP loss and the expert counts.
+    With QAT they are those of the rounded experts. With `train.consistency` the masters learn from the text and the
+    rounded experts from the masters, which is a signal without the noise of the text.
     """
-    if train.qat:
-        params = quantize_experts(params)
-    apply: Callable[..., Any] = partial(Backbone(config).apply, {"params": params})
+    seen = quantize_experts(params) if train.qat else params
+    apply: Callable[..., Any] = Backbone(config).apply
     tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
-    logits_BTC, features, _ = apply(tokens_BT)
+    logits_BTC, features, _ = apply({"params": seen}, tokens_BT)
     loss = objective = jnp.mean(cross_entropy(logits_BTC, targets_BT))
-    if teacher is not None:
-        teacher_BTC, _, _ = Backbone(config).apply({"params": teacher}, tokens_BT)
-        distance = jnp.mean(divergence(teacher_BTC, logits_BTC))
-        objective = (1 - train.distill) * loss + train.distill * distance
+    if train.consistency:
+        masters_BTC, _, _ = apply({"params": params}, tokens_BT)
+        distance = jnp.mean(divergence(jax.lax.stop_gradient(masters_BTC), logits_BTC))
+        objective = jnp.mean(cross_entropy(masters_BTC, targets_BT)) + train.consistency * distance
     rows = max(1, train.batch // train.mtp_share)
     hidden_BTD, targets_BT = features.hidden[:rows], targets_BT[:rows]
-    ahead = apply(hidden_BTD, tokens_BT[:rows], method="predict_ahead")
+    ahead = apply({"params": seen}, hidden_BTD, tokens_BT[:rows], method="predict_ahead")
     mtp_loss = jnp.float32(0)
     for depth, logits_BTC in enumerate(ahead, start=1):
         last = tokens_BT.shape[1] - depth
@@ -133,13 +126,9 @@ def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelC
 
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
-def train_step(
-    state: TrainState, window_BT: Array, config: ModelConfig, train: TrainConfig, teacher: Params | None = None
-):
+def train_step(state: TrainState, window_BT: Array, config: ModelConfig, train: TrainConfig):
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
-    gradients, (loss, mtp_loss, counts_LE) = jax.grad(loss_fn, has_aux=True)(
-        state.params, window_BT, config, train, teacher
-    )
+    gradients, (loss, mtp_loss, counts_LE) = jax.grad(loss_fn, has_aux=True)(state.params, window_BT, config, train)
     optimizer = make_optimizer(train.schedule, train.weight_decay)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)

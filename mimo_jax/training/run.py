@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,10 +19,13 @@ from mimo_jax.checkpoint import orbax
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
-from mimo_jax.modeling.backbone import Params
 from mimo_jax.progress import progress
 from mimo_jax.training.corpus import batch_at
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
+
+State = TypeVar("State", bound=Any)  # anything with a `step`
+Metrics = dict[str, jax.Array]
+Update = Callable[[State, int], tuple[State, Metrics]]
 
 SAVE_EVERY = 100
 LOG_EVERY = 10
@@ -49,26 +53,20 @@ def prepare(run: Path, settings: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(settings, indent=1).encode())
 
 
-def train_until(
-    run: Path,
-    tokens: np.ndarray,
-    config: ModelConfig,
-    train: TrainConfig,
-    state: TrainState,
-    last_step: int,
-    teacher: Params | None = None,
-) -> TrainState:
-    """Trains from `state.step` to `last_step`, logging every 10 steps and saving every 100 and at the end."""
+def train_until(run: Path, state: State, last_step: int, update: Update[State], tokens_per_step: int) -> State:
+    """Trains from `state.step` to `last_step`, logging every 10 steps and saving every 100 and at the end.
+
+    `update` takes the state and the number of the step, from 0, and returns the new state and scalar metrics.
+    """
     first = int(state.step) + 1
     _truncate_log(run / "log.jsonl", first - 1)
     with progress("training", last_step, done=first - 1) as bar, (run / "log.jsonl").open("a") as log:
         started = time.perf_counter()
         for step in range(first, last_step + 1):
-            window = batch_at(tokens, step - 1, train.batch, train.length, train.seed)
-            state, metrics = train_step(state, window, config, train, teacher)
+            state, metrics = update(state, step - 1)
             if step % LOG_EVERY == 0 or step == last_step:
                 metrics = {name: round(float(value), 5) for name, value in jax.device_get(metrics).items()}
-                speed = LOG_EVERY * train.batch * train.length / (time.perf_counter() - started)
+                speed = LOG_EVERY * tokens_per_step / (time.perf_counter() - started)
                 log.write(json.dumps({"step": step, **metrics, "tokens_per_second": round(speed)}) + "\n")
                 log.flush()
                 bar.describe(f"loss {metrics['loss']:.3f}  {speed:,.0f} tokens/s")
@@ -77,6 +75,16 @@ def train_until(
             if step % SAVE_EVERY == 0 or step == last_step:
                 orbax.save_step(run / "checkpoints", step, state)
     return state
+
+
+def pretraining_update(tokens: np.ndarray, config: ModelConfig, train: TrainConfig) -> Update[TrainState]:
+    """The update of `train_until` for pretraining and QAT on a corpus' tokens."""
+
+    def update(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        window = batch_at(tokens, step, train.batch, train.length, train.seed)
+        return train_step(state, window, config, train)
+
+    return update
 
 
 def _truncate_log(path: Path, step: int) -> None:
@@ -104,17 +112,21 @@ def plot_losses(runs: list[Path], out: Path) -> None:
     pyplot.close(figure)
 
 
-def settings_of(config: ModelConfig, train: TrainConfig, **more: Any) -> dict[str, Any]:
-    """What identifies a run, as JSON values."""
-    return json.loads(json.dumps({"model": dataclasses.asdict(config), "train": dataclasses.asdict(train), **more}))
+def settings_of(model: Any, train: Any, **more: Any) -> dict[str, Any]:
+    """What identifies a run, as JSON values: the config dataclasses of what is trained, and how."""
+    return json.loads(json.dumps({"model": dataclasses.asdict(model), "train": dataclasses.asdict(train), **more}))
 
 
-def read_settings(run: Path) -> tuple[ModelConfig, TrainConfig]:
-    """The configs a run was started with."""
+def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the two configs a run was started with."""
     if not (run / "run.json").is_file():
         raise UserError(f"{run}: not a run directory; expected run.json")
     settings = json.loads((run / "run.json").read_text())
-    model: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()
-    }
-    return ModelConfig(**model), TrainConfig(**settings["train"])
+    model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
+    return model, settings["train"]
+
+
+def read_settings(run: Path) -> tuple[ModelConfig, TrainConfig]:
+    """The configs a pretraining run was started with."""
+    model, train = read_run(run)
+    return ModelConfig(**model), TrainConfig(**train)

@@ -70,20 +70,17 @@ def test_qat_loss_is_the_exported_models_loss():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_distillation_is_the_distance_to_the_teacher():
-    """With a teacher the objective is its share of KL(teacher || model), in nats, and zero for the teacher itself."""
-    teacher = random_params(CONFIG, seed=5)
-    objective = jax.jit(loss_fn, static_argnums=(2, 3))
-    plain = dataclasses.replace(TRAIN, mtp_weight=0.0)
-    half = dataclasses.replace(plain, distill=0.5)
-    logits = [Backbone(CONFIG).apply({"params": params}, WINDOW[:, :-1])[0] for params in (teacher, PARAMS)]
-    p, q = (np.asarray(jax.nn.softmax(values), np.float64) for values in logits)
-    distance = scipy.stats.entropy(p, q, axis=-1).mean()
-    total, (loss, *_) = objective(PARAMS, WINDOW, CONFIG, half, teacher)
-    assert distance > 0.1
-    assert float(total) == pytest.approx(0.5 * float(loss) + 0.5 * distance, rel=1e-5)
-    alone, _ = objective(PARAMS, WINDOW, CONFIG, dataclasses.replace(plain, distill=1.0), PARAMS)
-    assert float(alone) == pytest.approx(0, abs=1e-6)
+def test_consistency_is_the_distance_to_the_masters():
+    """The objective is the masters' next-token loss plus the weighted KL(masters || rounded experts), in nats."""
+    train = dataclasses.replace(TRAIN, qat=True, consistency=0.5, mtp_weight=0.0)
+    total, (loss, *_) = jax.jit(loss_fn, static_argnums=(2, 3))(PARAMS, WINDOW, CONFIG, train)
+    logits = [Backbone(CONFIG).apply({"params": p}, WINDOW[:, :-1])[0] for p in (PARAMS, quantize_experts(PARAMS))]
+    masters, rounded = (np.asarray(jax.nn.softmax(values), np.float64) for values in logits)
+    cross_entropies = [-np.log(np.take_along_axis(p, WINDOW[:, 1:, None], 2)).mean() for p in (masters, rounded)]
+    distance = scipy.stats.entropy(masters, rounded, axis=-1).mean()
+    assert distance > 1e-3
+    assert float(total) == pytest.approx(cross_entropies[0] + 0.5 * distance, rel=1e-5)
+    assert float(loss) == pytest.approx(cross_entropies[1], rel=1e-5)
 
 
 def test_bias_moves_towards_idle_experts():

@@ -45,7 +45,8 @@ def go_on(directory, last: int = LAST):
     run.prepare(directory, run.settings_of(CONFIG, TRAIN))
     saved = orbax.steps(directory / "checkpoints")
     state = run.latest_state(directory, CONFIG, TRAIN) if saved else fresh_state()
-    return run.train_until(directory, TOKENS, CONFIG, TRAIN, state, last)
+    update = run.pretraining_update(TOKENS, CONFIG, TRAIN)
+    return run.train_until(directory, state, last, update, TRAIN.batch * TRAIN.length)
 
 
 def curve(directory) -> list[tuple[int, float, float]]:

@@ -1,0 +1,95 @@
+"""Drafters that DFlash is compared with, in the same loop."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from mimo_jax.cache import LayerCache, row_positions
+from mimo_jax.config import SLIDING
+from mimo_jax.drafting import BlockDrafter, Draft, as_draft
+from mimo_jax.modeling.attention import heads_first
+from mimo_jax.modeling.drafter import Drafter
+from mimo_jax.modeling.layers import linear
+from mimo_jax.sampling import draw
+from mimo_jax.verification import draft_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramDrafter:
+    """Prompt lookup: copies what followed the latest earlier occurrence of the longest known suffix.
+
+    Deterministic, without parameters. Its cache is the text so far.
+    """
+
+    block_size: int = 8
+    longest: int = 4
+    taps: tuple[int, ...] = ()
+    expected: float | None = None
+
+    def init_cache(self, batch: int, capacity: int) -> Int[Array, "B S"]:
+        return jnp.zeros((batch, capacity + self.block_size), jnp.int32)
+
+    def absorb(self, params, target, cache, tokens_BT, features, lengths_B, counts_B) -> Int[Array, "B S"]:
+        slot_T = jnp.arange(tokens_BT.shape[1])
+        column_BT = jnp.where(slot_T < counts_B[:, None], lengths_B[:, None] + slot_T, cache.shape[1])
+        return cache.at[jnp.arange(cache.shape[0])[:, None], column_BT].set(tokens_BT, mode="drop")
+
+    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
+        text_BS = cache.at[jnp.arange(cache.shape[0]), lengths_B].set(last_B)
+        matched_BS = jax.vmap(self._matched)(text_BS, lengths_B)
+        # The longest match wins, and the latest of equal ones; without any, the token after the very first is copied.
+        place_S = jnp.arange(text_BS.shape[1])
+        source_B = jnp.argmax(matched_BS * text_BS.shape[1] + place_S * (matched_BS > 0), axis=1)
+        column_BM = source_B[:, None] + jnp.arange(1, self.block_size)
+        # A copy that reaches the end of the text goes on with what it has just copied.
+        period_B1 = (lengths_B - source_B)[:, None]
+        wrapped_BM = jnp.where(
+            column_BM > lengths_B[:, None],
+            source_B[:, None] + 1 + (column_BM - source_B[:, None] - 1) % period_B1,
+            column_BM,
+        )
+        return Draft(jnp.take_along_axis(text_BS, wrapped_BM, axis=1), None)
+
+    def _matched(self, text_S: Array, length: Array) -> Int[Array, "S"]:
+        """Per place, how many tokens up to it equal those up to the anchor, at most `longest`; 0 from the anchor on."""
+        place_S = jnp.arange(text_S.shape[0])
+        so_far_S: Bool[Array, "S"] = place_S < length
+        total_S = jnp.zeros_like(text_S)
+        for back in range(self.longest):
+            same_S = jnp.roll(text_S, back) == text_S[jnp.maximum(length - back, 0)]
+            so_far_S = so_far_S & same_S & (place_S >= back) & (length >= back)
+            total_S += so_far_S
+        return total_S
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainDrafter(BlockDrafter):
+    """The same modules, geometry and injected context, drafting token by token: one forward pass per slot.
+
+    Row k embeds the token drafted before it and predicts the next one, so its parameters are trained as such.
+    """
+
+    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
+        apply = Drafter(self.config).apply
+        positions_BS = row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
+        drafted, logits, token_B = [], [], last_B
+        for slot in range(self.block_size - 1):
+            row_B = lengths_B + slot
+            x_B1D = target["embed"][token_B][:, None]
+            hidden_B1D, offered = apply({"params": params}, x_B1D, row_B, cache, positions_BS, method="read")
+            logits.append(linear(hidden_B1D[:, 0], target["head"], jnp.float32)[..., : self.config.vocab_size])
+            token_B = draw(strategy, logits[-1], draft_keys(keys_B, slot))
+            drafted.append(token_B)
+            cache = tuple(map(_with_row, cache, offered))
+            positions_BS = jnp.concatenate([positions_BS, row_B[:, None]], axis=1)
+        return as_draft(strategy, drafted, logits, target["head"].shape[0])
+
+
+def _with_row(held: LayerCache, offered: tuple[Array, Array]) -> LayerCache:
+    """The cache with the row just read behind its other rows."""
+    keys, values = map(heads_first, offered)
+    return LayerCache(jnp.concatenate([held.keys, keys], axis=2), jnp.concatenate([held.values, values], axis=2))

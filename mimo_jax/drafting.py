@@ -1,0 +1,161 @@
+"""What proposes blocks of tokens. A drafter is a small hashable object; its parameters and its cache are pytrees.
+
+`NoDrafter` makes plain decoding the same loop as speculation, with blocks of one token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.cache import LayerCache, append, row_positions
+from mimo_jax.config import SLIDING
+from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.modeling.backbone import Features, Params
+from mimo_jax.modeling.drafter import Drafter
+from mimo_jax.modeling.layers import linear
+from mimo_jax.sampling import Greedy, Strategy, draw, probabilities
+from mimo_jax.verification import draft_keys
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """M proposed tokens per row, and the distributions they were drawn from (None: they were not drawn)."""
+
+    tokens: Int[Array, "B M"]
+    probabilities: Float[Array, "B M C"] | None
+
+
+class Proposer(Protocol):
+    """The drafter's side of the loop. `params` are its own, `target` the target's."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens the target verifies per round: the anchor and the drafts."""
+        ...
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose residual streams it reads."""
+        ...
+
+    @property
+    def expected(self) -> float | None:
+        """Tokens per round that were measured with the target it was made for, if that is known."""
+        ...
+
+    def init_cache(self, batch: int, capacity: int) -> Any:
+        """What it remembers of the context, before there is any."""
+        ...
+
+    def absorb(
+        self,
+        params: Params,
+        target: Params,
+        cache: Any,
+        tokens_BT: Int[Array, "B T"],
+        features: Features,
+        lengths_B: Int[Array, "B"],
+        counts_B: Int[Array, "B"],
+    ) -> Any:
+        """The cache after the first `counts_B` of `tokens_BT`, which the target has just read behind `lengths_B`."""
+        ...
+
+    def propose(
+        self,
+        params: Params,
+        target: Params,
+        cache: Any,
+        last_B: Int[Array, "B"],
+        lengths_B: Int[Array, "B"],
+        strategy: Strategy,
+        keys_B: Array,
+    ) -> Draft:
+        """Drafts behind the anchor `last_B`, at position `lengths_B`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NoDrafter:
+    """Plain autoregressive decoding."""
+
+    block_size: int = 1
+    taps: tuple[int, ...] = ()
+    expected: float | None = None
+
+    def init_cache(self, batch: int, capacity: int) -> tuple:
+        return ()
+
+    def absorb(self, params, target, cache, tokens_BT, features, lengths_B, counts_B) -> tuple:
+        return ()
+
+    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
+        return Draft(jnp.zeros((last_B.shape[0], 0), jnp.int32), None)
+
+
+PLAIN = NoDrafter()
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDrafter:
+    """DFlash. Its cache is a ring per draft layer: neither memory nor time per round grows with the context."""
+
+    config: DrafterConfig
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.config.target_layer_ids
+
+    @property
+    def expected(self) -> float | None:
+        return self.config.acceptance_length
+
+    def init_cache(self, batch: int, capacity: int) -> tuple[LayerCache, ...]:
+        config = self.config
+        shape = (batch, config.num_kv_heads, config.window + config.block_size, config.head_dim)
+
+        def empty() -> Array:
+            return jnp.zeros(shape, config.dtype)
+
+        return tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
+
+    def absorb(self, params, target, cache, tokens_BT, features, lengths_B, counts_B) -> tuple[LayerCache, ...]:
+        positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        new = Drafter(self.config).apply({"params": params}, features.taps, positions_BT, method="context")
+        return tuple(
+            append(held, keys, values, lengths_B, counts_B, SLIDING) for held, (keys, values) in zip(cache, new)
+        )
+
+    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
+        positions_BS = row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
+        module = Drafter(self.config)
+        anchor_BD = target["embed"][last_B]
+        hidden_BND = module.apply({"params": params}, anchor_BD, lengths_B, cache, positions_BS)
+        logits_BMC = linear(hidden_BND[:, 1:], target["head"], jnp.float32)[..., : self.config.vocab_size]
+        drafted, logits, previous_B = [], [], last_B
+        for slot in range(self.block_size - 1):
+            logits_BC = logits_BMC[:, slot]
+            if self.config.bias_rank:
+                logits_BC += module.apply({"params": params}, previous_B, method="bias")
+            previous_B = draw(strategy, logits_BC, draft_keys(keys_B, slot))
+            drafted.append(previous_B)
+            logits.append(logits_BC)
+        return as_draft(strategy, drafted, logits, target["head"].shape[0])
+
+
+def as_draft(strategy: Strategy, drafted: list[Array], logits: list[Array], rows: int) -> Draft:
+    """Slots drawn one after another, with the laws they were drawn from padded to the target's `rows` of ids."""
+    tokens_BM = jnp.stack(drafted, axis=1)
+    if isinstance(strategy, Greedy):
+        return Draft(tokens_BM, None)
+    laws_BMC = probabilities(strategy, jnp.stack(logits, axis=1))
+    return Draft(tokens_BM, jnp.pad(laws_BMC, ((0, 0), (0, 0), (0, rows - laws_BMC.shape[-1]))))

@@ -1,0 +1,76 @@
+"""How much of what a drafter proposes the target accepts, on prompts neither was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mimo_jax.errors import UserError
+from mimo_jax.generation import Result, generate_batch
+from mimo_jax.model import Model
+from mimo_jax.progress import progress
+from mimo_jax.sampling import Strategy
+
+NGRAM = 4
+LEAST_DISTINCT = 0.5  # a text with fewer distinct 4-grams than this share is a loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Tokens per round over `texts` continuations with the half-width of its 95 % interval, and per-slot acceptance."""
+
+    texts: int
+    rounds: int
+    tokens_per_round: float
+    half_width: float
+    conditional: list[float]  # slot m: accepted / tested
+    block_share: float  # rounds whose whole block was accepted
+
+
+def prompts_of(tokens: np.ndarray, count: int, length: int) -> list[list[int]]:
+    """`count` evenly spaced prompts of `length` held-out tokens."""
+    if (len(tokens) - length) < count:
+        raise UserError(f"acceptance: {count} prompts of {length} tokens asked for, {len(tokens)} tokens are held out")
+    starts = np.linspace(0, len(tokens) - length, count).astype(int)
+    return [tokens[start : start + length].astype(int).tolist() for start in starts]
+
+
+def is_degenerate(tokens: list[int]) -> bool:
+    """Whether a text repeats itself: under half of its 4-grams are distinct. Any drafter predicts a loop."""
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return bool(grams) and len(set(grams)) < LEAST_DISTINCT * len(grams)
+
+
+def continue_all(
+    model: Model, prompts: list[list[int]], strategy: Strategy, max_tokens: int, rows: int, label: str
+) -> list[Result]:
+    """Every prompt's continuation, `rows` at a time; prompt i has seed i."""
+    results: list[Result] = []
+    with progress(label, len(prompts)) as bar:
+        for first in range(0, len(prompts), rows):
+            chosen = prompts[first : first + rows]
+            padded = chosen + [chosen[-1]] * (rows - len(chosen))  # one program for the last, shorter batch too
+            seeds = list(range(first, first + rows))
+            results += generate_batch(model, padded, strategy, max_tokens, seeds)[: len(chosen)]
+            bar.advance(len(chosen))
+    return results
+
+
+def measure(results: list[Result]) -> Measured:
+    """Totals over texts; the interval is that of a ratio estimator over texts."""
+    rounds = np.array([result.acceptance.rounds for result in results], np.float64)
+    tokens = np.array([result.acceptance.tokens for result in results], np.float64)
+    tested = np.sum([result.acceptance.tested for result in results], axis=0)
+    accepted = np.sum([result.acceptance.accepted for result in results], axis=0)
+    ratio = tokens.sum() / rounds.sum()
+    spread = np.std(tokens - ratio * rounds, ddof=1) * math.sqrt(len(results)) / rounds.sum()
+    return Measured(
+        texts=len(results),
+        rounds=int(rounds.sum()),
+        tokens_per_round=float(ratio),
+        half_width=float(1.96 * spread),
+        conditional=[float(a / t) if t else math.nan for a, t in zip(accepted, tested)],
+        block_share=float(accepted[-1] / rounds.sum()) if len(accepted) else 0.0,
+    )

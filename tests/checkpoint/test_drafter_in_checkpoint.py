@@ -1,0 +1,103 @@
+"""A checkpoint keeps its drafter: put in atomically, carried through conversions, found by `load`."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mimo_jax as mimo
+from mimo_jax.checkpoint import dflash
+from mimo_jax.checkpoint.convert import to_huggingface, to_orbax, verify
+from mimo_jax.checkpoint.dflash import attach_drafter, read_drafter
+from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafting import PLAIN
+from mimo_jax.errors import UserError
+from mimo_jax.modeling.drafter import init_drafter
+
+DRAFTER = DrafterConfig(
+    hidden_size=192,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=24,
+    target_layer_ids=(0, 5),
+    num_target_layers=6,
+    vocab_size=4000,
+    mask_token_id=5,
+    window=32,
+    acceptance_length=3.5,
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The bundled model with a drafter of random weights."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    shutil.copytree(mimo.BUNDLED, folder)
+    attach_drafter(folder, DRAFTER, init_drafter(DRAFTER, jax.random.key(0)))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_attached_drafter_is_whole_and_used(checkpoint):
+    """The manifest covers it, `load` drafts with it, and greedy text is what it is without."""
+    assert verify(checkpoint)["verified"]
+    drafting, plain = mimo.load(checkpoint), mimo.load(checkpoint, draft=False)
+    assert drafting.drafter.block_size == 8 and drafting.drafter.expected == 3.5
+    assert plain.drafter is PLAIN
+    texts = [mimo.generate(model, "def fib(n):\n", max_tokens=40) for model in (drafting, plain)]
+    assert texts[0].tokens == texts[1].tokens
+    assert texts[0].acceptance.rounds <= texts[1].acceptance.rounds
+
+
+def test_conversions_carry_the_drafter(checkpoint, tmp_path):
+    """To Orbax and back, every file of `dflash/` keeps its bytes."""
+    to_orbax(checkpoint, tmp_path / "orbax")
+    to_huggingface(tmp_path / "orbax", tmp_path / "back")
+    for folder in ("orbax", "back"):
+        assert contents(tmp_path / folder / "dflash") == contents(checkpoint / "dflash")
+        assert verify(tmp_path / folder)["verified"]
+
+
+def test_attaching_replaces_or_leaves_everything(checkpoint, tmp_path, monkeypatch):
+    """A second drafter takes the first one's place; one that fails half-way leaves the checkpoint as it was."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    deeper = dataclasses.replace(DRAFTER, num_layers=2)
+    attach_drafter(folder, deeper, init_drafter(deeper, jax.random.key(1)))
+    assert read_drafter(folder / "dflash")[0].num_layers == 2
+    assert verify(folder)["verified"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dflash, "torch_file", full)
+    with pytest.raises(UserError, match="could not be written"):
+        attach_drafter(folder, DRAFTER, init_drafter(DRAFTER, jax.random.key(0)))
+    assert read_drafter(folder / "dflash")[0].num_layers == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_drafter_of_another_geometry_is_refused(checkpoint, tmp_path):
+    """`load` says which value does not fit which."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    other = dataclasses.replace(DRAFTER, num_target_layers=12)
+    attach_drafter(folder, other, init_drafter(other, jax.random.key(0)))
+    with pytest.raises(UserError, match="num_target_layers=12, but the target has 6"):
+        mimo.load(folder)
+
+
+def test_bytes_read_are_the_bytes_written(checkpoint):
+    """Parameters come back as the BF16 they were stored in."""
+    _, params = read_drafter(checkpoint / "dflash")
+    expected = init_drafter(DRAFTER, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)

@@ -1,0 +1,223 @@
+"""The loop with drafters of every quality: what comes out never depends on what was drafted."""
+
+import collections
+import dataclasses
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafting import BlockDrafter, Draft
+from mimo_jax.generation import generate, generate_batch, stream
+from mimo_jax.modeling.backbone import Backbone
+from mimo_jax.modeling.drafter import init_drafter
+from mimo_jax.sampling import Sampled, probabilities
+from mimo_jax.verification import draft_keys
+
+LENGTHS = (1, 7, 8, 9, 15, 65)  # around the window of 8 and the first prefill bucket
+PROMPTS = [np.random.default_rng(length).integers(0, 300, length).tolist() for length in LENGTHS]
+COUNT = 40
+
+
+class Drafting:
+    """What the drafters of these tests share: nothing to remember, blocks of eight."""
+
+    block_size = 8
+    taps = ()
+    expected = None
+
+    def init_cache(self, batch, capacity):
+        return ()
+
+    def absorb(self, *_):
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay(Drafting):
+    """Proposes what plain decoding is known to say, with an error wherever (place + slot) % `period` is 0."""
+
+    truth: tuple[tuple[int, ...], ...]
+    prompt_lengths: tuple[int, ...]
+    period: int
+
+    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B):
+        place_BM = (lengths_B - jnp.array(self.prompt_lengths))[:, None] + jnp.arange(1, self.block_size)
+        truth = jnp.pad(jnp.array(self.truth), ((0, 0), (0, 2 * self.block_size)))
+        tokens_BM = jnp.take_along_axis(truth, jnp.clip(place_BM, 0, truth.shape[1] - 1), axis=1)
+        return Draft(jnp.where(place_BM % self.period == 0, (tokens_BM + 1) % 300, tokens_BM), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Drafting):
+    """Draws every slot evenly from the same few ids."""
+
+    ids: tuple[int, ...]
+
+    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B):
+        shape = (last_B.shape[0], self.block_size - 1)
+        ids = jnp.array(self.ids)
+        drawn = [jax.vmap(partial(jax.random.choice, a=ids))(draft_keys(keys_B, slot)) for slot in range(shape[1])]
+        law_C = jnp.zeros(target["head"].shape[0]).at[jnp.array(self.ids)].set(1 / len(self.ids))
+        return Draft(jnp.stack(drawn, axis=1), jnp.broadcast_to(law_C, (*shape, law_C.size)))
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return [generate(model, prompt, max_tokens=COUNT).tokens for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def drafting(model):
+    """The same model with a DFlash drafter of random weights, which is hardly ever right."""
+    config = DrafterConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        target_layer_ids=(0, 1),
+        num_target_layers=2,
+        vocab_size=320,
+        mask_token_id=5,
+        window=16,
+        bias_rank=4,
+        dtype="float32",
+        param_dtype="float32",
+        init_range=0.2,
+    )
+    return dataclasses.replace(
+        model, drafter=BlockDrafter(config), draft_params=init_drafter(config, jax.random.key(3))
+    )
+
+
+def replaying(model, plain, rows, period: int):
+    truth = tuple(tuple(plain[row]) for row in rows)
+    return dataclasses.replace(model, drafter=Replay(truth, tuple(LENGTHS[row] for row in rows), period))
+
+
+def test_greedy_text_is_the_plain_text(model, drafting, plain):
+    """With a drafter of random weights, greedy tokens are those of plain decoding, alone and in a batch."""
+    together = generate_batch(drafting, PROMPTS, max_tokens=COUNT)
+    assert [row.tokens for row in together] == plain
+    alone = generate(drafting, PROMPTS[4], max_tokens=COUNT)
+    assert alone.tokens == plain[4]
+    assert alone.acceptance == together[4].acceptance
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 5, 7, 8, 11, 1000])
+def test_every_accepted_length_gives_the_plain_text(model, plain, period):
+    """Drafts that are right up to any slot: same text, and the counters say exactly what happened."""
+    rows = (0, 3, 5)
+    results = generate_batch(replaying(model, plain, rows, period), [PROMPTS[row] for row in rows], max_tokens=COUNT)
+    rounds, tested, accepted = by_hand(period)
+    for row, result in zip(rows, results):
+        assert result.tokens == plain[row]
+        assert result.acceptance.rounds == rounds
+        assert result.acceptance.tested == tested and result.acceptance.accepted == accepted
+        assert result.acceptance.tokens_per_round == pytest.approx((COUNT - 1) / rounds)
+
+
+def by_hand(period: int) -> tuple[int, list[int], list[int]]:
+    """Rounds and per-slot counts of a replay, from its rule alone."""
+    done, rounds, tested, accepted = 1, 0, [0] * 7, [0] * 7
+    while done < COUNT:
+        rounds += 1
+        start = done
+        for slot in range(8):
+            if done == COUNT:
+                break
+            done += 1
+            if slot == 7:
+                break
+            tested[slot] += 1
+            if (start + slot) % period == 0:
+                break
+            accepted[slot] += 1
+    return rounds, tested, accepted
+
+
+def test_stops_and_limits_inside_a_block(model, plain):
+    """A stop token or the token limit anywhere in an accepted block ends the text there, as plain decoding does."""
+    perfect = replaying(model, plain, (2,), 1000)
+    for limit in range(1, 20):
+        assert generate(perfect, PROMPTS[2], max_tokens=limit).tokens == plain[2][:limit]
+    for stop_id in set(plain[2]):
+        stopping = dataclasses.replace(perfect, stop_ids=(stop_id,))
+        result = generate(stopping, PROMPTS[2], max_tokens=COUNT)
+        assert result.tokens == plain[2][: plain[2].index(stop_id) + 1]
+        assert result.finish_reason == "stop"
+
+
+def test_rows_finish_on_their_own(model, plain):
+    """In one batch a row may end at once, another in the middle of a block, and the last go on alone."""
+    rows = (0, 3, 5)
+    perfect = replaying(model, plain, rows, 5)
+    stop_id = plain[3][10]
+    expected = [row[: row.index(stop_id) + 1] if stop_id in row else row for row in (plain[row] for row in rows)]
+    stopping = dataclasses.replace(perfect, stop_ids=(stop_id,))
+    results = generate_batch(stopping, [PROMPTS[row] for row in rows], max_tokens=COUNT)
+    assert [result.tokens for result in results] == expected
+
+
+def test_streaming_while_drafting(drafting):
+    """Streamed pieces make up the text that generate returns."""
+    whole = generate(drafting, PROMPTS[3], max_tokens=COUNT)
+    pieces = list(stream(drafting, PROMPTS[3], max_tokens=COUNT))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[-1].result.tokens == whole.tokens
+
+
+def test_sampled_rows_do_not_depend_on_batch_mates(drafting):
+    """A sampled row is the same alone and in a batch, and its seed decides it."""
+    strategy = Sampled(temperature=1.2, top_p=0.9)
+    together = generate_batch(drafting, PROMPTS[:3], strategy, max_tokens=24, seed=[5, 6, 7])
+    for prompt, seed, row in zip(PROMPTS, (5, 6, 7), together):
+        assert generate(drafting, prompt, strategy, max_tokens=24, seed=seed).tokens == row.tokens
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_sampled_text_has_the_targets_law(model, rule):
+    """Over 6,000 seeds, the first four tokens of the real loop follow the target's exact joint law (chi-square)."""
+    strategy, prompt, depth = Sampled(temperature=0.8, top_k=2), PROMPTS[1], 4
+    law = joint_law(model, prompt, strategy, depth)
+    ids = tuple(sorted({token for text in law for token in text}))
+    drafting = dataclasses.replace(model, drafter=Uniform(ids), rule=rule)
+    counts: collections.Counter = collections.Counter()
+    accepted = 0
+    for first in range(0, 6000, 500):
+        seeds = list(range(first, first + 500))
+        results = generate_batch(drafting, [prompt] * 500, strategy, max_tokens=depth, seed=seeds)
+        counts.update(tuple(result.tokens) for result in results)
+        accepted += sum(sum(result.acceptance.accepted) for result in results)
+    assert set(counts) <= set(law)  # nothing that the filters forbid
+    assert accepted > 500  # and not everything was the target's own
+    expected = np.array(list(law.values())) / sum(law.values()) * counts.total()
+    observed = np.array([counts[text] for text in law])
+    common = expected >= 5
+    observed = np.append(observed[common], observed[~common].sum())
+    expected = np.append(expected[common], expected[~common].sum())
+    keep = expected > 0
+    assert scipy.stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-3
+
+
+def joint_law(model, prompt, strategy, depth: int) -> dict[tuple[int, ...], float]:
+    """Every continuation of `depth` tokens with its probability, by full forward passes."""
+    forward = jax.jit(lambda tokens: Backbone(model.config).apply({"params": model.params}, tokens)[0])
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for step in range(depth):
+        texts = list(law)
+        logits = forward(np.array([[*prompt, *text] for text in texts]))[:, len(prompt) + step - 1]
+        p = np.asarray(probabilities(strategy, logits), np.float64)
+        law = {
+            (*text, int(token)): law[text] * row[token]
+            for text, row in zip(texts, p)
+            for token in itertools.chain(np.flatnonzero(row))
+        }
+    return law

@@ -1,0 +1,192 @@
+"""Training of the drafter: what it is asked, what counts, and that it learns to be accepted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafting import BlockDrafter
+from mimo_jax.errors import UserError
+from mimo_jax.generation import generate
+from mimo_jax.model import Model
+from mimo_jax.tokenizer import Tokenizer
+from mimo_jax.training import drafter, run, selfgen
+from mimo_jax.training.drafter import DraftTrainConfig, draw_anchors, loss_fn, slot_weights
+from mimo_jax.training.selfgen import SelfGenConfig, Texts
+from tests.tiny import random_params, tiny_config
+
+TARGET = tiny_config(layer_pattern=(0, 1), moe_pattern=(0, 1), mtp_layers=0, init_range=0.15)
+CONFIG = DrafterConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    target_layer_ids=(0, 1),
+    num_target_layers=2,
+    vocab_size=256,
+    mask_token_id=5,
+    window=16,
+    dtype="float32",
+    param_dtype="float32",
+)
+TRAIN = DraftTrainConfig(steps=20, batch=4, anchors=6)
+SETTINGS = SelfGenConfig(length=40, rows=6, shortest=2, longest=9, temperatures=(0.0, 1.0))
+CORPUS = np.random.default_rng(0).integers(6, 256, 4000).astype(np.uint16)
+
+
+TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n"], 256 + 6)
+MODEL = Model(TARGET, random_params(TARGET), TOKENIZER, (7,), {})
+TEXTS = Texts(
+    np.random.default_rng(1).integers(0, 256, (8, 40)).astype(np.uint16),
+    np.arange(2, 10, dtype=np.int32),
+    np.array([40, 40, 12, 30, 8, 40, 40, 11], np.int32),
+)
+
+
+def test_anchors_lie_in_what_the_target_wrote():
+    """Anchors are distinct, and both their own token and the next one are the target's; too short rows say so."""
+    texts = TEXTS
+    for seed in range(30):
+        anchors, drawn = draw_anchors(jax.random.key(seed), texts.starts, texts.ends, 40, 6)
+        for row in range(8):
+            chosen = np.asarray(anchors[row])[np.asarray(drawn[row])]
+            assert len(set(chosen.tolist())) == len(chosen) == min(6, max(0, texts.ends[row] - 1 - texts.starts[row]))
+            assert ((chosen >= texts.starts[row]) & (chosen < texts.ends[row] - 1)).all()
+
+
+def test_slot_weights_are_the_published_ones():
+    """The decay of DFlash at gamma 4, and D-PACE's sum of products, slot by slot."""
+    loss = np.array([[0.1, 2.0, 0.5, 1.0, 0.3, 0.2, 0.9]], np.float32)
+    valid = np.array([[True] * 5 + [False] * 2])
+    decay = np.asarray(slot_weights("decay", loss, valid, 4.0))[0]
+    np.testing.assert_allclose(decay, [1, 0.7788, 0.6065, 0.4724, 0.3679, 0, 0], atol=1e-4)
+    smoothed = 0.5 * np.exp(-loss[0]) + 0.5
+    expected = [sum(np.prod(smoothed[: m + 1]) for m in range(k, 5)) for k in range(5)]
+    dpace = np.asarray(slot_weights("dpace", loss, valid, 4.0))[0]
+    np.testing.assert_allclose(dpace, [*expected, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", drafter.LOSSES)
+def test_nothing_behind_the_end_counts(loss):
+    """Padding behind a text changes neither loss nor gradient; what the target wrote does."""
+    texts, train = TEXTS, dataclasses.replace(TRAIN, loss=loss)
+    target, params = drafter.Target(TARGET, CONFIG.target_layer_ids), drafter.init_state(CONFIG, train).params
+
+    @jax.jit
+    def value(texts):
+        return loss_fn(params, jax.random.key(0), MODEL.params, texts, target, CONFIG, train)[0]
+
+    padded, changed = texts.tokens.copy(), texts.tokens.copy()
+    padded[2, 12:] = 99
+    changed[2, 11] = (changed[2, 11] + 1) % 256
+    assert float(value(dataclasses.replace(texts, tokens=padded))) == pytest.approx(float(value(texts)), rel=1e-6)
+    assert float(value(dataclasses.replace(texts, tokens=changed))) != pytest.approx(float(value(texts)), rel=1e-6)
+
+
+def test_the_target_gets_no_gradient():
+    """Features, embedding and head are frozen: no gradient reaches the target's parameters through the features."""
+    texts = TEXTS
+    target, params = drafter.Target(TARGET, CONFIG.target_layer_ids), drafter.init_state(CONFIG, TRAIN).params
+    gradient = jax.grad(
+        lambda weights: loss_fn(params, jax.random.key(0), weights, texts, target, CONFIG, TRAIN)[0], allow_int=True
+    )(MODEL.params)
+    norms = {name: float(jnp.linalg.norm(gradient[name]["attention"]["o"])) for name in ("layers_0", "layers_1")}
+    assert norms == {"layers_0": 0.0, "layers_1": 0.0}
+
+
+def test_self_generated_text_is_the_targets(tmp_path):
+    """Greedy chunks are the target's own continuations, sampled ones differ; a second call writes nothing anew."""
+    model = MODEL
+    texts = selfgen.generate_texts(model, CORPUS, SETTINGS, tmp_path / "texts", 2)
+    assert len(texts) == 12 and texts.tokens.shape == (12, 40)
+    for row in range(3):
+        prompt = texts.tokens[row, : texts.starts[row]].astype(int).tolist()
+        written = texts.tokens[row, texts.starts[row] : texts.ends[row]].astype(int).tolist()
+        assert generate(model, prompt, max_tokens=40 - len(prompt)).tokens == written
+    stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "texts").iterdir())]
+    again = selfgen.generate_texts(model, CORPUS, SETTINGS, tmp_path / "texts", 2)
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "texts").iterdir())] == stamps
+    np.testing.assert_array_equal(again.tokens, texts.tokens)
+
+
+def test_training_raises_what_is_accepted(tmp_path):
+    """A drafter trained on the target's own greedy text is accepted far more often than an untrained one."""
+    model = MODEL
+    greedy = dataclasses.replace(SETTINGS, temperatures=(0.0,), rows=64)
+    texts = selfgen.generate_texts(model, CORPUS[:400], greedy, tmp_path / "texts", 1)
+    train = dataclasses.replace(TRAIN, steps=150, batch=16, anchors=12, peak_rate=1e-2)
+    state = drafter.init_state(CONFIG, train)
+    untrained = jax.tree.map(jnp.copy, state.params)
+    state = run.train_until(
+        prepared(tmp_path / "run", train), state, 150, drafter.training_update(texts, model, CONFIG, train), 1
+    )
+
+    def accepted(params) -> float:
+        drafting = dataclasses.replace(model, drafter=BlockDrafter(CONFIG), draft_params=params)
+        prompts = [texts.tokens[row, : texts.starts[row]].astype(int).tolist() for row in range(6)]
+        results = [generate(drafting, prompt, max_tokens=30).acceptance for prompt in prompts]
+        return sum(result.tokens for result in results) / sum(result.rounds for result in results)
+
+    before, after = accepted(untrained), accepted(state.params)
+    assert before < 1.5
+    assert after > before + 1
+
+
+def prepared(directory, train):
+    run.prepare(directory, run.settings_of(CONFIG, train))
+    return directory
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(tmp_path, monkeypatch):
+    """Stopped after a save and given again, the drafter's run ends with the parameters of an uninterrupted one."""
+    monkeypatch.setattr(run, "SAVE_EVERY", 4)
+    ends = []
+    for name, stops in (("straight", [8]), ("broken", [4, 8])):
+        directory = prepared(tmp_path / name, TRAIN)
+        for last in stops:
+            fresh = not (directory / "checkpoints").exists()
+            state = drafter.init_state(CONFIG, TRAIN) if fresh else drafter.latest_state(directory, CONFIG, TRAIN)
+            update = drafter.training_update(TEXTS, MODEL, CONFIG, TRAIN)
+            state = run.train_until(directory, state, last, update, 1)
+        ends.append(state.params)
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert drafter.read_settings(tmp_path / "straight") == (CONFIG, TRAIN)
+
+
+def test_total_variation_is_measured_against_the_target():
+    """The "tv" objective of a block is 0.1 cross-entropy + 0.9 L1 distance to the target's own law, slot by slot."""
+    texts, train = TEXTS, dataclasses.replace(TRAIN, loss="tv", anchors=1, batch=1)
+    one = jax.tree.map(lambda array: array[:1], texts)
+    one = dataclasses.replace(one, starts=np.array([20], np.int32), ends=np.array([40], np.int32))
+    target, params = drafter.Target(TARGET, CONFIG.target_layer_ids), drafter.init_state(CONFIG, train).params
+    key = jax.random.key(3)
+    loss, _ = loss_fn(params, key, MODEL.params, one, target, CONFIG, train)
+    anchors, _ = draw_anchors(key, one.starts, one.ends, 40, 1)
+    anchor = int(anchors[0, 0])
+    logits, taps = target(MODEL.params, jnp.asarray(one.tokens, jnp.int32))
+    embed, head = (MODEL.params[name] for name in ("embed", "head"))
+    hidden = drafter.draft_hidden(params, CONFIG, "block", embed, taps, jnp.asarray(one.tokens, jnp.int32), anchors)
+    objective, weights = [], []
+    for slot in range(1, 8):
+        if anchor + slot >= 40:
+            break
+        q = scipy.special.softmax(np.asarray(hidden[0, slot - 1] @ head.T, np.float64))
+        p = scipy.special.softmax(np.asarray(logits[0, anchor + slot - 1], np.float64))
+        objective.append(-0.1 * np.log(q[one.tokens[0, anchor + slot]]) + 0.9 * np.abs(p - q).sum())
+        weights.append(np.exp(-(slot - 1) / 4))
+    assert float(loss) == pytest.approx(np.average(objective, weights=weights), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("loss", "hinge"), ("optimizer", "sgd"), ("steps", 0), ("anchors", -1), ("peak_rate", 0.0)]
+)
+def test_nonsense_settings_are_named(field, value):
+    """A value no run can have is an error that names the field."""
+    with pytest.raises(UserError, match=field):
+        dataclasses.replace(TRAIN, **{field: value})
