@@ -102,7 +102,6 @@ def selfgen_command(args: argparse.Namespace) -> dict:
 
 
 def drafter_command(args: argparse.Namespace) -> dict:
-
     from mimo_jax.checkpoint import orbax
     from mimo_jax.model import load_dense
     from mimo_jax.training import drafter, run, selfgen

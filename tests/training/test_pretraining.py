@@ -72,14 +72,14 @@ def test_qat_loss_is_the_exported_models_loss():
 
 def test_consistency_is_the_distance_to_the_masters():
     """The objective is the masters' next-token loss plus the weighted KL(masters || rounded experts), in nats."""
-    train = dataclasses.replace(TRAIN, qat=True, consistency=0.5, mtp_weight=0.0)
+    train = dataclasses.replace(TRAIN, qat=True, consistency=100.0, mtp_weight=0.0)
     total, (loss, *_) = jax.jit(loss_fn, static_argnums=(2, 3))(PARAMS, WINDOW, CONFIG, train)
     logits = [Backbone(CONFIG).apply({"params": p}, WINDOW[:, :-1])[0] for p in (PARAMS, quantize_experts(PARAMS))]
     masters, rounded = (np.asarray(jax.nn.softmax(values), np.float64) for values in logits)
     cross_entropies = [-np.log(np.take_along_axis(p, WINDOW[:, 1:, None], 2)).mean() for p in (masters, rounded)]
     distance = scipy.stats.entropy(masters, rounded, axis=-1).mean()
-    assert distance > 1e-3
-    assert float(total) == pytest.approx(cross_entropies[0] + 0.5 * distance, rel=1e-5)
+    assert 100 * distance > 0.01  # of a total near 6, so that a wrong distance would show
+    assert float(total) == pytest.approx(cross_entropies[0] + 100 * distance, rel=1e-5)
     assert float(loss) == pytest.approx(cross_entropies[1], rel=1e-5)
 
 
