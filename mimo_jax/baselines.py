@@ -6,15 +6,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mimo_jax.cache import LayerCache, row_positions
-from mimo_jax.config import SLIDING
+from mimo_jax.cache import LayerCache, init_layer, row_positions
+from mimo_jax.config import SLIDING, ModelConfig
 from mimo_jax.drafting import BlockDrafter, Draft, as_draft
 from mimo_jax.modeling.attention import heads_first
+from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.drafter import Drafter
 from mimo_jax.modeling.layers import linear
-from mimo_jax.sampling import draw
+from mimo_jax.sampling import draw_with_law
 from mimo_jax.verification import draft_keys
 
 
@@ -66,6 +67,52 @@ class NgramDrafter:
         return total_S
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MtpCache:
+    """Rows of the MTP layer, and the target's newest hidden state, whose row waits for the token after it."""
+
+    layer: LayerCache
+    hidden: Float[Array, "B D"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MtpDrafter:
+    """The target's own first MTP layer, one token per pass, fed with its own hidden state behind the first."""
+
+    config: ModelConfig
+    block_size: int = 8
+    taps: tuple[int, ...] = ()
+    expected: float | None = None
+
+    def init_cache(self, batch: int, capacity: int) -> MtpCache:
+        hidden_BD = jnp.zeros((batch, self.config.hidden_size), self.config.dtype)
+        return MtpCache(init_layer(self.config, SLIDING, batch, capacity), hidden_BD)
+
+    def absorb(self, params, target, cache, tokens_BT, features, lengths_B, counts_B) -> MtpCache:
+        # The row of the first prompt token would be at position -1, where nothing is ever visible.
+        before_BTD = jnp.concatenate([cache.hidden[:, None], features.hidden[:, :-1]], axis=1)
+        _, layer = self._look_ahead(target, before_BTD, tokens_BT, cache.layer, lengths_B - 1, counts_B)
+        newest_BD = jnp.take_along_axis(features.hidden, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        return MtpCache(layer, jnp.where(counts_B[:, None] > 0, newest_BD, cache.hidden))
+
+    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
+        drafted, laws, token_B, one_B = [], [], last_B, jnp.ones_like(last_B)
+        hidden_B1D, layer = cache.hidden[:, None], cache.layer
+        for slot in range(self.block_size - 1):
+            hidden_B1D, layer = self._look_ahead(
+                target, hidden_B1D, token_B[:, None], layer, lengths_B - 1 + slot, one_B
+            )
+            logits_BC = linear(hidden_B1D[:, 0], target["head"], jnp.float32)
+            token_B, law_BC = draw_with_law(strategy, logits_BC, draft_keys(keys_B, slot))
+            drafted.append(token_B)
+            laws.append(law_BC)
+        return as_draft(drafted, laws, target["head"].shape[0])
+
+    def _look_ahead(self, target, *arguments) -> tuple[Array, LayerCache]:
+        return Backbone(self.config).apply({"params": target}, *arguments, method="look_ahead")
+
+
 @dataclasses.dataclass(frozen=True)
 class ChainDrafter(BlockDrafter):
     """The same modules, geometry and injected context, drafting token by token: one forward pass per slot.
@@ -76,17 +123,18 @@ class ChainDrafter(BlockDrafter):
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
         apply = Drafter(self.config).apply
         positions_BS = row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
-        drafted, logits, token_B = [], [], last_B
+        drafted, laws, token_B = [], [], last_B
         for slot in range(self.block_size - 1):
             row_B = lengths_B + slot
             x_B1D = target["embed"][token_B][:, None]
             hidden_B1D, offered = apply({"params": params}, x_B1D, row_B, cache, positions_BS, method="read")
-            logits.append(linear(hidden_B1D[:, 0], target["head"], jnp.float32)[..., : self.config.vocab_size])
-            token_B = draw(strategy, logits[-1], draft_keys(keys_B, slot))
+            logits_BC = linear(hidden_B1D[:, 0], target["head"], jnp.float32)[..., : self.config.vocab_size]
+            token_B, law_BC = draw_with_law(strategy, logits_BC, draft_keys(keys_B, slot))
             drafted.append(token_B)
+            laws.append(law_BC)
             cache = tuple(map(_with_row, cache, offered))
             positions_BS = jnp.concatenate([positions_BS, row_B[:, None]], axis=1)
-        return as_draft(strategy, drafted, logits, target["head"].shape[0])
+        return as_draft(drafted, laws, target["head"].shape[0])
 
 
 def _with_row(held: LayerCache, offered: tuple[Array, Array]) -> LayerCache:

@@ -34,19 +34,17 @@ class Cache:
     lengths: Int[Array, "B"]
 
 
+def init_layer(config: ModelConfig, kind: int, batch: int, capacity: int) -> LayerCache:
+    """The empty rows of one layer."""
+    rows = capacity if kind == GLOBAL else min(capacity, config.sliding_window - 1 + MAX_BLOCK)
+    shape, dtype = (batch, config.kv_heads(kind), rows), jnp.dtype(config.dtype)
+    return LayerCache(jnp.zeros((*shape, config.head_dim), dtype), jnp.zeros((*shape, config.v_head_dim), dtype))
+
+
 def init_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
     """An empty cache for `batch` rows of at most `capacity` tokens."""
-    dtype = jnp.dtype(config.dtype)
-
-    def layer(kind: int) -> LayerCache:
-        rows = capacity if kind == GLOBAL else min(capacity, config.sliding_window - 1 + MAX_BLOCK)
-        heads = config.kv_heads(kind)
-        return LayerCache(
-            jnp.zeros((batch, heads, rows, config.head_dim), dtype),
-            jnp.zeros((batch, heads, rows, config.v_head_dim), dtype),
-        )
-
-    return Cache(tuple(layer(kind) for kind in config.layer_pattern), jnp.zeros(batch, jnp.int32))
+    layers = tuple(init_layer(config, kind, batch, capacity) for kind in config.layer_pattern)
+    return Cache(layers, jnp.zeros(batch, jnp.int32))
 
 
 def row_positions(kind: int, rows: int, lengths_B: Int[Array, "B"]) -> Int[Array, "B S"]:

@@ -29,7 +29,7 @@ class DrafterConfig:
     num_heads: int  # H
     num_kv_heads: int  # K
     head_dim: int  # Q, of keys and of values
-    target_layer_ids: tuple[int, ...]  # whose residual streams are tapped, each after its layer
+    target_layer_ids: tuple[int, ...]  # whose residual streams are tapped, each after its layer; -1: the embedding
     num_target_layers: int
     vocab_size: int  # only ids below it are proposed; the target's table may have more rows
     mask_token_id: int
@@ -120,7 +120,7 @@ _RULES = {
     **dict.fromkeys(("rope_theta", "partial_rotary_factor", "value_scale", "norm_eps", "init_range"), _POSITIVE),
     **dict.fromkeys(("dtype", "param_dtype"), _DTYPE),
     "target_layer_ids": (
-        lambda ids: isinstance(ids, tuple) and len(ids) > 0 and all(_is_whole(i, 0) for i in ids),
+        lambda ids: isinstance(ids, tuple) and len(ids) > 0 and all(_is_whole(i, -1) for i in ids),
         "a list of layer numbers",
     ),
     "mask_token_id": (lambda value: _is_whole(value, 0), "a token id"),

@@ -18,7 +18,7 @@ from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.modeling.backbone import Features, Params
 from mimo_jax.modeling.drafter import Drafter
 from mimo_jax.modeling.layers import linear
-from mimo_jax.sampling import Greedy, Strategy, draw, probabilities
+from mimo_jax.sampling import Strategy, draw_with_law
 from mimo_jax.verification import draft_keys
 
 
@@ -82,7 +82,7 @@ class Proposer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NoDrafter:
-    """Plain autoregressive decoding."""
+    """Plain autoregressive decoding; with a larger block, what verification alone costs."""
 
     block_size: int = 1
     taps: tuple[int, ...] = ()
@@ -95,7 +95,7 @@ class NoDrafter:
         return ()
 
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
-        return Draft(jnp.zeros((last_B.shape[0], 0), jnp.int32), None)
+        return Draft(jnp.zeros((last_B.shape[0], self.block_size - 1), jnp.int32), None)
 
 
 PLAIN = NoDrafter()
@@ -141,21 +141,22 @@ class BlockDrafter:
         anchor_BD = target["embed"][last_B]
         hidden_BND = module.apply({"params": params}, anchor_BD, lengths_B, cache, positions_BS)
         logits_BMC = linear(hidden_BND[:, 1:], target["head"], jnp.float32)[..., : self.config.vocab_size]
-        drafted, logits, previous_B = [], [], last_B
+        drafted, laws, previous_B = [], [], last_B
         for slot in range(self.block_size - 1):
             logits_BC = logits_BMC[:, slot]
             if self.config.bias_rank:
                 logits_BC += module.apply({"params": params}, previous_B, method="bias")
-            previous_B = draw(strategy, logits_BC, draft_keys(keys_B, slot))
+            previous_B, law_BC = draw_with_law(strategy, logits_BC, draft_keys(keys_B, slot))
             drafted.append(previous_B)
-            logits.append(logits_BC)
-        return as_draft(strategy, drafted, logits, target["head"].shape[0])
+            laws.append(law_BC)
+        return as_draft(drafted, laws, target["head"].shape[0])
 
 
-def as_draft(strategy: Strategy, drafted: list[Array], logits: list[Array], rows: int) -> Draft:
+def as_draft(drafted: list[Array], laws: list[Array | None], rows: int) -> Draft:
     """Slots drawn one after another, with the laws they were drawn from padded to the target's `rows` of ids."""
     tokens_BM = jnp.stack(drafted, axis=1)
-    if isinstance(strategy, Greedy):
+    drawn = [law for law in laws if law is not None]
+    if not drawn:
         return Draft(tokens_BM, None)
-    laws_BMC = probabilities(strategy, jnp.stack(logits, axis=1))
+    laws_BMC = jnp.stack(drawn, axis=1)
     return Draft(tokens_BM, jnp.pad(laws_BMC, ((0, 0), (0, 0), (0, rows - laws_BMC.shape[-1]))))

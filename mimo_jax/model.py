@@ -52,7 +52,7 @@ def load(directory: str | Path = BUNDLED, unpack: bool | None = None, draft: boo
     by default that is done on CPU only. Everywhere else packed weights stay packed. `draft` decides whether the
     drafter in the folder `dflash/`, if there is one, speeds up decoding; it never changes what is generated.
     """
-    from mimo_jax.checkpoint.dflash import has_drafter
+    from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
     from mimo_jax.checkpoint.huggingface import read_any
 
     directory = Path(directory)
@@ -70,10 +70,10 @@ def load(directory: str | Path = BUNDLED, unpack: bool | None = None, draft: boo
     if not all(type(token) is int and 0 <= token < config.vocab_size for token in stop_ids):
         raise UserError(f"{directory}: eos_token_id={stop_ids} must be token ids below {config.vocab_size}")
     model = Model(config, params, tokenizer, tuple(stop_ids), defaults)
-    return with_drafter(model, directory / "dflash") if draft and has_drafter(directory) else model
+    return with_drafter(model, directory / FOLDER) if draft and has_drafter(directory) else model
 
 
-def with_drafter(model: Model, directory: Path) -> Model:
+def with_drafter(model: Model, directory: Path, kind: type[BlockDrafter] = BlockDrafter) -> Model:
     """`model` drafting with the drafter of a `dflash/` folder, in the dtype of its activations."""
     from mimo_jax.checkpoint.dflash import read_drafter
 
@@ -82,7 +82,7 @@ def with_drafter(model: Model, directory: Path) -> Model:
     dtype = model.config.dtype
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), params)
-    return dataclasses.replace(model, drafter=BlockDrafter(config), draft_params=params)
+    return dataclasses.replace(model, drafter=kind(config), draft_params=params)
 
 
 def _generation_defaults(path: Path) -> dict[str, Any]:

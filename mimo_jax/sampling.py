@@ -75,7 +75,19 @@ def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Arr
 
 def draw(strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array) -> Int[Array, "B"]:
     """One token per row; row b uses only `keys_B[b]`, so a row never depends on its batch mates."""
+    return draw_with_law(strategy, logits_BC, keys_B)[0]
+
+
+def draw_with_law(
+    strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array
+) -> tuple[Int[Array, "B"], Float[Array, "B C"] | None]:
+    """`draw`'s tokens and the distributions they were drawn from; the most likely token is not drawn (None)."""
     if isinstance(strategy, Greedy):
-        return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
-    log_p_BC = jnp.log(probabilities(strategy, logits_BC))
-    return jax.vmap(jax.random.categorical)(keys_B, log_p_BC).astype(jnp.int32)
+        return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32), None
+    p_BC = probabilities(strategy, logits_BC)
+    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BC)).astype(jnp.int32), p_BC
+
+
+def strategy_at(temperature: float) -> Strategy:
+    """Unfiltered sampling at a temperature; at 0, the most likely token."""
+    return Sampled(temperature) if temperature else Greedy()

@@ -1,6 +1,7 @@
 """Measures speed. Two things are always compared within one run: timings on shared machines are noisy.
 
 scripts/benchmark.py decode                # ms per token of the bundled model beside transformers (needs torch)
+scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
 scripts/benchmark.py profile --trace DIR   # where a decode step's time goes
 """
 
@@ -67,6 +68,59 @@ def transformers_run(model, prompt: list[int], count: int, record: dict):
     return lambda: twin.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
 
+def speculation_command(args: argparse.Namespace) -> dict:
+    import dataclasses
+    from pathlib import Path
+
+    from mimo_jax.drafting import NoDrafter
+    from mimo_jax.generation import generate
+    from mimo_jax.model import BUNDLED, load, with_drafter
+    from mimo_jax.sampling import strategy_at
+    from mimo_jax.training.acceptance import prompts_of
+    from mimo_jax.training.corpus import load_tokens
+
+    plain = load(args.model or BUNDLED, unpack=True, draft=False)
+    drafting = {spec.rpartition("=")[0] or spec: spec.rpartition("=")[2] for spec in args.drafter}
+    drafting = drafting or {"DFlash": Path(args.model or BUNDLED) / "dflash"}
+    models = {"plain": plain, "verification": dataclasses.replace(plain, drafter=NoDrafter(block_size=8))}
+    models |= {name: with_drafter(plain, Path(folder)) for name, folder in drafting.items()}
+    strategy = strategy_at(args.temperature)
+    timings: dict[str, list] = {name: [] for name in models}
+    for number, prompt in enumerate(prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 64)):
+        for name, model in models.items():  # interleaved, so that a slow minute hits all of them
+            result = generate(model, prompt, strategy, args.tokens, args.seed)
+            if number:  # the first one compiles
+                timings[name].append((result.timing.decode_seconds, len(result.tokens), result.acceptance.rounds))
+    return speculation_record(timings, args)
+
+
+def speculation_record(timings: dict[str, list], args: argparse.Namespace) -> dict:
+    """Tokens per second, rounds in units of plain decoding's, and the speed-up with its 95 % interval over prompts."""
+    import numpy as np
+
+    record: dict = {"prompts": args.prompts, "tokens": args.tokens, "temperature": args.temperature}
+    totals = {name: np.array(rows, float) for name, rows in timings.items()}
+    plain = totals["plain"]
+    one_token = plain[:, 0].sum() / plain[:, 2].sum()
+    for name, rows in totals.items():
+        seconds, tokens, rounds = rows.sum(axis=0)
+        ratios = (rows[:, 1] / rows[:, 0]) / (plain[:, 1] / plain[:, 0])
+        record[name] = {
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_round": tokens / rounds,
+            "round_over_one_token": seconds / rounds / one_token,
+            "speedup": (tokens / seconds) / (plain[:, 1].sum() / plain[:, 0].sum()),
+            "speedup_half_width": 1.96 * float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5,
+        }
+        print(
+            "{:<14}{tokens_per_second:8.0f} tokens/s, {tokens_per_round:5.2f} tokens per round; a round takes "
+            "{round_over_one_token:.2f} plain steps; {speedup:.2f} (+- {speedup_half_width:.2f}) times plain".format(
+                name, **record[name]
+            )
+        )
+    return record
+
+
 def profile_command(args: argparse.Namespace) -> dict:
     import collections
     import gzip
@@ -100,6 +154,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     decode.add_argument("--repeats", type=int, default=7)
     decode.add_argument("--no-transformers", action="store_true")
     decode.set_defaults(command=decode_command)
+    speculation = commands.add_parser("speculation", help="tokens per second with a drafter over plain decoding")
+    speculation.add_argument("--data", default="runs/corpus", help="folder of the corpus")
+    speculation.add_argument("--drafter", action="append", default=[], help="[NAME=]dflash folder; repeat it")
+    speculation.add_argument("--prompts", type=int, default=20, help="held-out prompts of 64 tokens")
+    speculation.add_argument("--temperature", type=float, default=0.0)
+    speculation.add_argument("--seed", type=int, default=0)
+    speculation.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    speculation.add_argument("--tokens", type=int, default=128)
+    speculation.set_defaults(command=speculation_command)
     profile = commands.add_parser("profile", help="time per token by operation")
     profile.add_argument("--trace", required=True, help="folder for the trace (open it in Perfetto)")
     profile.set_defaults(command=profile_command)

@@ -1,7 +1,7 @@
 """Measures a trained model on held-out Python.
 
 scripts/evaluate.py bits --model path/to/checkpoint            # bits per byte of a checkpoint
-scripts/evaluate.py qat --bf16 runs/bf16_on --qat runs/qat     # what MXFP4 costs, with and without QAT
+scripts/evaluate.py qat --run runs/qat                         # what MXFP4 costs, with and without QAT
 scripts/evaluate.py acceptance --model path/to/checkpoint      # what the target accepts of its drafter's blocks
 """
 
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli import main_guard
+from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
 
@@ -40,22 +41,25 @@ def bits_command(args: argparse.Namespace) -> dict:
 def qat_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training import run
     from mimo_jax.training.evaluation import as_bf16, as_mxfp4, bits_per_byte
+    from mimo_jax.training.qat import QatState
 
-    rows = (
-        ("BF16", args.bf16, as_bf16),
-        ("MXFP4, rounded after training", args.bf16, as_mxfp4),
-        ("MXFP4, after QAT", args.qat, as_mxfp4),
-    )
+    config, train = run.read_settings(Path(args.run))
+    state = run.latest_state(Path(args.run), config, train)
+    if not isinstance(state, QatState):
+        raise UserError(f"--run {args.run} was trained without QAT; expected a run of `train.py anneal --qat`")
+    rows = {
+        "BF16": as_bf16(state.masters.params),
+        "MXFP4, rounded after training": as_mxfp4(state.masters.params),
+        "MXFP4, after QAT": as_mxfp4(state.params),
+    }
     heldout, record = _heldout(args), {}
-    for name, directory, cast in rows:
-        config, train = run.read_settings(Path(directory))
-        state = run.latest_state(Path(directory), config, train)
-        found = bits_per_byte(cast(state.params), config, *heldout, windows=args.windows)
+    for name, params in rows.items():
+        found = bits_per_byte(params, config, *heldout, windows=args.windows)
         record[name] = {**dataclasses.asdict(found), "step": int(state.step)}
-    best, rounded, trained = (record[name]["bits_per_byte"] for name, _, _ in rows)
+    best, rounded, trained = (record[name]["bits_per_byte"] for name in rows)
     record["QAT above BF16, percent"] = 100 * (trained / best - 1)
     record["rounding loss recovered, percent"] = 100 * (rounded - trained) / (rounded - best)
-    for name, _, _ in rows:
+    for name in rows:
         value = record[name]["bits_per_byte"]
         print(f"{name:<32}{value:8.4f}  {100 * (value / best - 1):+6.2f} %", file=sys.stderr)
     print(f"rounding loss recovered {record['rounding loss recovered, percent']:18.0f} %", file=sys.stderr)
@@ -63,32 +67,57 @@ def qat_command(args: argparse.Namespace) -> dict:
 
 
 def acceptance_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.baselines import NgramDrafter
-    from mimo_jax.model import BUNDLED, load, with_drafter
-    from mimo_jax.sampling import Greedy, Sampled
-    from mimo_jax.training.acceptance import continue_all, is_degenerate, measure, prompts_of
+    from mimo_jax.model import BUNDLED, load
+    from mimo_jax.sampling import strategy_at
+    from mimo_jax.training import acceptance
 
     plain = load(args.model or BUNDLED, unpack=True, draft=False)
-    prompts = prompts_of(_heldout(args)[0], args.prompts, args.prompt_tokens)
-    models = {"n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
-    for folder in args.drafter or [Path(args.model or BUNDLED) / "dflash"]:
-        models[str(folder)] = with_drafter(plain, Path(folder))
-    record: dict = {"prompts": len(prompts), "max_tokens": args.tokens, "rows": []}
-    print(f"{'drafter':<28}{'T':>5}  {'tokens per round':<18}conditional acceptance per slot", file=sys.stderr)
+    prompts = acceptance.prompts_of(_heldout(args)[0], args.prompts, args.prompt_tokens)
+    record: dict = {"prompts": len(prompts), "max_tokens": args.tokens, "rows": [], "target": []}
+    print(f"{'drafter':<28}{'T':>5}  {'tokens per round':<24}conditional acceptance per slot", file=sys.stderr)
     for temperature in args.temperature:
-        strategy = Sampled(temperature) if temperature else Greedy()
-        for name, model in models.items():
-            results = continue_all(model, prompts, strategy, args.tokens, args.rows, f"{name} T={temperature}")
-            texts = {"all": results, "no loops": [row for row in results if not is_degenerate(row.tokens)]}
-            for kind, chosen in texts.items():
-                if len(chosen) < 2:
-                    continue
-                found = measure(chosen)
-                record["rows"].append({"drafter": name, "temperature": temperature, "texts": kind} | vars(found))
+        strategy, results = strategy_at(temperature), []
+        for name, model in _drafting_models(args, plain).items():
+            label = f"{name} T={temperature}"
+            results = acceptance.continue_all(model, prompts, strategy, args.tokens, args.rows, label)
+            for texts, found in acceptance.summaries(results).items():
+                record["rows"].append({"drafter": name, "temperature": temperature, "texts": texts} | vars(found))
                 slots = " ".join(f"{value:.2f}" for value in found.conditional)
-                figure = f"{found.tokens_per_round:.2f} +- {found.half_width:.2f} ({kind})"
+                figure = f"{found.tokens_per_round:.2f} +- {found.half_width:.2f} ({texts})"
                 print(f"{name:<28}{temperature:>5}  {figure:<24}{slots}", file=sys.stderr)
+        if temperature:
+            record["target"].append({"temperature": temperature} | _uncertainty(plain, prompts, strategy, results))
+    if args.plot:
+        acceptance.plot(record["rows"], Path(args.plot))
     return record
+
+
+def _drafting_models(args: argparse.Namespace, plain) -> dict:
+    """The target with every drafter to be measured, by name."""
+    from mimo_jax.baselines import ChainDrafter, MtpDrafter, NgramDrafter
+    from mimo_jax.checkpoint.dflash import FOLDER
+    from mimo_jax.model import BUNDLED, with_drafter
+
+    models = {"n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
+    if plain.config.mtp_layers:
+        models["MTP layer"] = dataclasses.replace(plain, drafter=MtpDrafter(plain.config))
+    for spec in args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"]:
+        name, _, folder = spec.rpartition("=")
+        models[name or folder] = with_drafter(plain, Path(folder))
+    for spec in args.chain:
+        name, _, folder = spec.rpartition("=")
+        models[name or folder] = with_drafter(plain, Path(folder), ChainDrafter)
+    return models
+
+
+def _uncertainty(model, prompts: list, strategy, results: list) -> dict:
+    """The target's entropy on what it said, and what that leaves to drafters whose slots are blind to each other."""
+    from mimo_jax.training import ceiling
+
+    entropy = ceiling.entropy_per_token(model, prompts, results, strategy)
+    bound = ceiling.order_blind_ceiling(model, prompts[:: max(1, len(prompts) // 40)], strategy)
+    print(f"{'target':<28}{strategy.temperature:>5}  {entropy:.2f} nats per token; order-blind ceiling {bound:.2f}")
+    return {"nats_per_token": entropy, "order_blind_ceiling": bound}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -98,12 +127,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     bits.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     bits.set_defaults(command=bits_command)
     qat = commands.add_parser("qat", help="BF16 against MXFP4 rounded and MXFP4 trained, same tokens, same budget")
-    qat.add_argument("--bf16", required=True, help="run annealed without --qat")
-    qat.add_argument("--qat", required=True, help="run annealed with --qat")
+    qat.add_argument("--run", required=True, help="run annealed with --qat")
     qat.set_defaults(command=qat_command)
     acceptance = commands.add_parser("acceptance", help="tokens per round of drafters, on held-out prompts")
     acceptance.add_argument("--model", help="checkpoint directory of the target (default: the bundled model)")
-    acceptance.add_argument("--drafter", action="append", help="dflash folder; repeat it (default: the checkpoint's)")
+    acceptance.add_argument(
+        "--drafter", action="append", help="[NAME=]dflash folder; repeat it (default: the checkpoint's)"
+    )
+    acceptance.add_argument("--chain", action="append", default=[], help="the same for drafters trained as a chain")
+    acceptance.add_argument("--plot", help="PNG file to write")
     acceptance.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     acceptance.add_argument("--prompt-tokens", type=int, default=64)
     acceptance.add_argument("--tokens", type=int, default=128, help="tokens to generate behind each prompt")

@@ -50,28 +50,30 @@ def pretrain_command(args: argparse.Namespace) -> dict:
     else:
         config, params = dataclasses.replace(preset(args.preset), dtype=args.dtype), None
     settings = run.settings_of(config, train, start=args.start)
-    return _train(args, config, train, lambda: init_state(config, train, params), settings)
+    return _pretrain(args, config, train, lambda: init_state(config, train, params), settings)
 
 
 def anneal_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.training import run
+    from mimo_jax.training import qat, run
 
     start = Path(args.start)
     config, base = run.read_settings(start)
     state = run.latest_state(start, config, base)
+    if isinstance(state, qat.QatState):
+        raise UserError(f"--start {start} is a run with QAT, which ends a training; start from one without")
     first = int(state.step)
     train = dataclasses.replace(
         base,
         decay_start=first,
         decay_steps=args.steps,
         qat=args.qat,
-        consistency=args.consistency,
         peak_rate=args.rate or base.peak_rate,
         batch=args.batch or base.batch,
         length=args.length or base.length,
     )
     args.steps += first
-    return _train(args, config, train, lambda: state, run.settings_of(config, train, start=start.name))
+    settings = run.settings_of(config, train, start=start.name)
+    return _pretrain(args, config, train, lambda: qat.begin(state, train) if args.qat else state, settings)
 
 
 def _check_same_tokenizer(checkpoint: Path, data: Path) -> None:
@@ -102,14 +104,12 @@ def selfgen_command(args: argparse.Namespace) -> dict:
 
 
 def drafter_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.checkpoint import orbax
     from mimo_jax.model import load_dense
-    from mimo_jax.training import drafter, run, selfgen
+    from mimo_jax.training import corpus, drafter, run, selfgen
 
     model, texts = load_dense(Path(args.model)), selfgen.load_texts(Path(args.texts))
-    config = drafter.drafter_for(
-        model.config, model.tokenizer, layers=args.layers, window=args.window, bias_rank=args.bias_rank
-    )
+    taps = tuple(args.taps) if args.taps else None
+    config = drafter.drafter_for(model.config, model.tokenizer, args.layers, args.window, args.bias_rank, taps)
     train = drafter.DraftTrainConfig(
         steps=args.steps,
         batch=args.batch,
@@ -118,15 +118,13 @@ def drafter_command(args: argparse.Namespace) -> dict:
         loss=args.loss,
         optimizer=args.optimizer,
         peak_rate=args.rate,
+        human_share=args.human_share,
         seed=args.seed,
     )
-    directory = Path(args.run)
-    run.prepare(directory, run.settings_of(config, train))
-    resumed = orbax.steps(directory / "checkpoints")
-    state = drafter.latest_state(directory, config, train) if resumed else drafter.init_state(config, train)
-    update = drafter.training_update(texts, model, config, train)
-    run.train_until(directory, state, args.steps, update, args.batch * texts.tokens.shape[1])
-    return _summary(directory, resumed)
+    update = drafter.training_update(texts, corpus.load_tokens(Path(args.data), "train"), model, config, train)
+    tokens_per_step = args.batch * texts.tokens.shape[1]
+    settings = run.settings_of(config, train)
+    return _train(args, settings, lambda: drafter.init_state(config, train), update, tokens_per_step)
 
 
 def export_drafter_command(args: argparse.Namespace) -> dict:
@@ -150,24 +148,23 @@ def plot_command(args: argparse.Namespace) -> dict:
     return {"plot": args.out}
 
 
-def _train(args, config, train, fresh_state, settings) -> dict:
-    from mimo_jax.checkpoint import orbax
+def _pretrain(args, config, train, fresh_state, settings) -> dict:
     from mimo_jax.training import corpus, run
 
-    directory = Path(args.run)
-    tokens = corpus.load_tokens(Path(args.data), "train")
-    run.prepare(directory, settings)
-    resumed = orbax.steps(directory / "checkpoints")
-    state = run.latest_state(directory, config, train) if resumed else fresh_state()
-    update = run.pretraining_update(tokens, config, train)
-    run.train_until(directory, state, args.steps, update, train.batch * train.length)
-    return _summary(directory, resumed)
+    update = run.pretraining_update(corpus.load_tokens(Path(args.data), "train"), config, train)
+    return _train(args, settings, fresh_state, update, train.batch * train.length)
 
 
-def _summary(directory: Path, resumed: list[int]) -> dict:
-    """The loss plot of a run that has come to its end, and its last logged line."""
+def _train(args, settings, fresh_state, update, tokens_per_step: int) -> dict:
+    """Starts a run, or goes on with it from its last save; returns its last logged line."""
+    from mimo_jax.checkpoint import orbax
     from mimo_jax.training import run
 
+    directory = Path(args.run)
+    run.prepare(directory, settings)
+    resumed = orbax.steps(directory / "checkpoints")
+    state = run.restore(directory, fresh_state) if resumed else fresh_state()
+    run.train_until(directory, state, args.steps, update, tokens_per_step)
     if importlib.util.find_spec("matplotlib"):
         run.plot_losses([directory], directory / "loss.png")
     else:
@@ -198,10 +195,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     anneal = commands.add_parser("anneal", help="continue a run while the rate falls to zero")
     anneal.add_argument("--start", required=True, help="the run to continue from")
-    anneal.add_argument("--qat", action="store_true", help="train the experts as MXFP4 will store them")
-    anneal.add_argument(
-        "--consistency", type=float, default=0.0, help="weight of the rounded experts' distance to their masters"
-    )
+    anneal.add_argument("--qat", action="store_true", help="learn beside it how the experts are rounded to MXFP4")
     anneal.add_argument("--rate", type=float, help="learning rate to come down from (default: as before)")
     anneal.add_argument("--batch", type=int, help="sequences per step (default: as before)")
     anneal.add_argument("--length", type=int, help="tokens per sequence (default: as before)")
@@ -229,11 +223,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     drafter.add_argument("--layers", type=int, default=2)
     drafter.add_argument("--window", type=int, default=128, help="context tokens a block sees")
+    drafter.add_argument("--taps", type=int, nargs="+", help="layers of the target it reads (-1: only the embedding)")
     drafter.add_argument("--bias-rank", type=int, default=0, help="rank of the order-aware bias; 0: none")
     drafter.add_argument("--loss", choices=("decay", "dpace", "tv"), default="dpace")
     drafter.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     drafter.add_argument("--batch", type=int, default=16, help="sequences per step")
     drafter.add_argument("--anchors", type=int, default=24, help="blocks per sequence")
+    drafter.add_argument("--human-share", type=float, default=0.0, help="of sequences taken from the corpus instead")
     drafter.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     drafter.set_defaults(command=drafter_command)
 
@@ -254,7 +250,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command.add_argument("--model", required=True, help="checkpoint folder of the target")
     for command in (pretrain, selfgen, drafter):
         command.add_argument("--seed", type=int, default=0)
-    for command in (corpus, pretrain, anneal, export, selfgen):
+    for command in (corpus, pretrain, anneal, export, selfgen, drafter):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
     for command in (pretrain, anneal, drafter):
         command.add_argument("--run", required=True, help="folder of the run: log, plot, checkpoints")

@@ -1,4 +1,4 @@
-"""A model small enough for every test: global and sliding, dense and routed layers, an MTP layer."""
+"""A model small enough for every test: global and sliding, dense and routed layers, an MTP layer; and a drafter."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.modeling.backbone import abstract_params
 
 TINY = ModelConfig(
@@ -34,9 +35,29 @@ TINY = ModelConfig(
     init_range=0.08,
 )
 
+TINY_DRAFTER = DrafterConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    target_layer_ids=(0, 1),
+    num_target_layers=2,
+    vocab_size=256,
+    mask_token_id=5,
+    window=16,
+    dtype="float32",
+    param_dtype="float32",
+)
+
 
 def tiny_config(**changes) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
+
+
+def tiny_drafter(**changes) -> DrafterConfig:
+    return dataclasses.replace(TINY_DRAFTER, **changes)
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict:

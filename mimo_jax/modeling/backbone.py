@@ -7,7 +7,7 @@ config field, `storage`, decides whether a weight is a plain array or a packed t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -17,25 +17,19 @@ from jaxtyping import Array, Float, Int
 from mimo_jax.cache import Cache, LayerCache
 from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
 from mimo_jax.modeling.attention import Attention
-from mimo_jax.modeling.layers import DenseMlp, RMSNorm, linear, rotary_table, weight_init
+from mimo_jax.modeling.layers import DenseMlp, Params, linear, norm, rotary_table, weight_init
 from mimo_jax.modeling.moe import MoE
-
-Params = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
     """What the step shows besides logits: the final residual stream, per MoE layer the tokens of each expert, and the
-    residual streams after the tapped layers, side by side."""
+    tapped residual streams, side by side in the order of the taps."""
 
     hidden: Float[Array, "B T D"]
     expert_counts: Int[Array, "L E"]
     taps: Float[Array, "B T Z"]
-
-
-def norm(config: ModelConfig) -> RMSNorm:
-    return RMSNorm(config.norm_eps, config.param_dtype)
 
 
 def dense_mlp(config: ModelConfig) -> DenseMlp:
@@ -95,7 +89,8 @@ class MtpLayer(nn.Module):
 class Backbone(nn.Module):
     """Embedding, layers, final norm and head, plus the MTP layers that share the embedding and the head.
 
-    `taps` are the layers whose residual streams a drafter reads, each after its layer (before the final norm).
+    `taps` are the layers whose residual streams a drafter reads, each after its layer (before the final norm); -1 is
+    the stream before the first layer, the embedding.
     """
 
     config: ModelConfig
@@ -127,13 +122,12 @@ class Backbone(nn.Module):
         counts_B = jnp.full(batch, steps) if counts_B is None else counts_B
         rotary = self._rotary(lengths_B[:, None] + jnp.arange(steps))
         x_BTD = self._embedded(tokens_BT)
-        layer_caches, expert_counts, taps = [], [], []
+        layer_caches, expert_counts, streams = [], [], {-1: x_BTD}
         for index, layer in enumerate(self.layers):
             held = cache.layers[index] if cache else None
             x_BTD, counts_E, held = layer(x_BTD, rotary[layer.kind], held, lengths_B, counts_B)
             layer_caches.append(held)
-            if index in self.taps:
-                taps.append(x_BTD)
+            streams[index] = x_BTD
             if counts_E is not None:
                 expert_counts.append(counts_E)
         x_BTD = self.norm(x_BTD)
@@ -141,7 +135,7 @@ class Backbone(nn.Module):
         features = Features(
             hidden=x_BTD,
             expert_counts=jnp.stack(expert_counts) if expert_counts else jnp.zeros((0, 0), jnp.int32),
-            taps=jnp.concatenate(taps, axis=-1) if taps else jnp.zeros((batch, steps, 0), x_BTD.dtype),
+            taps=jnp.concatenate([x_BTD[..., :0], *(streams[tap] for tap in self.taps)], axis=-1),
         )
         updated = Cache(tuple(layer_caches), lengths_B + counts_B) if cache else None
         return linear(shown, self.head, jnp.float32), features, updated
@@ -162,6 +156,21 @@ class Backbone(nn.Module):
             hidden_BTD, _ = layer(self._embedded(tokens_BT), hidden_BTD, rotary)
             logits.append(linear(hidden_BTD, self.head, jnp.float32))
         return logits
+
+    def look_ahead(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        tokens_BT: Int[Array, "B T"],
+        cache: LayerCache,
+        lengths_B: Int[Array, "B"],
+        counts_B: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The first MTP layer behind its cache of `lengths_B` rows; `tokens_BT` are one place ahead of `hidden_BTD`.
+
+        Returns hidden states for the head, which predict the token behind each of `tokens_BT`, and the cache.
+        """
+        rotary = self._rotary(lengths_B[:, None] + jnp.arange(tokens_BT.shape[1]))[SLIDING]
+        return self.mtp[0](self._embedded(tokens_BT), hidden_BTD, rotary, cache, lengths_B, counts_B)
 
     def everything(self, tokens_BT: Int[Array, "B T"]):
         """Touches every parameter; what `init` runs."""

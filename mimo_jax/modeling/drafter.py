@@ -7,8 +7,6 @@ a sliding window, and each other in both directions. Row k proposes the token at
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,14 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from mimo_jax.cache import LayerCache
 from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.modeling.attention import attend, heads_first
-from mimo_jax.modeling.layers import DenseMlp, RMSNorm, linear, rotary_table, rotate, weight_init
+from mimo_jax.modeling.layers import DenseMlp, Params, linear, norm, rotary_table, rotate, weight_init
 
-Params = dict[str, Any]
 KeysValues = tuple[Float[Array, "B T K Q"], Float[Array, "B T K Q"]]
-
-
-def norm(config: DrafterConfig) -> RMSNorm:
-    return RMSNorm(config.norm_eps, config.param_dtype)
 
 
 class DraftAttention(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mimo_jax.config import ModelConfig
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.quantization import Weight, dequantize, quantize_fp8, quantize_mx
+
+Params = dict[str, Any]  # a parameter tree
 
 _PACKERS: dict[str, Callable] = {"fp8": quantize_fp8, "mxfp4": quantize_mx}
 
@@ -44,6 +49,11 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * gain_D.astype(x.dtype)
+
+
+def norm(config: ModelConfig | DrafterConfig) -> RMSNorm:
+    """The RMSNorm of a model or drafter."""
+    return RMSNorm(config.norm_eps, config.param_dtype)
 
 
 def rotary_table(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,3 +76,40 @@ def measure(results: list[Result]) -> Measured:
         conditional=[float(a / t) if t else math.nan for a, t in zip(accepted, tested)],
         block_share=float(accepted[-1] / rounds.sum()) if len(accepted) else 0.0,
     )
+
+
+def summaries(results: list[Result]) -> dict[str, Measured]:
+    """Over all texts, and over those that are not loops, where there are at least two."""
+    kinds = {"all": results, "no loops": [result for result in results if not is_degenerate(result.tokens)]}
+    return {name: measure(chosen) for name, chosen in kinds.items() if len(chosen) > 1}
+
+
+def plot(rows: list[dict[str, Any]], out: Path) -> None:
+    """Tokens per round by drafter and temperature, and acceptance slot by slot at the lowest one; no loops."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["texts"] == "no loops"]
+    temperatures = sorted({row["temperature"] for row in rows})
+    drafters = list(dict.fromkeys(row["drafter"] for row in rows))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    width = 0.8 / len(temperatures)
+    for index, temperature in enumerate(temperatures):
+        chosen = [row for row in rows if row["temperature"] == temperature]
+        places = [drafters.index(row["drafter"]) + (index - (len(temperatures) - 1) / 2) * width for row in chosen]
+        lengths, errors = zip(*((row["tokens_per_round"], row["half_width"]) for row in chosen))
+        left.bar(places, lengths, width, yerr=errors, label=f"T = {temperature}", error_kw={"linewidth": 1})
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.set_xticks(range(len(drafters)), drafters, rotation=30, ha="right")
+    left.set(ylabel="tokens per round (95 % interval)", title="accepted drafts and the target's own token")
+    left.legend()
+    for row in rows:
+        if row["temperature"] == temperatures[0]:
+            slots = row["conditional"]
+            right.plot(range(1, len(slots) + 1), slots, marker=".", linewidth=1, label=row["drafter"])
+    right.set(xlabel="draft slot", ylabel="acceptance, all before it accepted", title=f"T = {temperatures[0]}")
+    right.legend(fontsize="small")
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)

@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache
-from mimo_jax.checkpoint import orbax
 from mimo_jax.config import ModelConfig
 from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.errors import UserError
@@ -27,10 +27,10 @@ from mimo_jax.modeling.backbone import Backbone, Params
 from mimo_jax.modeling.drafter import Drafter, KeysValues, init_drafter
 from mimo_jax.modeling.layers import linear
 from mimo_jax.tokenizer import MASK, Tokenizer
-from mimo_jax.training.corpus import shuffled
+from mimo_jax.training.corpus import batch_at, shuffled
 from mimo_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from mimo_jax.training.pretraining import TrainState, cross_entropy
-from mimo_jax.training.run import Metrics, Update, read_run
+from mimo_jax.training.run import Metrics, Update, read_run, restore
 from mimo_jax.training.selfgen import Texts
 
 # loss -> (share of cross-entropy, share of the L1 distance to the target's distribution, weights of the slots)
@@ -57,9 +57,12 @@ class DraftTrainConfig:
     peak_rate: float = 2e-3
     warmup_share: float = 0.04
     weight_decay: float = 0.1
+    human_share: float = 0.0  # of the sequences, taken from the corpus instead of the target's own text
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.human_share <= 1:
+            raise UserError(f"drafter: human_share={self.human_share} must lie in 0..1")
         for field, choices in (("kind", KINDS), ("loss", LOSSES), ("optimizer", OPTIMIZERS)):
             if getattr(self, field) not in choices:
                 raise UserError(f"drafter: {field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
@@ -71,19 +74,6 @@ class DraftTrainConfig:
     def schedule(self) -> optax.Schedule:
         warmup = max(1, int(self.warmup_share * self.steps))
         return optax.warmup_cosine_decay_schedule(0.0, self.peak_rate, warmup, max(self.steps, warmup + 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What the drafter learns from: the target's config and the layers to tap. Hashable; its weights travel apart."""
-
-    config: ModelConfig
-    taps: tuple[int, ...]
-
-    def __call__(self, params: Params, tokens_BT: Array) -> tuple[Array, Array]:
-        """Logits [B, T, C] and tapped features [B, T, Z] of whole sequences."""
-        logits_BTC, features, _ = Backbone(self.config, self.taps).apply({"params": params}, tokens_BT)
-        return jax.lax.stop_gradient((logits_BTC, features.taps))
 
 
 def init_state(config: DrafterConfig, train: DraftTrainConfig) -> TrainState:
@@ -166,17 +156,18 @@ def loss_fn(
     key: Array,
     target_params: Params,
     batch: Texts,
-    target: Target,
+    target: ModelConfig,
     config: DrafterConfig,
     train: DraftTrainConfig,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The objective over all valid slots, and metrics; `accepted` is the drafts per block that equal the text."""
     tokens_BT = jnp.asarray(batch.tokens, jnp.int32)
     starts_B, ends_B = jnp.asarray(batch.starts), jnp.asarray(batch.ends)
-    target_BTC, taps_BTZ = target(target_params, tokens_BT)
+    backbone = Backbone(target, config.target_layer_ids)
+    target_BTC, features, _ = jax.lax.stop_gradient(backbone.apply({"params": target_params}, tokens_BT))
     anchors_BA, drawn_BA = draw_anchors(key, starts_B, ends_B, tokens_BT.shape[1], train.anchors)
     embed_CD = target_params["embed"]
-    hidden_PMD = draft_hidden(params, config, train.kind, embed_CD, taps_BTZ, tokens_BT, anchors_BA)
+    hidden_PMD = draft_hidden(params, config, train.kind, embed_CD, features.taps, tokens_BT, anchors_BA)
     logits_PMC = linear(hidden_PMD, target_params["head"], jnp.float32)[..., : config.vocab_size]
 
     places_BAM = anchors_BA[..., None] + jnp.arange(1, config.block_size)
@@ -209,7 +200,7 @@ def train_step(
     state: TrainState,
     target_params: Params,
     batch: Texts,
-    target: Target,
+    target: ModelConfig,
     config: DrafterConfig,
     train: DraftTrainConfig,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -223,25 +214,32 @@ def train_step(
     return TrainState(params, optimizer_state, state.step + 1), metrics
 
 
-def batch_of(texts: Texts, step: int, train: DraftTrainConfig) -> Texts:
-    """Batch `step` of an endless walk over shuffled rows. Depends on (seed, step) only."""
-    rows = shuffled(len(texts), step, train.batch, train.seed)
-    return jax.tree.map(lambda array: array[rows], texts)
+def batch_of(texts: Texts, corpus: np.ndarray, step: int, train: DraftTrainConfig) -> Texts:
+    """Batch `step` of endless walks over shuffled texts and corpus windows. Depends on (seed, step) only."""
+    length, human = texts.tokens.shape[1], round(train.human_share * train.batch)
+    rows = shuffled(len(texts), step, train.batch - human, train.seed)
+    own = jax.tree.map(lambda array: array[rows], texts)
+    if not human:
+        return own
+    windows = batch_at(corpus, step, human, length - 1, train.seed)
+    written = Texts(windows, np.ones(human, np.int32), np.full(human, length, np.int32))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), own, written)
 
 
-def training_update(texts: Texts, model: Model, config: DrafterConfig, train: DraftTrainConfig) -> Update[TrainState]:
+def training_update(
+    texts: Texts, corpus: np.ndarray, model: Model, config: DrafterConfig, train: DraftTrainConfig
+) -> Update[TrainState]:
     """The update of `run.train_until` for a drafter of `model`, whose weights are dense."""
-    target = Target(model.config, config.target_layer_ids)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        return train_step(state, model.params, batch_of(texts, step, train), target, config, train)
+        return train_step(state, model.params, batch_of(texts, corpus, step, train), model.config, config, train)
 
     return update
 
 
 def latest_state(run: Path, config: DrafterConfig, train: DraftTrainConfig) -> TrainState:
     """The newest complete state of a run."""
-    return orbax.restore_latest(run / "checkpoints", jax.eval_shape(lambda: init_state(config, train)))
+    return restore(run, lambda: init_state(config, train))
 
 
 def read_settings(run: Path) -> tuple[DrafterConfig, DraftTrainConfig]:
@@ -250,17 +248,24 @@ def read_settings(run: Path) -> tuple[DrafterConfig, DraftTrainConfig]:
     return DrafterConfig(**model), DraftTrainConfig(**train)
 
 
-def drafter_for(target: ModelConfig, tokenizer: Tokenizer, layers: int, window: int, bias_rank: int) -> DrafterConfig:
-    """A drafter of the published shape in proportion to `target`: five taps from the first layer to the last."""
+def drafter_for(
+    target: ModelConfig,
+    tokenizer: Tokenizer,
+    layers: int,
+    window: int,
+    bias_rank: int,
+    taps: tuple[int, ...] | None = None,
+) -> DrafterConfig:
+    """A drafter in proportion to `target`; by default it taps five layers from the first to the last."""
     last = target.num_layers - 1
     return DrafterConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=2 * target.hidden_size,
+        intermediate_size=4 * target.hidden_size,
         num_layers=layers,
         num_heads=target.num_heads,
         num_kv_heads=target.num_kv_heads,
         head_dim=target.hidden_size // target.num_heads,
-        target_layer_ids=tuple(sorted({round(i * last / 4) for i in range(5)})),
+        target_layer_ids=taps or tuple(sorted({round(i * last / 4) for i in range(5)})),
         num_target_layers=target.num_layers,
         vocab_size=target.vocab_size,
         mask_token_id=tokenizer.id_of(MASK),

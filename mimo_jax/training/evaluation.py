@@ -15,7 +15,8 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import Backbone, Params
 from mimo_jax.progress import progress
-from mimo_jax.training.pretraining import cross_entropy, quantize_experts
+from mimo_jax.training.pretraining import cross_entropy
+from mimo_jax.training.qat import quantize_experts
 
 
 @dataclasses.dataclass(frozen=True)

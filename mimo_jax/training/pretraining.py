@@ -1,7 +1,4 @@
-"""Pretraining and its continuation with quantisation-aware training (QAT), as pure functions over one state.
-
-QAT: every forward pass sees the experts as their exported MXFP4 bytes would decode; gradients pass straight through to
-float32 masters; router, attention and everything else stay at higher precision.
+"""Pretraining, as pure functions over one state.
 
 Experts are kept balanced without an auxiliary loss: a bias that only selects moves by a fixed step towards the
 under-used ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
@@ -21,8 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.backbone import Backbone, Params, init_params, is_expert
-from mimo_jax.quantization import fake_quantize
+from mimo_jax.modeling.backbone import Backbone, Params, init_params
 from mimo_jax.training.optimizers import learning_rate, make_optimizer
 
 
@@ -36,8 +32,7 @@ class TrainConfig:
     warmup: int = 100
     decay_start: int = 0
     decay_steps: int = 0  # 0: the rate stays at its peak
-    qat: bool = False
-    consistency: float = 0.0  # with QAT: weight of the rounded experts' distance to their masters
+    qat: bool = False  # learn beside it how the experts are rounded (qat.py)
     weight_decay: float = 0.1
     mtp_weight: float = 0.3
     mtp_share: int = 4  # MTP layers learn from one sequence in this many
@@ -48,8 +43,6 @@ class TrainConfig:
         for field in ("batch", "length", "peak_rate", "mtp_share"):
             if getattr(self, field) <= 0:
                 raise UserError(f"training: {field}={getattr(self, field)} must be positive")
-        if self.consistency < 0 or (self.consistency and not self.qat):
-            raise UserError(f"training: consistency={self.consistency} must not be negative, and needs qat")
         if self.decay_steps < 0 or self.warmup < 0:
             raise UserError(f"training: decay_steps={self.decay_steps}, warmup={self.warmup} must not be negative")
 
@@ -68,11 +61,6 @@ class TrainState:
     step: Int[Array, ""]
 
 
-def quantize_experts(params: Params) -> Params:
-    """Parameters as the quantised checkpoint will read; differentiable, straight through."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fake_quantize(leaf) if is_expert(path) else leaf, params)
-
-
 def init_state(config: ModelConfig, train: TrainConfig, params: Params | None = None) -> TrainState:
     """The state before the first update: random parameters unless float32 `params` are given."""
     params = init_params(config, jax.random.key(train.seed)) if params is None else params
@@ -84,34 +72,20 @@ def cross_entropy(logits_BTC: Float[Array, "B T C"], targets_BT: Int[Array, "B T
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTC.astype(jnp.float32), targets_BT)
 
 
-def divergence(teacher_BTC: Float[Array, "B T C"], logits_BTC: Float[Array, "B T C"]) -> Float[Array, "B T"]:
-    """KL(teacher || model) per position from logits, in nats."""
-    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits_BTC), jax.nn.log_softmax(teacher_BTC))
-
-
 def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig):
-    """Next-token loss plus the weighted MTP loss; the second value holds both and the expert counts.
-
-    With QAT they are those of the rounded experts. With `train.consistency` the masters learn from the text and the
-    rounded experts from the masters, which is a signal without the noise of the text.
-    """
-    seen = quantize_experts(params) if train.qat else params
+    """Next-token loss plus the weighted MTP loss; the second value holds both, the expert counts and the logits."""
     apply: Callable[..., Any] = Backbone(config).apply
     tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
-    logits_BTC, features, _ = apply({"params": seen}, tokens_BT)
-    loss = objective = jnp.mean(cross_entropy(logits_BTC, targets_BT))
-    if train.consistency:
-        masters_BTC, _, _ = apply({"params": params}, tokens_BT)
-        distance = jnp.mean(divergence(jax.lax.stop_gradient(masters_BTC), logits_BTC))
-        objective = jnp.mean(cross_entropy(masters_BTC, targets_BT)) + train.consistency * distance
+    logits_BTC, features, _ = apply({"params": params}, tokens_BT)
+    loss = jnp.mean(cross_entropy(logits_BTC, targets_BT))
     rows = max(1, train.batch // train.mtp_share)
     hidden_BTD, targets_BT = features.hidden[:rows], targets_BT[:rows]
-    ahead = apply({"params": seen}, hidden_BTD, tokens_BT[:rows], method="predict_ahead")
+    ahead = apply({"params": params}, hidden_BTD, tokens_BT[:rows], method="predict_ahead")
     mtp_loss = jnp.float32(0)
-    for depth, logits_BTC in enumerate(ahead, start=1):
+    for depth, ahead_BTC in enumerate(ahead, start=1):
         last = tokens_BT.shape[1] - depth
-        mtp_loss += jnp.mean(cross_entropy(logits_BTC[:, :last], targets_BT[:, depth:])) / len(ahead)
-    return objective + train.mtp_weight * mtp_loss, (loss, mtp_loss, features.expert_counts)
+        mtp_loss += jnp.mean(cross_entropy(ahead_BTC[:, :last], targets_BT[:, depth:])) / len(ahead)
+    return loss + train.mtp_weight * mtp_loss, (loss, mtp_loss, features.expert_counts, logits_BTC)
 
 
 def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelConfig, rate: float) -> Params:
@@ -125,10 +99,13 @@ def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelC
     return params
 
 
-@partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
-def train_step(state: TrainState, window_BT: Array, config: ModelConfig, train: TrainConfig):
-    """One update. Returns the new state (the old one is donated) and scalar metrics."""
-    gradients, (loss, mtp_loss, counts_LE) = jax.grad(loss_fn, has_aux=True)(state.params, window_BT, config, train)
+def updated(
+    state: TrainState, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig
+) -> tuple[TrainState, dict[str, Array], Float[Array, "B T C"]]:
+    """The state after one update, scalar metrics, and the logits before it."""
+    gradients, (loss, mtp_loss, counts_LE, logits_BTC) = jax.grad(loss_fn, has_aux=True)(
+        state.params, window_BT, config, train
+    )
     optimizer = make_optimizer(train.schedule, train.weight_decay)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
@@ -142,4 +119,12 @@ def train_step(state: TrainState, window_BT: Array, config: ModelConfig, train: 
         "rate": train.schedule(state.step),
         "imbalance": jnp.mean(jnp.max(counts_LE, axis=1) / jnp.mean(counts_LE, axis=1)),
     }
-    return TrainState(params, optimizer_state, state.step + 1), metrics
+    return TrainState(params, optimizer_state, state.step + 1), metrics, logits_BTC
+
+
+@partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
+def train_step(
+    state: TrainState, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update. Returns the new state (the old one is donated) and scalar metrics."""
+    return updated(state, window_BT, config, train)[:2]

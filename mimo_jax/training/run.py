@@ -22,6 +22,7 @@ from mimo_jax.files import write_atomically
 from mimo_jax.progress import progress
 from mimo_jax.training.corpus import batch_at
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
+from mimo_jax.training.qat import QatState, init_qat, qat_step
 
 State = TypeVar("State", bound=Any)  # anything with a `step`
 Metrics = dict[str, jax.Array]
@@ -31,13 +32,14 @@ SAVE_EVERY = 100
 LOG_EVERY = 10
 
 
-def abstract_state(config: ModelConfig, train: TrainConfig) -> TrainState:
-    return jax.eval_shape(lambda: init_state(config, train))
+def restore(run: Path, fresh_state: Callable[[], State]) -> State:
+    """The newest complete state of a run, in the form of the one that `fresh_state` would make."""
+    return orbax.restore_latest(run / "checkpoints", jax.eval_shape(fresh_state))
 
 
-def latest_state(run: Path, config: ModelConfig, train: TrainConfig) -> TrainState:
-    """The newest complete state of a run."""
-    return orbax.restore_latest(run / "checkpoints", abstract_state(config, train))
+def latest_state(run: Path, config: ModelConfig, train: TrainConfig) -> TrainState | QatState:
+    """The newest complete state of a pretraining run, with QAT or without."""
+    return restore(run, lambda: (init_qat if train.qat else init_state)(config, train))
 
 
 def prepare(run: Path, settings: dict[str, Any]) -> None:
@@ -77,12 +79,12 @@ def train_until(run: Path, state: State, last_step: int, update: Update[State], 
     return state
 
 
-def pretraining_update(tokens: np.ndarray, config: ModelConfig, train: TrainConfig) -> Update[TrainState]:
+def pretraining_update(tokens: np.ndarray, config: ModelConfig, train: TrainConfig) -> Update[Any]:
     """The update of `train_until` for pretraining and QAT on a corpus' tokens."""
+    step_fn = qat_step if train.qat else train_step
 
-    def update(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        window = batch_at(tokens, step, train.batch, train.length, train.seed)
-        return train_step(state, window, config, train)
+    def update(state: Any, step: int) -> tuple[Any, Metrics]:
+        return step_fn(state, batch_at(tokens, step, train.batch, train.length, train.seed), config, train)
 
     return update
 

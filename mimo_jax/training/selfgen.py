@@ -18,7 +18,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 from mimo_jax.model import Model
 from mimo_jax.progress import progress
-from mimo_jax.sampling import Greedy, Sampled, Strategy
+from mimo_jax.sampling import Strategy, strategy_at
 
 
 @jax.tree_util.register_dataclass
@@ -54,8 +54,7 @@ class SelfGenConfig:
             raise UserError(f"self-generation: rows={self.rows}, temperatures={self.temperatures} must be positive")
 
     def strategy(self, chunk: int) -> Strategy:
-        temperature = self.temperatures[chunk % len(self.temperatures)]
-        return Sampled(temperature) if temperature else Greedy()
+        return strategy_at(self.temperatures[chunk % len(self.temperatures)])
 
 
 def generate_chunk(model: Model, corpus: np.ndarray, settings: SelfGenConfig, chunk: int) -> Texts:

@@ -1,11 +1,17 @@
 """The drafters that DFlash is compared with draft what they are said to draft."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.baselines import NgramDrafter
+from mimo_jax.baselines import MtpDrafter, NgramDrafter
+from mimo_jax.config import SLIDING
+from mimo_jax.decoding import row_keys
+from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.sampling import Greedy
+from tests.tiny import random_params, random_tokens, tiny_config
 
 DRAFTER = NgramDrafter()
 
@@ -41,9 +47,38 @@ def test_ngrams_are_copied_from_the_latest_longest_match():
         for piece, text, start, count in zip(pieces, texts, held, counts):
             piece[:count] = text[start : start + count]
         cache = absorb(cache, pieces, held, counts)
-        held += counts
+        held = held + counts  # a new array: JAX may still be reading the old one
     last = jnp.array([text[-1] for text in texts])
     drafted = DRAFTER.propose({}, {}, cache, last, jnp.asarray(held), Greedy(), None).tokens.tolist()
     expected = [lookup(text) for text in texts]
     assert sum(row is not None for row in expected) > 150
     assert all(row is None or row == found for row, found in zip(expected, drafted))
+
+
+def test_mtp_drafts_are_those_of_the_layer_from_scratch():
+    """Drafts of the cached MTP layer, absorbed in pieces beyond its window, equal a recomputation of all its rows."""
+    config = tiny_config(layer_pattern=(0, 1), moe_pattern=(0, 1), init_range=0.2)
+    params, length, drafter = random_params(config), 21, MtpDrafter(config)
+    text = random_tokens(config, 1, length + 1)
+    _, features, _ = Backbone(config).apply({"params": params}, text[:, :length])
+    cache, absorb = drafter.init_cache(1, 64), jax.jit(drafter.absorb)
+    for start, count in ((0, 9), (9, 1), (10, 3), (13, 8)):  # the last token of a piece is padding
+        piece = slice(start, start + count + 1)
+        seen = dataclasses.replace(features, hidden=jnp.pad(features.hidden, [(0, 0), (0, 1), (0, 0)])[:, piece])
+        cache = absorb({}, params, cache, text[:, piece], seen, jnp.array([start]), jnp.array([count]))
+    arguments = ({}, params, cache, text[:, length], jnp.array([length]))
+    drafted = jax.jit(lambda *arrays: drafter.propose(*arrays, Greedy(), row_keys([0])).tokens)(*arguments)
+
+    def rows(module, hidden_BTD, tokens_BT):
+        rotary = module._rotary(jnp.arange(tokens_BT.shape[1])[None])[SLIDING]
+        return module.mtp[0](module.embed[tokens_BT], hidden_BTD, rotary)[0]
+
+    hidden, tokens, expected = features.hidden, text[:, 1:], []
+    for _ in range(drafter.block_size - 1):
+        ahead = Backbone(config).apply({"params": params}, hidden, tokens, method=rows)[:, -1:]
+        expected.append(int(jnp.argmax(ahead @ params["head"].T)))
+        hidden = jnp.concatenate([hidden, ahead], axis=1)
+        tokens = np.append(tokens, [[expected[-1]]], axis=1)
+    assert drafted.tolist() == [expected] and len(set(expected)) > 3
+    first = Backbone(config).apply({"params": params}, hidden[:, : length + 1], text, method="predict_ahead")[0]
+    assert int(jnp.argmax(first[0, length - 1])) == expected[0]

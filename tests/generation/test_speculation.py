@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.drafting import BlockDrafter, Draft
 from mimo_jax.generation import generate, generate_batch, stream
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.drafter import init_drafter
 from mimo_jax.sampling import Sampled, probabilities
 from mimo_jax.verification import draft_keys
+from tests.tiny import tiny_drafter
 
 LENGTHS = (1, 7, 8, 9, 15, 65)  # around the window of 8 and the first prefill bucket
 PROMPTS = [np.random.default_rng(length).integers(0, 300, length).tolist() for length in LENGTHS]
@@ -75,23 +75,7 @@ def plain(model):
 @pytest.fixture(scope="module")
 def drafting(model):
     """The same model with a DFlash drafter of random weights, which is hardly ever right."""
-    config = DrafterConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        target_layer_ids=(0, 1),
-        num_target_layers=2,
-        vocab_size=320,
-        mask_token_id=5,
-        window=16,
-        bias_rank=4,
-        dtype="float32",
-        param_dtype="float32",
-        init_range=0.2,
-    )
+    config = tiny_drafter(vocab_size=320, bias_rank=4, init_range=0.2)
     return dataclasses.replace(
         model, drafter=BlockDrafter(config), draft_params=init_drafter(config, jax.random.key(3))
     )

@@ -1,7 +1,4 @@
-"""Verification is lossless: shown by enumeration of every block over a small vocabulary, then by counting draws.
-
-A model here is a list of tables: `model[k][history]` is the law of the token behind k tokens of history.
-"""
+"""Verification is lossless: shown by enumeration of every block over a small vocabulary, then by counting draws."""
 
 from __future__ import annotations
 
@@ -18,74 +15,9 @@ from scipy import stats
 from mimo_jax.errors import UserError
 from mimo_jax.sampling import Greedy, Sampled, draw
 from mimo_jax.verification import RULES, acceptance, draft_keys, verify
+from tests.generation.toy_models import KINDS, VOCAB, Model, pair
 
-VOCAB = 3
 DRAWS = 200_000
-
-Model = list[np.ndarray]
-
-
-def normalised(weights: np.ndarray) -> np.ndarray:
-    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
-
-
-def random_model(rng: np.random.Generator, places: int, allowed=range(VOCAB)) -> Model:
-    """Laws that depend on the whole history, between nearly even and nearly certain."""
-    mask = np.isin(np.arange(VOCAB), allowed)
-    return [normalised(mask * rng.gamma(0.5, size=(VOCAB,) * (k + 1)) + mask * 1e-3) for k in range(places)]
-
-
-def one_hot_model(rng: np.random.Generator, places: int) -> Model:
-    return [np.eye(VOCAB, dtype=np.float32)[rng.integers(0, VOCAB, (VOCAB,) * k)] for k in range(places)]
-
-
-def sparse_model(rng: np.random.Generator, places: int) -> Model:
-    """One token in three is impossible, another one behind every history."""
-    holes = one_hot_model(rng, places)
-    return [normalised(table * (1 - hole)) for table, hole in zip(random_model(rng, places), holes)]
-
-
-def nearly(model: Model, rng: np.random.Generator, distance: float) -> Model:
-    return [normalised(table * np.exp(distance * rng.normal(size=table.shape))) for table in model]
-
-
-def without_history(model: Model) -> Model:
-    return [np.broadcast_to(table[(0,) * k], table.shape) for k, table in enumerate(model)]
-
-
-def pair(kind: str, slots: int, seed: int = 0) -> tuple[Model, Model]:
-    """A target for `slots` drafts and the token behind them, and a drafter."""
-    rng = np.random.default_rng([seed, slots])
-    p = random_model(rng, slots + 1)
-    q = random_model(rng, slots)
-    if kind == "without history":
-        return without_history(p), without_history(q)
-    if kind == "equal":
-        return p, p[:-1]
-    if kind == "nearly equal":
-        return p, nearly(p[:-1], rng, 1e-3)
-    if kind == "equal but for rounding":
-        return p, nearly(p[:-1], rng, 3e-7)
-    if kind == "equal at first":
-        return p, p[:1] + q[1:]
-    if kind == "disjoint":
-        return random_model(rng, slots + 1, [0, 1]), random_model(rng, slots, [2])
-    if kind == "certain target":
-        return one_hot_model(rng, slots + 1), q
-    if kind == "certain drafts":
-        return p, one_hot_model(rng, slots)
-    if kind == "both certain":
-        return one_hot_model(rng, slots + 1), one_hot_model(rng, slots)
-    if kind == "zeros in both":
-        return sparse_model(rng, slots + 1), sparse_model(rng, slots)
-    assert kind == "random"
-    return p, q
-
-
-KINDS = (
-    *("random", "without history", "equal", "nearly equal", "equal but for rounding", "equal at first"),
-    *("disjoint", "certain target", "certain drafts", "both certain", "zeros in both"),
-)
 
 
 def every_block(slots: int) -> np.ndarray:

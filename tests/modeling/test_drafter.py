@@ -21,26 +21,17 @@ from mimo_jax.modeling.backbone import Features
 from mimo_jax.modeling.drafter import Drafter, abstract_drafter
 from mimo_jax.sampling import Greedy
 from mimo_jax.training.drafter import draft_hidden
-from tests.tiny import TINY
+from tests.tiny import TINY, tiny_drafter
 
-CONFIG = DrafterConfig(
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
+CONFIG = tiny_drafter(
     target_layer_ids=(0, 2, 3),
     num_target_layers=4,
     vocab_size=250,
-    mask_token_id=5,
     window=12,
     backbone_rotary_base=500.0,
     rope_theta=100.0,
     value_scale=0.612,
     bias_rank=4,
-    dtype="float32",
-    param_dtype="float32",
 )
 RNG = np.random.default_rng(0)
 LENGTH = 40

@@ -128,3 +128,16 @@ def test_window_off_by_one_is_noticed():
     for window in (WINDOW - 1, WINDOW + 1):
         logits = our_logits(dataclasses.replace(config, sliding_window=window), params, tokens)
         assert np.abs(logits - expected).max() > 0.1
+
+
+def test_taps_are_the_residual_streams_after_their_layers():
+    """Tapped streams equal transformers' hidden states, whose number i + 1 lies behind layer i, in the taps' order."""
+    model, params = oracle_of("pro-fused")
+    config = dataclasses.replace(GEOMETRIES["pro-fused"], mtp_layers=0)
+    tokens = random_tokens(config, 2, 11)
+    with torch.no_grad():
+        states = model(torch.from_numpy(tokens).long(), use_cache=False, output_hidden_states=True).hidden_states
+    taps = (2, -1, 0)
+    _, features, _ = jax.jit(Backbone(config, taps).apply)({"params": params}, tokens)
+    expected = np.concatenate([states[tap + 1].numpy() for tap in taps], axis=-1)
+    np.testing.assert_allclose(features.taps, expected, atol=TOLERANCE, rtol=0)

@@ -8,33 +8,19 @@ import numpy as np
 import pytest
 import scipy.special
 
-from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.drafting import BlockDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.generation import generate
 from mimo_jax.model import Model
+from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import drafter, run, selfgen
 from mimo_jax.training.drafter import DraftTrainConfig, draw_anchors, loss_fn, slot_weights
 from mimo_jax.training.selfgen import SelfGenConfig, Texts
-from tests.tiny import random_params, tiny_config
+from tests.tiny import random_params, tiny_config, tiny_drafter
 
 TARGET = tiny_config(layer_pattern=(0, 1), moe_pattern=(0, 1), mtp_layers=0, init_range=0.15)
-CONFIG = DrafterConfig(
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    target_layer_ids=(0, 1),
-    num_target_layers=2,
-    vocab_size=256,
-    mask_token_id=5,
-    window=16,
-    dtype="float32",
-    param_dtype="float32",
-)
+CONFIG = tiny_drafter(num_layers=1)
 TRAIN = DraftTrainConfig(steps=20, batch=4, anchors=6)
 SETTINGS = SelfGenConfig(length=40, rows=6, shortest=2, longest=9, temperatures=(0.0, 1.0))
 CORPUS = np.random.default_rng(0).integers(6, 256, 4000).astype(np.uint16)
@@ -76,11 +62,11 @@ def test_slot_weights_are_the_published_ones():
 def test_nothing_behind_the_end_counts(loss):
     """Padding behind a text changes neither loss nor gradient; what the target wrote does."""
     texts, train = TEXTS, dataclasses.replace(TRAIN, loss=loss)
-    target, params = drafter.Target(TARGET, CONFIG.target_layer_ids), drafter.init_state(CONFIG, train).params
+    params = drafter.init_state(CONFIG, train).params
 
     @jax.jit
     def value(texts):
-        return loss_fn(params, jax.random.key(0), MODEL.params, texts, target, CONFIG, train)[0]
+        return loss_fn(params, jax.random.key(0), MODEL.params, texts, TARGET, CONFIG, train)[0]
 
     padded, changed = texts.tokens.copy(), texts.tokens.copy()
     padded[2, 12:] = 99
@@ -92,9 +78,9 @@ def test_nothing_behind_the_end_counts(loss):
 def test_the_target_gets_no_gradient():
     """Features, embedding and head are frozen: no gradient reaches the target's parameters through the features."""
     texts = TEXTS
-    target, params = drafter.Target(TARGET, CONFIG.target_layer_ids), drafter.init_state(CONFIG, TRAIN).params
+    params = drafter.init_state(CONFIG, TRAIN).params
     gradient = jax.grad(
-        lambda weights: loss_fn(params, jax.random.key(0), weights, texts, target, CONFIG, TRAIN)[0], allow_int=True
+        lambda weights: loss_fn(params, jax.random.key(0), weights, texts, TARGET, CONFIG, TRAIN)[0], allow_int=True
     )(MODEL.params)
     norms = {name: float(jnp.linalg.norm(gradient[name]["attention"]["o"])) for name in ("layers_0", "layers_1")}
     assert norms == {"layers_0": 0.0, "layers_1": 0.0}
@@ -124,7 +110,7 @@ def test_training_raises_what_is_accepted(tmp_path):
     state = drafter.init_state(CONFIG, train)
     untrained = jax.tree.map(jnp.copy, state.params)
     state = run.train_until(
-        prepared(tmp_path / "run", train), state, 150, drafter.training_update(texts, model, CONFIG, train), 1
+        prepared(tmp_path / "run", train), state, 150, drafter.training_update(texts, CORPUS, model, CONFIG, train), 1
     )
 
     def accepted(params) -> float:
@@ -136,6 +122,16 @@ def test_training_raises_what_is_accepted(tmp_path):
     before, after = accepted(untrained), accepted(state.params)
     assert before < 1.5
     assert after > before + 1
+
+
+def test_human_share_of_a_batch_is_from_the_corpus():
+    """With a share of one half, half of the rows are windows of the corpus, and all of their tokens are learnt from."""
+    train = dataclasses.replace(TRAIN, human_share=0.5)
+    batch = drafter.batch_of(TEXTS, CORPUS, 3, train)
+    windows = np.lib.stride_tricks.sliding_window_view(CORPUS, 40)
+    assert [bool((windows == row).all(axis=1).any()) for row in batch.tokens] == [False, False, True, True]
+    assert all((TEXTS.tokens == row).all(axis=1).any() for row in batch.tokens[:2])
+    assert batch.starts[2:].tolist() == [1, 1] and batch.ends[2:].tolist() == [40, 40]
 
 
 def prepared(directory, train):
@@ -152,7 +148,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path, monkeypatch):
         for last in stops:
             fresh = not (directory / "checkpoints").exists()
             state = drafter.init_state(CONFIG, TRAIN) if fresh else drafter.latest_state(directory, CONFIG, TRAIN)
-            update = drafter.training_update(TEXTS, MODEL, CONFIG, TRAIN)
+            update = drafter.training_update(TEXTS, CORPUS, MODEL, CONFIG, TRAIN)
             state = run.train_until(directory, state, last, update, 1)
         ends.append(state.params)
     jax.tree.map(np.testing.assert_array_equal, *ends)
@@ -164,14 +160,17 @@ def test_total_variation_is_measured_against_the_target():
     texts, train = TEXTS, dataclasses.replace(TRAIN, loss="tv", anchors=1, batch=1)
     one = jax.tree.map(lambda array: array[:1], texts)
     one = dataclasses.replace(one, starts=np.array([20], np.int32), ends=np.array([40], np.int32))
-    target, params = drafter.Target(TARGET, CONFIG.target_layer_ids), drafter.init_state(CONFIG, train).params
+    params = drafter.init_state(CONFIG, train).params
     key = jax.random.key(3)
-    loss, _ = loss_fn(params, key, MODEL.params, one, target, CONFIG, train)
+    loss, _ = loss_fn(params, key, MODEL.params, one, TARGET, CONFIG, train)
     anchors, _ = draw_anchors(key, one.starts, one.ends, 40, 1)
     anchor = int(anchors[0, 0])
-    logits, taps = target(MODEL.params, jnp.asarray(one.tokens, jnp.int32))
+    backbone = Backbone(TARGET, CONFIG.target_layer_ids)
+    logits, features, _ = backbone.apply({"params": MODEL.params}, jnp.asarray(one.tokens, jnp.int32))
     embed, head = (MODEL.params[name] for name in ("embed", "head"))
-    hidden = drafter.draft_hidden(params, CONFIG, "block", embed, taps, jnp.asarray(one.tokens, jnp.int32), anchors)
+    hidden = drafter.draft_hidden(
+        params, CONFIG, "block", embed, features.taps, jnp.asarray(one.tokens, jnp.int32), anchors
+    )
     objective, weights = [], []
     for slot in range(1, 8):
         if anchor + slot >= 40:

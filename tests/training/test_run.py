@@ -1,21 +1,22 @@
 """A run can be killed at any time and given again: same curve, no doubled points, nothing lost but unsaved steps."""
 
-import functools
+import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mimo_jax.checkpoint import orbax
 from mimo_jax.errors import UserError
 from mimo_jax.training import run
-from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state
+from mimo_jax.training.pretraining import TrainConfig, init_state
+from mimo_jax.training.qat import init_qat
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config(layer_pattern=(0, 1), moe_pattern=(0, 1), hidden_size=32, vocab_size=128)
-TRAIN = TrainConfig(batch=2, length=16, warmup=2, mtp_share=2)
+PLAIN = TrainConfig(batch=2, length=16, warmup=2, mtp_share=2)
+QAT = dataclasses.replace(PLAIN, qat=True, decay_steps=20)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 2000).astype(np.uint16)
 LAST = 12
 
@@ -30,23 +31,14 @@ def often(monkeypatch):
     monkeypatch.setattr(run, "LOG_EVERY", 1)
 
 
-@functools.cache
-def initial_state() -> TrainState:
-    return init_state(CONFIG, TRAIN)
-
-
-def fresh_state() -> TrainState:
-    """A copy each time, since training donates its state."""
-    return jax.tree.map(jnp.copy, initial_state())
-
-
-def go_on(directory, last: int = LAST):
+def go_on(directory, train: TrainConfig):
     """What the command does: prepare, restore if there is something, train."""
-    run.prepare(directory, run.settings_of(CONFIG, TRAIN))
+    run.prepare(directory, run.settings_of(CONFIG, train))
     saved = orbax.steps(directory / "checkpoints")
-    state = run.latest_state(directory, CONFIG, TRAIN) if saved else fresh_state()
-    update = run.pretraining_update(TOKENS, CONFIG, TRAIN)
-    return run.train_until(directory, state, last, update, TRAIN.batch * TRAIN.length)
+    fresh_state = init_qat if train.qat else init_state
+    state = run.latest_state(directory, CONFIG, train) if saved else fresh_state(CONFIG, train)
+    update = run.pretraining_update(TOKENS, CONFIG, train)
+    return run.train_until(directory, state, LAST, update, train.batch * train.length)
 
 
 def curve(directory) -> list[tuple[int, float, float]]:
@@ -54,19 +46,20 @@ def curve(directory) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows]
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+@pytest.fixture(scope="module", params=[PLAIN, QAT], ids=["plain", "qat"])
+def straight(request, tmp_path_factory):
+    """An uninterrupted run: its folder, its settings, its last state."""
     directory = tmp_path_factory.mktemp("straight") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "SAVE_EVERY", 5)
         patch.setattr(run, "LOG_EVERY", 1)
-        return directory, go_on(directory)
+        return directory, request.param, go_on(directory, request.param)
 
 
 @pytest.mark.parametrize("killed_at", [3, 8])
 def test_resumed_run_equals_an_uninterrupted_one(straight, tmp_path, monkeypatch, killed_at):
     """Killed before or after its first save and given again, a run ends bit for bit where it would have ended."""
-    directory, expected = straight
+    directory, train, expected = straight
     batch_at = run.batch_at
 
     def dying(tokens, step, *rest):
@@ -77,11 +70,11 @@ def test_resumed_run_equals_an_uninterrupted_one(straight, tmp_path, monkeypatch
     resumed = tmp_path / "run"
     monkeypatch.setattr(run, "batch_at", dying)
     with pytest.raises(Killed):
-        go_on(resumed)
+        go_on(resumed, train)
     monkeypatch.setattr(run, "batch_at", batch_at)
     with (resumed / "log.jsonl").open("a") as log:
         log.write('{"step": 99')  # the kill came in the middle of a line
-    state = go_on(resumed)
+    state = go_on(resumed, train)
     assert curve(resumed) == curve(directory)
     assert [step for step, *_ in curve(resumed)] == list(range(1, LAST + 1))
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected)):
@@ -90,15 +83,15 @@ def test_resumed_run_equals_an_uninterrupted_one(straight, tmp_path, monkeypatch
 
 def test_saves_are_thinned_and_restorable(straight):
     """The newest two saves are kept, and what is restored is what was in memory."""
-    directory, expected = straight
+    directory, train, expected = straight
     assert orbax.steps(directory / "checkpoints") == [10, 12]
-    restored = run.latest_state(directory, CONFIG, TRAIN)
+    restored = run.latest_state(directory, CONFIG, train)
     assert int(restored.step) == LAST
     for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(expected)):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def test_leftovers_of_a_killed_save_are_ignored(straight, tmp_path):
+def test_leftovers_of_a_killed_save_are_ignored(tmp_path):
     """A half-written checkpoint has another name: it is neither listed nor restored."""
     directory = tmp_path / "checkpoints"
     (directory / "00000020.orbax-checkpoint-tmp").mkdir(parents=True)
@@ -110,8 +103,8 @@ def test_leftovers_of_a_killed_save_are_ignored(straight, tmp_path):
 
 def test_a_run_is_not_continued_with_other_settings(straight):
     """Giving a run's folder with another model or schedule names what differs."""
-    directory, _ = straight
-    other = TrainConfig(batch=2, length=16, warmup=3, mtp_share=2)
+    directory, train, _ = straight
+    other = dataclasses.replace(train, warmup=3)
     with pytest.raises(UserError, match=r"run.json: train=.*use another --run"):
         run.prepare(directory, run.settings_of(CONFIG, other))
 
@@ -119,6 +112,6 @@ def test_a_run_is_not_continued_with_other_settings(straight):
 def test_loss_plot(straight, tmp_path):
     """The loss curve is drawn to a PNG."""
     pytest.importorskip("matplotlib")
-    directory, _ = straight
+    directory, _, _ = straight
     run.plot_losses([directory], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
