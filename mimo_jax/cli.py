@@ -21,6 +21,11 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def named_folders(specs: list[str]) -> dict[str, Path]:
+    """Folders given as NAME=FOLDER, or as FOLDER, which then is its own name."""
+    return {name or folder: Path(folder) for name, _, folder in (spec.rpartition("=") for spec in specs)}
+
+
 def main_guard(main: Callable[[], object]) -> None:
     """Runs `main`; bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
     try:

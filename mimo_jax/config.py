@@ -18,7 +18,7 @@ STORAGE_FORMATS = {
     "dense": ("dense", "dense"),  # plain arrays of `param_dtype`: training, bf16 checkpoints
     "fp8": ("fp8", "fp8"),  # the published FP8 checkpoints
     "mxfp4": ("fp8", "mxfp4"),  # the published FP4-DFlash checkpoint
-    "unpacked": ("dense", "unpacked"),  # one array per expert, never sliced: fastest under XLA on CPU
+    "unpacked": ("dense", "unpacked"),  # one turned array per expert, never sliced: fastest under XLA on CPU
 }
 
 

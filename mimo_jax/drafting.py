@@ -82,7 +82,7 @@ class Proposer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NoDrafter:
-    """Plain autoregressive decoding; with a larger block, what verification alone costs."""
+    """Plain autoregressive decoding."""
 
     block_size: int = 1
     taps: tuple[int, ...] = ()
@@ -95,7 +95,7 @@ class NoDrafter:
         return ()
 
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
-        return Draft(jnp.zeros((last_B.shape[0], self.block_size - 1), jnp.int32), None)
+        return Draft(jnp.zeros((last_B.shape[0], 0), jnp.int32), None)
 
 
 PLAIN = NoDrafter()

@@ -13,6 +13,7 @@ import numpy as np
 from mimo_jax.checkpoint.tensorfile import load_json, read_bytes
 from mimo_jax.config import ModelConfig
 from mimo_jax.decoding import Engine, FlaxStep, Weights
+from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.drafting import PLAIN, BlockDrafter, Proposer
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import Params, is_expert
@@ -73,15 +74,19 @@ def load(directory: str | Path = BUNDLED, unpack: bool | None = None, draft: boo
     return with_drafter(model, directory / FOLDER) if draft and has_drafter(directory) else model
 
 
-def with_drafter(model: Model, directory: Path, kind: type[BlockDrafter] = BlockDrafter) -> Model:
-    """`model` drafting with the drafter of a `dflash/` folder, in the dtype of its activations."""
+def load_drafter(target: ModelConfig, directory: Path) -> tuple[DrafterConfig, Params]:
+    """The drafter of a `dflash/` folder, which must fit the target, in the dtype of the target's activations."""
     from mimo_jax.checkpoint.dflash import read_drafter
 
     config, params = read_drafter(directory)
-    config.check_fits(model.config)
-    dtype = model.config.dtype
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), params)
+    config.check_fits(target)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(target.dtype)), params)
+    return dataclasses.replace(config, dtype=target.dtype, param_dtype=target.dtype), params
+
+
+def with_drafter(model: Model, directory: Path, kind: type[BlockDrafter] = BlockDrafter) -> Model:
+    """`model` drafting with the drafter of a `dflash/` folder."""
+    config, params = load_drafter(model.config, directory)
     return dataclasses.replace(model, drafter=kind(config), draft_params=params)
 
 
@@ -109,12 +114,15 @@ def load_dense(directory: Path, dtype: str = "float32") -> Model:
 
 
 def unpack_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same weights as plain float32 arrays, one per expert, so that no product copies a slice of a stack."""
+    """The same weights as plain float32 arrays, one per expert, so that no product copies a slice of a stack.
+
+    Expert matrices are turned, from [output, input] to [input, output] (`modeling/experts.py`).
+    """
     if config.storage == "unpacked" or not any(config.moe_pattern):
         return config, params
 
     def place(path, leaf):
-        return tuple(map(jnp.asarray, leaf)) if is_expert(path) else jnp.asarray(leaf)
+        return tuple(jnp.asarray(matrix.T) for matrix in leaf) if is_expert(path) else jnp.asarray(leaf)
 
     unpacked = jax.tree_util.tree_map_with_path(place, dense_params(params))
     return dataclasses.replace(config, storage="unpacked", dtype="float32", param_dtype="float32"), unpacked

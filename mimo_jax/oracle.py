@@ -79,6 +79,8 @@ def twin_state(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
             state |= {f"{prefix}.mlp.{name}_proj.weight": weight for name, weight in layer["mlp"].items()}
             continue
         gate, up, down = (np.stack(layer["moe"][name]) for name in ("gate", "up", "down"))
+        if config.storage == "unpacked":
+            gate, up, down = (stack.swapaxes(1, 2) for stack in (gate, up, down))
         state[f"{prefix}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
         state[f"{prefix}.mlp.experts.down_proj"] = down
         state[f"{prefix}.mlp.gate.weight"] = layer["moe"]["router"]

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 
-from mimo_jax.cli import main_guard
+from mimo_jax.cli import main_guard, named_folders
 
 
 def decode_command(args: argparse.Namespace) -> dict:
@@ -72,7 +72,8 @@ def speculation_command(args: argparse.Namespace) -> dict:
     import dataclasses
     from pathlib import Path
 
-    from mimo_jax.drafting import NoDrafter
+    from mimo_jax.baselines import NgramDrafter
+    from mimo_jax.checkpoint.dflash import FOLDER
     from mimo_jax.generation import generate
     from mimo_jax.model import BUNDLED, load, with_drafter
     from mimo_jax.sampling import strategy_at
@@ -80,10 +81,10 @@ def speculation_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.corpus import load_tokens
 
     plain = load(args.model or BUNDLED, unpack=True, draft=False)
-    drafting = {spec.rpartition("=")[0] or spec: spec.rpartition("=")[2] for spec in args.drafter}
-    drafting = drafting or {"DFlash": Path(args.model or BUNDLED) / "dflash"}
-    models = {"plain": plain, "verification": dataclasses.replace(plain, drafter=NoDrafter(block_size=8))}
-    models |= {name: with_drafter(plain, Path(folder)) for name, folder in drafting.items()}
+    # Looking n-grams up costs next to nothing, so a round of theirs is what verifying 8 tokens costs.
+    models = {"plain": plain, "n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
+    for name, folder in named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"]).items():
+        models[name] = with_drafter(plain, folder)
     strategy = strategy_at(args.temperature)
     timings: dict[str, list] = {name: [] for name in models}
     for number, prompt in enumerate(prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 64)):

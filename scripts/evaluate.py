@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from mimo_jax.cli import main_guard
+from mimo_jax.cli import main_guard, named_folders
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
@@ -71,42 +71,53 @@ def acceptance_command(args: argparse.Namespace) -> dict:
     from mimo_jax.sampling import strategy_at
     from mimo_jax.training import acceptance
 
-    plain = load(args.model or BUNDLED, unpack=True, draft=False)
+    plain = dataclasses.replace(load(args.model or BUNDLED, unpack=True, draft=False), rule=args.rule)
     prompts = acceptance.prompts_of(_heldout(args)[0], args.prompts, args.prompt_tokens)
-    record: dict = {"prompts": len(prompts), "max_tokens": args.tokens, "rows": [], "target": []}
-    print(f"{'drafter':<28}{'T':>5}  {'tokens per round':<24}conditional acceptance per slot", file=sys.stderr)
+    record: dict = {"prompts": len(prompts), "max_tokens": args.tokens, "rule": args.rule, "rows": [], "target": []}
+    print(f"{'drafter':<20}{'T':>5}  {'tokens per round':<24}conditional acceptance per slot", file=sys.stderr)
     for temperature in args.temperature:
-        strategy, results = strategy_at(temperature), []
+        strategy, expected = strategy_at(temperature), []
         for name, model in _drafting_models(args, plain).items():
             label = f"{name} T={temperature}"
             results = acceptance.continue_all(model, prompts, strategy, args.tokens, args.rows, label)
-            for texts, found in acceptance.summaries(results).items():
-                record["rows"].append({"drafter": name, "temperature": temperature, "texts": texts} | vars(found))
-                slots = " ".join(f"{value:.2f}" for value in found.conditional)
-                figure = f"{found.tokens_per_round:.2f} +- {found.half_width:.2f} ({texts})"
-                print(f"{name:<28}{temperature:>5}  {figure:<24}{slots}", file=sys.stderr)
+            expected = expected or results
+            same = sum(one.tokens == other.tokens for one, other in zip(expected, results))
+            about = {"drafter": name, "temperature": temperature, "same_as_plain": same}
+            record["rows"] += [about | {"texts": texts} | vars(found) for texts, found in _report(about, results)]
         if temperature:
-            record["target"].append({"temperature": temperature} | _uncertainty(plain, prompts, strategy, results))
+            record["target"].append({"temperature": temperature} | _uncertainty(plain, prompts, strategy, expected))
     if args.plot:
         acceptance.plot(record["rows"], Path(args.plot))
     return record
 
 
+def _report(about: dict, results: list) -> list:
+    """Prints what a drafter got accepted, over all texts and over those that are no loops, and returns it."""
+    from mimo_jax.training.acceptance import summaries
+
+    found = summaries(results)
+    for texts, row in found.items():
+        slots = " ".join(f"{value:.2f}" for value in row.conditional)
+        figure = f"{row.tokens_per_round:.2f} +- {row.half_width:.2f} ({texts})"
+        print(f"{about['drafter']:<20}{about['temperature']:>5}  {figure:<24}{slots}", file=sys.stderr)
+    if not about["temperature"]:
+        print(f"{'':<27}{about['same_as_plain']} of {len(results)} texts as without a drafter", file=sys.stderr)
+    return list(found.items())
+
+
 def _drafting_models(args: argparse.Namespace, plain) -> dict:
-    """The target with every drafter to be measured, by name."""
+    """The target without a drafter, then with every one that is to be measured, by name."""
     from mimo_jax.baselines import ChainDrafter, MtpDrafter, NgramDrafter
     from mimo_jax.checkpoint.dflash import FOLDER
     from mimo_jax.model import BUNDLED, with_drafter
 
-    models = {"n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
+    models = {"plain": plain, "n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
     if plain.config.mtp_layers:
         models["MTP layer"] = dataclasses.replace(plain, drafter=MtpDrafter(plain.config))
-    for spec in args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"]:
-        name, _, folder = spec.rpartition("=")
-        models[name or folder] = with_drafter(plain, Path(folder))
-    for spec in args.chain:
-        name, _, folder = spec.rpartition("=")
-        models[name or folder] = with_drafter(plain, Path(folder), ChainDrafter)
+    for name, folder in named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"]).items():
+        models[name] = with_drafter(plain, folder)
+    for name, folder in named_folders(args.chain).items():
+        models[name] = with_drafter(plain, folder, ChainDrafter)
     return models
 
 
@@ -116,7 +127,10 @@ def _uncertainty(model, prompts: list, strategy, results: list) -> dict:
 
     entropy = ceiling.entropy_per_token(model, prompts, results, strategy)
     bound = ceiling.order_blind_ceiling(model, prompts[:: max(1, len(prompts) // 40)], strategy)
-    print(f"{'target':<28}{strategy.temperature:>5}  {entropy:.2f} nats per token; order-blind ceiling {bound:.2f}")
+    print(
+        f"{'target':<20}{strategy.temperature:>5}  {entropy:.2f} nats per token; order-blind ceiling {bound:.2f}",
+        file=sys.stderr,
+    )
     return {"nats_per_token": entropy, "order_blind_ceiling": bound}
 
 
@@ -132,12 +146,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     acceptance = commands.add_parser("acceptance", help="tokens per round of drafters, on held-out prompts")
     acceptance.add_argument("--model", help="checkpoint directory of the target (default: the bundled model)")
     acceptance.add_argument(
-        "--drafter", action="append", help="[NAME=]dflash folder; repeat it (default: the checkpoint's)"
+        "--drafter", action="append", default=[], help="[NAME=]dflash folder; repeat it (default: the checkpoint's)"
     )
     acceptance.add_argument("--chain", action="append", default=[], help="the same for drafters trained as a chain")
+    acceptance.add_argument(
+        "--rule", choices=("block", "token"), default="block", help="how sampled drafts are verified"
+    )
     acceptance.add_argument("--plot", help="PNG file to write")
     acceptance.add_argument("--prompts", type=int, default=200, help="held-out prompts")
-    acceptance.add_argument("--prompt-tokens", type=int, default=64)
+    acceptance.add_argument("--prompt-tokens", type=int, default=128)
     acceptance.add_argument("--tokens", type=int, default=128, help="tokens to generate behind each prompt")
     acceptance.add_argument("--rows", type=int, default=20, help="prompts per batch")
     acceptance.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0])

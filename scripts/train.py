@@ -104,12 +104,16 @@ def selfgen_command(args: argparse.Namespace) -> dict:
 
 
 def drafter_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.model import load_dense
+    from mimo_jax.model import load_dense, load_drafter
     from mimo_jax.training import corpus, drafter, run, selfgen
 
     model, texts = load_dense(Path(args.model)), selfgen.load_texts(Path(args.texts))
-    taps = tuple(args.taps) if args.taps else None
-    config = drafter.drafter_for(model.config, model.tokenizer, args.layers, args.window, args.bias_rank, taps)
+    if args.start:
+        config, params = load_drafter(model.config, Path(args.start))
+        config = dataclasses.replace(config, acceptance_length=None)  # it was measured before what follows
+    else:
+        taps, params = tuple(args.taps) if args.taps else None, None
+        config = drafter.drafter_for(model.config, model.tokenizer, args.layers, args.window, args.bias_rank, taps)
     train = drafter.DraftTrainConfig(
         steps=args.steps,
         batch=args.batch,
@@ -123,8 +127,8 @@ def drafter_command(args: argparse.Namespace) -> dict:
     )
     update = drafter.training_update(texts, corpus.load_tokens(Path(args.data), "train"), model, config, train)
     tokens_per_step = args.batch * texts.tokens.shape[1]
-    settings = run.settings_of(config, train)
-    return _train(args, settings, lambda: drafter.init_state(config, train), update, tokens_per_step)
+    settings = run.settings_of(config, train, start=args.start)
+    return _train(args, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step)
 
 
 def export_drafter_command(args: argparse.Namespace) -> dict:
@@ -221,11 +225,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     drafter.add_argument(
         "--kind", choices=("block", "chain"), default="block", help="chain: the control, token by token"
     )
+    drafter.add_argument("--start", help="dflash folder to go on from, instead of random weights of this geometry:")
     drafter.add_argument("--layers", type=int, default=2)
     drafter.add_argument("--window", type=int, default=128, help="context tokens a block sees")
     drafter.add_argument("--taps", type=int, nargs="+", help="layers of the target it reads (-1: only the embedding)")
     drafter.add_argument("--bias-rank", type=int, default=0, help="rank of the order-aware bias; 0: none")
-    drafter.add_argument("--loss", choices=("decay", "dpace", "tv"), default="dpace")
+    drafter.add_argument("--loss", choices=("decay", "dpace", "tv", "soft"), default="soft")
     drafter.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     drafter.add_argument("--batch", type=int, default=16, help="sequences per step")
     drafter.add_argument("--anchors", type=int, default=24, help="blocks per sequence")

@@ -18,8 +18,10 @@ from mimo_jax.quantization import dequantize
 DECODE_TOKENS = 16  # up to here, experts are visited one by one
 GROUP_ROWS = 256  # rows per block of one expert when many tokens are grouped
 
-# gate [E, F, D], up [E, F, D], down [E, D, F]: each a `Weight` stack, or a tuple of E matrices
+# gate [E, F, D], up [E, F, D], down [E, D, F]: each a `Weight` stack; or unpacked, tuples of E matrices the other way
+# round (gate [D, F]), which XLA on CPU multiplies a block of 8 tokens with in two thirds of the time (docs/LOG.md).
 Experts = tuple[Any, Any, Any]
+STORED, UNPACKED = "nk", "kn"  # output and input axes of a matrix
 
 
 def routed_ffn(
@@ -29,7 +31,7 @@ def routed_ffn(
     unpacked = isinstance(experts[0], tuple)
     if x_TD.shape[0] > DECODE_TOKENS:
         stacks: Any = tuple(jnp.stack(matrices) for matrices in experts) if unpacked else experts
-        y_TD = _grouped(x_TD, ids_TX, weights_TX, stacks)
+        y_TD = _grouped(x_TD, ids_TX, weights_TX, stacks, UNPACKED if unpacked else STORED)
     elif unpacked:
         y_TD = _each_in_turn(x_TD, ids_TX, weights_TX, experts)
     else:
@@ -37,9 +39,9 @@ def routed_ffn(
     return y_TD.astype(x_TD.dtype)
 
 
-def _swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
+def _swiglu(x: Array, gate: Array, up: Array, down: Array, *, axes: str = STORED) -> Array:
     def matmul(a: Array, w: Array) -> Array:
-        return jnp.einsum("...tk,...nk->...tn", a, w, preferred_element_type=jnp.float32)
+        return jnp.einsum(f"...tk,...{axes}->...tn", a, w, preferred_element_type=jnp.float32)
 
     hidden = (nn.silu(matmul(x, gate)) * matmul(x, up)).astype(x.dtype)
     return matmul(hidden, down)
@@ -56,7 +58,7 @@ def _each_in_turn(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Expert
 
         def visit(y: Array, expert=expert, matrices=matrices) -> Array:
             matrices = [dequantize(matrix, x_TD.dtype) for matrix in matrices]
-            return y + _coefficients(ids_TX, weights_TX, expert) * _swiglu(x_TD, *matrices)
+            return y + _coefficients(ids_TX, weights_TX, expert) * _swiglu(x_TD, *matrices, axes=UNPACKED)
 
         y_TD = jax.lax.cond(jnp.any(ids_TX == expert), visit, lambda y: y, y_TD)
     return y_TD
@@ -76,7 +78,7 @@ def _touched_only(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Expert
     return jax.lax.fori_loop(0, count, visit, jnp.zeros(x_TD.shape, jnp.float32))
 
 
-def _grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts) -> Array:
+def _grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts, axes: str = STORED) -> Array:
     """Sorts (token, expert) pairs by expert into blocks of one expert each, so that every product is a plain matmul."""
     tokens, chosen = ids_TX.shape
     num_experts, pairs = experts[0].shape[0], tokens * chosen
@@ -88,7 +90,7 @@ def _grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts) ->
     x_PD = jnp.broadcast_to(x_TD[:, None], (tokens, chosen, x_TD.shape[-1])).reshape(pairs, -1)
     x_BRD = _permute(x_PD, pair_of_slot, slot_of_pair).reshape(blocks, rows, -1)
     matrices = [dequantize(stack[block_expert], x_TD.dtype) for stack in experts]
-    y_SD = _swiglu(x_BRD, *matrices).reshape(blocks * rows, -1)
+    y_SD = _swiglu(x_BRD, *matrices, axes=axes).reshape(blocks * rows, -1)
     y_TXD = _permute(y_SD, slot_of_pair, pair_of_slot).reshape(tokens, chosen, -1)
     return jnp.sum(y_TXD * weights_TX[..., None], axis=1)
 

@@ -51,5 +51,5 @@ class MoE(nn.Module):
         if config.expert_format != "unpacked":
             shape = (config.num_experts, rows, cols)
             return self.param(name, weight_init(config.expert_format, shape, config.init_range, config.param_dtype))
-        one = weight_init("dense", (rows, cols), config.init_range, config.param_dtype)
+        one = weight_init("dense", (cols, rows), config.init_range, config.param_dtype)
         return self.param(name, lambda key: tuple(one(k) for k in jax.random.split(key, config.num_experts)))

@@ -33,11 +33,13 @@ from mimo_jax.training.pretraining import TrainState, cross_entropy
 from mimo_jax.training.run import Metrics, Update, read_run, restore
 from mimo_jax.training.selfgen import Texts
 
-# loss -> (share of cross-entropy, share of the L1 distance to the target's distribution, weights of the slots)
+# loss -> (share of cross-entropy with the text, with the target's distribution, of the L1 distance to that; weights of
+# the slots)
 LOSSES = {
-    "decay": (1.0, 0.0, "decay"),  # DFlash, arXiv 2602.06036
-    "dpace": (1.0, 0.0, "dpace"),  # D-PACE, arXiv 2605.18810
-    "tv": (0.1, 0.9, "decay"),  # DSpark, arXiv 2607.05147
+    "decay": (1.0, 0.0, 0.0, "decay"),  # DFlash, arXiv 2602.06036
+    "dpace": (1.0, 0.0, 0.0, "dpace"),  # D-PACE, arXiv 2605.18810
+    "tv": (0.1, 0.0, 0.9, "decay"),  # DSpark, arXiv 2607.05147
+    "soft": (0.0, 1.0, 0.0, "dpace"),  # distillation, arXiv 1503.02531
 }
 KINDS = ("block", "chain")
 DPACE_FLOOR = 0.5  # alpha of D-PACE
@@ -76,8 +78,9 @@ class DraftTrainConfig:
         return optax.warmup_cosine_decay_schedule(0.0, self.peak_rate, warmup, max(self.steps, warmup + 1))
 
 
-def init_state(config: DrafterConfig, train: DraftTrainConfig) -> TrainState:
-    params = init_drafter(config, jax.random.key(train.seed))
+def init_state(config: DrafterConfig, train: DraftTrainConfig, params: Params | None = None) -> TrainState:
+    """The state before the first update: random parameters unless float32 `params` are given."""
+    params = init_drafter(config, jax.random.key(train.seed)) if params is None else params
     optimizer = make_optimizer(train.schedule, train.weight_decay, train.optimizer)
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
@@ -178,12 +181,14 @@ def loss_fn(
         previous_PM = _at(tokens_BT, places_BAM - 1).reshape(valid_PM.shape)
         logits_PMC += Drafter(config).apply({"params": params}, previous_PM, method="bias")
 
-    entropy_share, distance_share, weighting = LOSSES[train.loss]
+    text_share, target_share, distance_share, weighting = LOSSES[train.loss]
     ce_PM = cross_entropy(logits_PMC, labels_PM)
-    objective_PM = entropy_share * ce_PM
-    if distance_share:
+    objective_PM = text_share * ce_PM
+    if target_share or distance_share:
         law_PMC = jax.nn.softmax(_at(target_BTC, places_BAM - 1), axis=-1).reshape(logits_PMC.shape)
-        objective_PM += distance_share * jnp.sum(jnp.abs(jax.nn.softmax(logits_PMC, axis=-1) - law_PMC), axis=-1)
+        log_q_PMC = jax.nn.log_softmax(logits_PMC, axis=-1)
+        objective_PM -= target_share * jnp.sum(law_PMC * log_q_PMC, axis=-1)
+        objective_PM += distance_share * jnp.sum(jnp.abs(jnp.exp(log_q_PMC) - law_PMC), axis=-1)
     weights_PM = slot_weights(weighting, ce_PM, valid_PM, train.gamma)
     loss = jnp.sum(weights_PM * objective_PM) / jnp.sum(weights_PM)
     right_PM = jnp.cumprod(valid_PM & (jnp.argmax(logits_PMC, axis=-1) == labels_PM), axis=1)

@@ -62,7 +62,7 @@ def convert(model, config: ModelConfig) -> dict:
             "router_bias": state[f"{prefix}.gate.e_score_correction_bias"],
         }
         if config.storage == "unpacked":
-            moe |= {name: tuple(moe[name]) for name in ("gate", "up", "down")}
+            moe |= {name: tuple(matrix.T for matrix in moe[name]) for name in ("gate", "up", "down")}
         return {"moe": moe}
 
     params = {"embed": state["model.embed_tokens.weight"], "head": state["lm_head.weight"]}

@@ -155,9 +155,10 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path, monkeypatch):
     assert drafter.read_settings(tmp_path / "straight") == (CONFIG, TRAIN)
 
 
-def test_total_variation_is_measured_against_the_target():
-    """The "tv" objective of a block is 0.1 cross-entropy + 0.9 L1 distance to the target's own law, slot by slot."""
-    texts, train = TEXTS, dataclasses.replace(TRAIN, loss="tv", anchors=1, batch=1)
+@pytest.mark.parametrize("kind", ["decay", "tv", "soft"])
+def test_losses_are_measured_against_text_or_target(kind):
+    """ "tv" is 0.1 cross-entropy + 0.9 L1 distance to the target's own law, "soft" the cross-entropy with that law."""
+    texts, train = TEXTS, dataclasses.replace(TRAIN, loss=kind, anchors=1, batch=1)
     one = jax.tree.map(lambda array: array[:1], texts)
     one = dataclasses.replace(one, starts=np.array([20], np.int32), ends=np.array([40], np.int32))
     params = drafter.init_state(CONFIG, train).params
@@ -177,8 +178,12 @@ def test_total_variation_is_measured_against_the_target():
             break
         q = scipy.special.softmax(np.asarray(hidden[0, slot - 1] @ head.T, np.float64))
         p = scipy.special.softmax(np.asarray(logits[0, anchor + slot - 1], np.float64))
-        objective.append(-0.1 * np.log(q[one.tokens[0, anchor + slot]]) + 0.9 * np.abs(p - q).sum())
-        weights.append(np.exp(-(slot - 1) / 4))
+        hard = -np.log(q[one.tokens[0, anchor + slot]])
+        tv = 0.1 * hard + 0.9 * np.abs(p - q).sum()
+        objective.append({"decay": hard, "tv": tv, "soft": -np.sum(p * np.log(q))}[kind])
+        weights.append(hard if kind == "soft" else np.exp(-(slot - 1) / 4))
+    if kind == "soft":  # D-PACE weights come from how well the text is foretold
+        weights = slot_weights("dpace", jnp.array([weights]), jnp.ones((1, len(weights)), bool), 4.0)[0]
     assert float(loss) == pytest.approx(np.average(objective, weights=weights), rel=1e-4)
 
 
