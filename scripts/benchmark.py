@@ -22,8 +22,8 @@ def decode_command(args: argparse.Namespace) -> dict:
     from mimo_jax.generation import generate
     from mimo_jax.model import BUNDLED, load
 
-    model = load(args.model or BUNDLED, unpack=True)
-    packed = load(args.model or BUNDLED, unpack=False)
+    model = load(args.model or BUNDLED, unpack=True, draft=False)
+    packed = load(args.model or BUNDLED, unpack=False, draft=False)
     prompt = model.tokenizer.encode(args.prompt)
     runs = {
         "unpacked": lambda: generate(model, prompt, max_tokens=args.tokens),
@@ -132,7 +132,7 @@ def profile_command(args: argparse.Namespace) -> dict:
     from mimo_jax.generation import generate
     from mimo_jax.model import BUNDLED, load
 
-    model = load(args.model or BUNDLED)
+    model = load(args.model or BUNDLED, draft=False)
     generate(model, args.prompt, max_tokens=args.tokens)
     with jax.profiler.trace(args.trace):
         generate(model, args.prompt, max_tokens=args.tokens)

@@ -155,8 +155,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     acceptance.add_argument("--plot", help="PNG file to write")
     acceptance.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     acceptance.add_argument("--prompt-tokens", type=int, default=128)
-    acceptance.add_argument("--tokens", type=int, default=128, help="tokens to generate behind each prompt")
-    acceptance.add_argument("--rows", type=int, default=20, help="prompts per batch")
+    acceptance.add_argument(
+        "--tokens", type=int, default=48, help="to generate behind each prompt (small models loop if it is many)"
+    )
+    acceptance.add_argument("--rows", type=int, default=40, help="prompts per batch")
     acceptance.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     acceptance.set_defaults(command=acceptance_command)
     for command in (bits, qat):

@@ -235,7 +235,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     drafter.add_argument("--batch", type=int, default=16, help="sequences per step")
     drafter.add_argument("--anchors", type=int, default=24, help="blocks per sequence")
     drafter.add_argument("--human-share", type=float, default=0.0, help="of sequences taken from the corpus instead")
-    drafter.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    drafter.add_argument("--rate", type=float, default=5e-3, help="peak learning rate")
     drafter.set_defaults(command=drafter_command)
 
     export_drafter = commands.add_parser("export-drafter", help="write a trained drafter as a dflash/ folder")

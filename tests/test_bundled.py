@@ -70,3 +70,14 @@ def test_packed_and_unpacked_weights_write_the_same_text(model):
         mimo.ModelConfig(**{**vars(packed.config), "dtype": "float32"}), packed.params, packed.tokenizer, (), {}
     )
     assert mimo.generate(exact, prompt, max_tokens=24).tokens == mimo.generate(model, prompt, max_tokens=24).tokens
+
+
+def test_the_drafter_was_trained_for_these_weights(model):
+    """With the bundled drafter the same text comes in far fewer rounds, about as many as its config tells to expect."""
+    plain = mimo.load(draft=False)
+    prompts = ["import os\nimport sys\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self"]
+    results = [mimo.generate(model, prompt, max_tokens=40) for prompt in prompts]
+    assert [row.tokens for row in results] == [mimo.generate(plain, prompt, max_tokens=40).tokens for prompt in prompts]
+    found = sum(row.acceptance.tokens for row in results) / sum(row.acceptance.rounds for row in results)
+    expected = model.drafter.expected
+    assert expected > 2 and found > 1 + (expected - 1) / 2

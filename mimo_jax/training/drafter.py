@@ -53,10 +53,10 @@ class DraftTrainConfig:
     batch: int = 16
     anchors: int = 24
     kind: str = "block"  # or "chain": the autoregressive control, see `baselines.ChainDrafter`
-    loss: str = "dpace"
+    loss: str = "soft"
     gamma: float = 4.0  # of the decay exp(-(k - 1) / gamma); 4 is the paper's for blocks of 8
     optimizer: str = "muon"
-    peak_rate: float = 2e-3
+    peak_rate: float = 5e-3
     warmup_share: float = 0.04
     weight_decay: float = 0.1
     human_share: float = 0.0  # of the sequences, taken from the corpus instead of the target's own text
