@@ -87,11 +87,12 @@ def speculation_command(args: argparse.Namespace) -> dict:
         models[name] = with_drafter(plain, folder)
     strategy = strategy_at(args.temperature)
     timings: dict[str, list] = {name: [] for name in models}
-    for number, prompt in enumerate(prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 64)):
+    for number, prompt in enumerate(prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 128)):
         for name, model in models.items():  # interleaved, so that a slow minute hits all of them
             result = generate(model, prompt, strategy, args.tokens, args.seed)
             if number:  # the first one compiles
-                timings[name].append((result.timing.decode_seconds, len(result.tokens), result.acceptance.rounds))
+                counted = result.acceptance
+                timings[name].append((result.timing.decode_seconds, counted.tokens, counted.rounds))
     return speculation_record(timings, args)
 
 
@@ -158,11 +159,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     speculation = commands.add_parser("speculation", help="tokens per second with a drafter over plain decoding")
     speculation.add_argument("--data", default="runs/corpus", help="folder of the corpus")
     speculation.add_argument("--drafter", action="append", default=[], help="[NAME=]dflash folder; repeat it")
-    speculation.add_argument("--prompts", type=int, default=20, help="held-out prompts of 64 tokens")
+    speculation.add_argument("--prompts", type=int, default=40, help="held-out prompts of 128 tokens")
     speculation.add_argument("--temperature", type=float, default=0.0)
     speculation.add_argument("--seed", type=int, default=0)
     speculation.add_argument("--model", help="checkpoint directory (default: the bundled model)")
-    speculation.add_argument("--tokens", type=int, default=128)
+    speculation.add_argument("--tokens", type=int, default=48)
     speculation.set_defaults(command=speculation_command)
     profile = commands.add_parser("profile", help="time per token by operation")
     profile.add_argument("--trace", required=True, help="folder for the trace (open it in Perfetto)")

@@ -83,7 +83,7 @@ def acceptance_command(args: argparse.Namespace) -> dict:
             expected = expected or results
             same = sum(one.tokens == other.tokens for one, other in zip(expected, results))
             about = {"drafter": name, "temperature": temperature, "same_as_plain": same}
-            record["rows"] += [about | {"texts": texts} | vars(found) for texts, found in _report(about, results)]
+            record["rows"] += _report(about, results)
         if temperature:
             record["target"].append({"temperature": temperature} | _uncertainty(plain, prompts, strategy, expected))
     if args.plot:
@@ -91,18 +91,18 @@ def acceptance_command(args: argparse.Namespace) -> dict:
     return record
 
 
-def _report(about: dict, results: list) -> list:
+def _report(about: dict, results: list) -> list[dict]:
     """Prints what a drafter got accepted, over all texts and over those that are no loops, and returns it."""
     from mimo_jax.training.acceptance import summaries
 
-    found = summaries(results)
-    for texts, row in found.items():
-        slots = " ".join(f"{value:.2f}" for value in row.conditional)
-        figure = f"{row.tokens_per_round:.2f} +- {row.half_width:.2f} ({texts})"
-        print(f"{about['drafter']:<20}{about['temperature']:>5}  {figure:<24}{slots}", file=sys.stderr)
+    rows = [about | row for row in summaries(results)]
+    for row in rows:
+        slots = " ".join(f"{value:.2f}" for value in row["conditional"])
+        figure = "{tokens_per_round:.2f} +- {half_width:.2f} ({subset})".format(**row)
+        print(f"{row['drafter']:<20}{row['temperature']:>5}  {figure:<24}{slots}", file=sys.stderr)
     if not about["temperature"]:
         print(f"{'':<27}{about['same_as_plain']} of {len(results)} texts as without a drafter", file=sys.stderr)
-    return list(found.items())
+    return rows
 
 
 def _drafting_models(args: argparse.Namespace, plain) -> dict:
@@ -126,7 +126,7 @@ def _uncertainty(model, prompts: list, strategy, results: list) -> dict:
     from mimo_jax.training import ceiling
 
     entropy = ceiling.entropy_per_token(model, prompts, results, strategy)
-    bound = ceiling.order_blind_ceiling(model, prompts[:: max(1, len(prompts) // 40)], strategy)
+    bound = ceiling.order_blind_ceiling(model, prompts[:: max(1, len(prompts) // 20)], strategy)
     print(
         f"{'target':<20}{strategy.temperature:>5}  {entropy:.2f} nats per token; order-blind ceiling {bound:.2f}",
         file=sys.stderr,

@@ -78,20 +78,23 @@ def measure(results: list[Result]) -> Measured:
     )
 
 
-def summaries(results: list[Result]) -> dict[str, Measured]:
-    """Over all texts, and over those that are not loops, where there are at least two."""
-    kinds = {"all": results, "no loops": [result for result in results if not is_degenerate(result.tokens)]}
-    return {name: measure(chosen) for name, chosen in kinds.items() if len(chosen) > 1}
+def summaries(results: list[Result]) -> list[dict[str, Any]]:
+    """`measure` over all texts, and over those that are no loops, where there are at least two; "subset" says which."""
+    subsets = {"all": results, "no loops": [result for result in results if not is_degenerate(result.tokens)]}
+    return [{"subset": name, **vars(measure(chosen))} for name, chosen in subsets.items() if len(chosen) > 1]
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
-    """Tokens per round by drafter and temperature, and acceptance slot by slot at the lowest one; no loops."""
+    """Tokens per round by drafter and temperature, and acceptance slot by slot at the lowest one; no loops.
+
+    Each row is one of `summaries` with its "drafter" and "temperature".
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["texts"] == "no loops"]
+    rows = [row for row in rows if row["subset"] == "no loops"]
     temperatures = sorted({row["temperature"] for row in rows})
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")

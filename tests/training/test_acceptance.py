@@ -1,10 +1,12 @@
 """What `evaluate.py acceptance` reports is what the loop counted."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from mimo_jax.generation import Acceptance, Result
-from mimo_jax.training.acceptance import is_degenerate, measure, prompts_of
+from mimo_jax.training.acceptance import is_degenerate, measure, plot, prompts_of, summaries
 
 
 def result(rounds: int, tokens: int, tested: list[int], accepted: list[int]) -> Result:
@@ -45,3 +47,15 @@ def test_prompts_are_spread_over_the_held_out_text():
     prompts = prompts_of(np.arange(1000), 5, 100)
     assert [prompt[0] for prompt in prompts] == [0, 225, 450, 675, 900]
     assert all(len(prompt) == 100 for prompt in prompts)
+
+
+def test_loops_are_reported_apart_and_plotted(tmp_path):
+    """Loops count among all texts only; the rows that say so are what the plot draws."""
+    loop = dataclasses.replace(result(1, 8, [1], [1]), tokens=[1, 2] * 20)
+    texts = [dataclasses.replace(result(4, 8, [4], [2]), tokens=list(range(40))) for _ in range(3)]
+    rows = summaries([loop, *texts])
+    assert [(row["subset"], row["texts"]) for row in rows] == [("all", 4), ("no loops", 3)]
+    assert [row["tokens_per_round"] for row in rows] == pytest.approx([32 / 13, 2])
+    pytest.importorskip("matplotlib")
+    plot([{"drafter": "a", "temperature": t} | row for t in (0.0, 1.0) for row in rows], tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
