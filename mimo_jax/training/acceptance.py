@@ -109,8 +109,8 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     left.set(ylabel="tokens per round (95 % interval)", title="accepted drafts and the target's own token")
     left.legend()
     for row in rows:
-        if row["temperature"] == temperatures[0]:
-            slots = row["conditional"]
+        slots = row["conditional"]
+        if row["temperature"] == temperatures[0] and slots:
             right.plot(range(1, len(slots) + 1), slots, marker=".", linewidth=1, label=row["drafter"])
     right.set(xlabel="draft slot", ylabel="acceptance, all before it accepted", title=f"T = {temperatures[0]}")
     right.legend(fontsize="small")
