@@ -10,13 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache, init_layer, row_positions
 from mimo_jax.config import SLIDING, ModelConfig
-from mimo_jax.drafting import BlockDrafter, Draft, as_draft
+from mimo_jax.drafting import BlockDrafter, Draft, draft_in_turn
 from mimo_jax.modeling.attention import heads_first
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.drafter import Drafter
 from mimo_jax.modeling.layers import linear
-from mimo_jax.sampling import draw_with_law
-from mimo_jax.verification import draft_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +95,19 @@ class MtpDrafter:
         return MtpCache(layer, jnp.where(counts_B[:, None] > 0, newest_BD, cache.hidden))
 
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
-        drafted, laws, token_B, one_B = [], [], last_B, jnp.ones_like(last_B)
-        hidden_B1D, layer = cache.hidden[:, None], cache.layer
-        for slot in range(self.block_size - 1):
+        def logits_of(slot: int, token_B: Array, carry: MtpCache) -> tuple[Array, MtpCache]:
             hidden_B1D, layer = self._look_ahead(
-                target, hidden_B1D, token_B[:, None], layer, lengths_B - 1 + slot, one_B
+                target,
+                carry.hidden[:, None],
+                token_B[:, None],
+                carry.layer,
+                lengths_B - 1 + slot,
+                jnp.ones_like(token_B),
             )
-            logits_BC = linear(hidden_B1D[:, 0], target["head"], jnp.float32)
-            token_B, law_BC = draw_with_law(strategy, logits_BC, draft_keys(keys_B, slot))
-            drafted.append(token_B)
-            laws.append(law_BC)
-        return as_draft(drafted, laws, target["head"].shape[0])
+            hidden_BD = hidden_B1D[:, 0]
+            return linear(hidden_BD, target["head"], jnp.float32), MtpCache(layer, hidden_BD)
+
+        return draft_in_turn(logits_of, cache, last_B, self.block_size, strategy, keys_B, target["head"].shape[0])
 
     def _look_ahead(self, target, *arguments) -> tuple[Array, LayerCache]:
         return Backbone(self.config).apply({"params": target}, *arguments, method="look_ahead")
@@ -122,19 +122,18 @@ class ChainDrafter(BlockDrafter):
 
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
         apply = Drafter(self.config).apply
-        positions_BS = row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
-        drafted, laws, token_B = [], [], last_B
-        for slot in range(self.block_size - 1):
+
+        def logits_of(slot: int, token_B: Array, carry) -> tuple[Array, tuple]:
+            held, positions_BS = carry
             row_B = lengths_B + slot
             x_B1D = target["embed"][token_B][:, None]
-            hidden_B1D, offered = apply({"params": params}, x_B1D, row_B, cache, positions_BS, method="read")
+            hidden_B1D, offered = apply({"params": params}, x_B1D, row_B, held, positions_BS, method="read")
             logits_BC = linear(hidden_B1D[:, 0], target["head"], jnp.float32)[..., : self.config.vocab_size]
-            token_B, law_BC = draw_with_law(strategy, logits_BC, draft_keys(keys_B, slot))
-            drafted.append(token_B)
-            laws.append(law_BC)
-            cache = tuple(map(_with_row, cache, offered))
             positions_BS = jnp.concatenate([positions_BS, row_B[:, None]], axis=1)
-        return as_draft(drafted, laws, target["head"].shape[0])
+            return logits_BC, (tuple(map(_with_row, held, offered)), positions_BS)
+
+        carry = cache, row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
+        return draft_in_turn(logits_of, carry, last_B, self.block_size, strategy, keys_B, target["head"].shape[0])
 
 
 def _with_row(held: LayerCache, offered: tuple[Array, Array]) -> LayerCache:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -141,22 +142,38 @@ class BlockDrafter:
         anchor_BD = target["embed"][last_B]
         hidden_BND = module.apply({"params": params}, anchor_BD, lengths_B, cache, positions_BS)
         logits_BMC = linear(hidden_BND[:, 1:], target["head"], jnp.float32)[..., : self.config.vocab_size]
-        drafted, laws, previous_B = [], [], last_B
-        for slot in range(self.block_size - 1):
+
+        def logits_of(slot: int, previous_B: Array, carry: None) -> tuple[Array, None]:
             logits_BC = logits_BMC[:, slot]
             if self.config.bias_rank:
                 logits_BC += module.apply({"params": params}, previous_B, method="bias")
-            previous_B, law_BC = draw_with_law(strategy, logits_BC, draft_keys(keys_B, slot))
-            drafted.append(previous_B)
+            return logits_BC, carry
+
+        return draft_in_turn(logits_of, None, last_B, self.block_size, strategy, keys_B, target["head"].shape[0])
+
+
+def draft_in_turn(
+    logits_of: Callable[[int, Array, Any], tuple[Array, Any]],
+    carry: Any,
+    last_B: Int[Array, "B"],
+    block_size: int,
+    strategy: Strategy,
+    keys_B: Array,
+    rows: int,
+) -> Draft:
+    """Draws slot after slot from `logits_of(slot, token before it, carry)`, which returns logits and the next carry.
+
+    The laws drawn from are padded to the target's `rows` of ids.
+    """
+    drafted, laws, token_B = [], [], last_B
+    for slot in range(block_size - 1):
+        logits_BC, carry = logits_of(slot, token_B, carry)
+        token_B, law_BC = draw_with_law(strategy, logits_BC, draft_keys(keys_B, slot))
+        drafted.append(token_B)
+        if law_BC is not None:
             laws.append(law_BC)
-        return as_draft(drafted, laws, target["head"].shape[0])
-
-
-def as_draft(drafted: list[Array], laws: list[Array | None], rows: int) -> Draft:
-    """Slots drawn one after another, with the laws they were drawn from padded to the target's `rows` of ids."""
     tokens_BM = jnp.stack(drafted, axis=1)
-    drawn = [law for law in laws if law is not None]
-    if not drawn:
+    if not laws:
         return Draft(tokens_BM, None)
-    laws_BMC = jnp.stack(drawn, axis=1)
+    laws_BMC = jnp.stack(laws, axis=1)
     return Draft(tokens_BM, jnp.pad(laws_BMC, ((0, 0), (0, 0), (0, rows - laws_BMC.shape[-1]))))
