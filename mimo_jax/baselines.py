@@ -107,7 +107,7 @@ class MtpDrafter:
             hidden_BD = hidden_B1D[:, 0]
             return linear(hidden_BD, target["head"], jnp.float32), MtpCache(layer, hidden_BD)
 
-        return draft_in_turn(logits_of, cache, last_B, self.block_size, strategy, keys_B, target["head"].shape[0])
+        return draft_in_turn(logits_of, cache, last_B, self.block_size, strategy, keys_B, target["embed"].shape[0])
 
     def _look_ahead(self, target, *arguments) -> tuple[Array, LayerCache]:
         return Backbone(self.config).apply({"params": target}, *arguments, method="look_ahead")
@@ -133,7 +133,7 @@ class ChainDrafter(BlockDrafter):
             return logits_BC, (tuple(map(_with_row, held, offered)), positions_BS)
 
         carry = cache, row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
-        return draft_in_turn(logits_of, carry, last_B, self.block_size, strategy, keys_B, target["head"].shape[0])
+        return draft_in_turn(logits_of, carry, last_B, self.block_size, strategy, keys_B, target["embed"].shape[0])
 
 
 def _with_row(held: LayerCache, offered: tuple[Array, Array]) -> LayerCache:

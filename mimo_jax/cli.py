@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +21,20 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def need_matplotlib() -> None:
+    """Raises, before any work is done, where a plot could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plot: matplotlib is not installed; it comes with the extra: pip install -e '.[plots]'")
+
+
+def add_drafter_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name the drafters to be measured."""
+    parser.add_argument(
+        "--drafter", action="append", default=[], help="[NAME=]dflash folder; repeat it (default: the checkpoint's)"
+    )
+    parser.add_argument("--chain", action="append", default=[], help="the same for drafters trained as a chain")
 
 
 def named_folders(specs: list[str]) -> dict[str, Path]:

@@ -13,12 +13,12 @@ from mimo_jax.errors import UserError
 GLOBAL, SLIDING = 0, 1
 MAX_BLOCK = 8  # the longest block of tokens that a cache can take back, so the longest that can be drafted
 
-# Where each storage keeps its weights: format of the fused/dense linears, format of the routed experts.
+# Where each storage keeps its weights: format of QKV and dense MLPs, of the routed experts, of all other matrices.
 STORAGE_FORMATS = {
-    "dense": ("dense", "dense"),  # plain arrays of `param_dtype`: training, bf16 checkpoints
-    "fp8": ("fp8", "fp8"),  # the published FP8 checkpoints
-    "mxfp4": ("fp8", "mxfp4"),  # the published FP4-DFlash checkpoint
-    "unpacked": ("dense", "unpacked"),  # one turned array per expert, never sliced: fastest under XLA on CPU
+    "dense": ("dense", "dense", "dense"),  # plain arrays of `param_dtype`: training, bf16 checkpoints
+    "fp8": ("fp8", "fp8", "dense"),  # the published FP8 checkpoints
+    "mxfp4": ("fp8", "mxfp4", "dense"),  # the published FP4-DFlash checkpoint
+    "unpacked": ("turned", "unpacked", "turned"),  # a turned array per expert, never sliced: fastest under XLA on CPU
 }
 
 
@@ -131,6 +131,10 @@ class ModelConfig:
     @property
     def expert_format(self) -> str:
         return STORAGE_FORMATS[self.storage][1]
+
+    @property
+    def matrix_format(self) -> str:
+        return STORAGE_FORMATS[self.storage][2]
 
     def kv_heads(self, kind: int) -> int:
         """Key/value heads of a layer of `kind` (GLOBAL or SLIDING)."""

@@ -47,6 +47,7 @@ class DrafterConfig:
     max_position: int = 262_144
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
+    matrix_format: str = "dense"  # or "turned", see `quantization/turned.py`
     init_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -119,6 +120,7 @@ _RULES = {
     **dict.fromkeys(("head_dim", "num_target_layers", "vocab_size", "window", "max_position"), _COUNT),
     **dict.fromkeys(("rope_theta", "partial_rotary_factor", "value_scale", "norm_eps", "init_range"), _POSITIVE),
     **dict.fromkeys(("dtype", "param_dtype"), _DTYPE),
+    "matrix_format": (lambda value: value in ("dense", "turned"), "dense or turned"),
     "target_layer_ids": (
         lambda ids: isinstance(ids, tuple) and len(ids) > 0 and all(_is_whole(i, -1) for i in ids),
         "a list of layer numbers",

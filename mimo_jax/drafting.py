@@ -149,7 +149,7 @@ class BlockDrafter:
                 logits_BC += module.apply({"params": params}, previous_B, method="bias")
             return logits_BC, carry
 
-        return draft_in_turn(logits_of, None, last_B, self.block_size, strategy, keys_B, target["head"].shape[0])
+        return draft_in_turn(logits_of, None, last_B, self.block_size, strategy, keys_B, target["embed"].shape[0])
 
 
 def draft_in_turn(

@@ -18,8 +18,7 @@ from mimo_jax.sampling import Greedy, Strategy
 
 Prompt = str | Sequence[int]
 
-STREAM_TOKENS = 4  # about so many per visit of the host while streaming
-STOP_CHECK_TOKENS = 32  # the same, when only stop strings have to be looked for
+VISIT_SECONDS = 0.03  # the host looks at a text that is watched about so often
 _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or its cache
 
 
@@ -102,8 +101,7 @@ def generate_batch(
     stop: Sequence[str] = (),
 ) -> list[Result]:
     """Continues every prompt; no row depends on its batch mates. `seed` is one for all rows, or one per row."""
-    visit = STOP_CHECK_TOKENS if stop else max_tokens
-    *_, (_, results) = _generate(model, list(prompts), strategy, max_tokens, seed, tuple(stop), visit)
+    *_, (_, results) = _generate(model, list(prompts), strategy, max_tokens, seed, tuple(stop), watch=bool(stop))
     return results
 
 
@@ -117,7 +115,7 @@ def stream(
 ) -> Iterator[Piece]:
     """Yields the text `generate` would return, in pieces, as it is made. Never yields part of a stop string."""
     shown = ""
-    for texts, results in _generate(model, [prompt], strategy, max_tokens, seed, tuple(stop), STREAM_TOKENS):
+    for texts, results in _generate(model, [prompt], strategy, max_tokens, seed, tuple(stop), watch=True):
         text = results[0].text if results else _settled(texts[0], stop)
         yield Piece(text[len(shown) :], results[0] if results else None)
         shown = text
@@ -141,9 +139,12 @@ def _generate(
     max_tokens: int,
     seed: int | Sequence[int],
     stop: tuple[str, ...],
-    visit: int,
+    watch: bool,
 ) -> Iterator[tuple[list[str], list[Result]]]:
-    """Yields the texts so far after every visit of the host, and at the end the results."""
+    """Yields the texts so far after every visit of the host, and at the end the results.
+
+    A text to `watch` is visited every VISIT_SECONDS or so, any other when it is complete.
+    """
     begin = time.perf_counter()
     prompt_ids = [encode_prompt(model, prompt) for prompt in prompts]
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
@@ -153,8 +154,7 @@ def _generate(
     capacity = decoding.capacity_for(min(longest + max_tokens, model.config.max_position))
     stops = decoding.as_stops(model.stop_ids)
     engine, weights = model.engine, model.weights
-    # A round may accept nothing but one token, so a call that is not watched is given a round for every token.
-    rounds = visit if visit == max_tokens else -(-visit // engine.drafter.block_size)
+    rounds = 1 if watch else max_tokens  # per visit; a round yields one token at least
 
     with compile_seconds() as prefill_compile:
         caches = decoding.prefill(engine, weights, prompt_ids, capacity)
@@ -170,8 +170,11 @@ def _generate(
     state = jax.block_until_ready(decoding.decode(engine, weights, state, stops, strategy, np.int32(0)))
     ready = time.perf_counter()
     while not all(tail.is_cut or done for tail, done in zip(tails, jax.device_get(state.is_done))):
+        visited = time.perf_counter()
         state = decoding.decode(engine, weights, state, stops, strategy, np.int32(rounds))
         tokens = decoding.tokens_of(state)
+        if time.perf_counter() - visited < VISIT_SECONDS / 2:
+            rounds *= 2
         texts = [tail.update(ids) for tail, ids in zip(tails, tokens)]
         yield texts, []
     end = time.perf_counter()

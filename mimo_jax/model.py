@@ -16,8 +16,8 @@ from mimo_jax.decoding import Engine, FlaxStep, Weights
 from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.drafting import PLAIN, BlockDrafter, Proposer
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.backbone import Params, is_expert
-from mimo_jax.quantization import dequantize
+from mimo_jax.modeling.backbone import Params, is_expert, is_matrix
+from mimo_jax.quantization import dequantize, turn
 from mimo_jax.tokenizer import Tokenizer
 
 _MAX_JSON_BYTES = 4_000_000
@@ -80,8 +80,14 @@ def load_drafter(target: ModelConfig, directory: Path) -> tuple[DrafterConfig, P
 
     config, params = read_drafter(directory)
     config.check_fits(target)
-    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(target.dtype)), params)
-    return dataclasses.replace(config, dtype=target.dtype, param_dtype=target.dtype), params
+    is_turned = target.matrix_format == "turned"
+
+    def place(path, leaf):
+        leaf = np.asarray(leaf).astype(target.dtype)
+        return turn(leaf) if is_turned and is_matrix(path) else jnp.asarray(leaf)
+
+    stored = {"dtype": target.dtype, "param_dtype": target.dtype, "matrix_format": target.matrix_format}
+    return dataclasses.replace(config, **stored), jax.tree_util.tree_map_with_path(place, params)
 
 
 def with_drafter(model: Model, directory: Path, kind: type[BlockDrafter] = BlockDrafter) -> Model:
@@ -116,13 +122,15 @@ def load_dense(directory: Path, dtype: str = "float32") -> Model:
 def unpack_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The same weights as plain float32 arrays, one per expert, so that no product copies a slice of a stack.
 
-    Expert matrices are turned, from [output, input] to [input, output] (`modeling/experts.py`).
+    All matrices are turned, from [output, input] to [input, output] (`quantization/turned.py`).
     """
     if config.storage == "unpacked" or not any(config.moe_pattern):
         return config, params
 
     def place(path, leaf):
-        return tuple(jnp.asarray(matrix.T) for matrix in leaf) if is_expert(path) else jnp.asarray(leaf)
+        if is_expert(path):
+            return tuple(jnp.asarray(matrix.T) for matrix in leaf)
+        return turn(leaf) if is_matrix(path) else jnp.asarray(leaf)
 
     unpacked = jax.tree_util.tree_map_with_path(place, dense_params(params))
     return dataclasses.replace(config, storage="unpacked", dtype="float32", param_dtype="float32"), unpacked

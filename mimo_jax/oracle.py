@@ -51,7 +51,7 @@ def build_twin(config: ModelConfig):
 
 
 def load_weights(twin, config: ModelConfig, params: Params) -> None:
-    """Gives the twin our parameters, which hold no packed tensors (storage "dense" or "unpacked")."""
+    """Gives the twin our parameters, of storage "dense"."""
     import torch
 
     state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in twin_state(config, params).items()}
@@ -78,9 +78,7 @@ def twin_state(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
         if "mlp" in layer:
             state |= {f"{prefix}.mlp.{name}_proj.weight": weight for name, weight in layer["mlp"].items()}
             continue
-        gate, up, down = (np.stack(layer["moe"][name]) for name in ("gate", "up", "down"))
-        if config.storage == "unpacked":
-            gate, up, down = (stack.swapaxes(1, 2) for stack in (gate, up, down))
+        gate, up, down = (layer["moe"][name] for name in ("gate", "up", "down"))
         state[f"{prefix}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
         state[f"{prefix}.mlp.experts.down_proj"] = down
         state[f"{prefix}.mlp.gate.weight"] = layer["moe"]["router"]

@@ -52,7 +52,7 @@ def _require(name: str, value, rule, expected: str) -> None:
 def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     """The distribution `strategy` draws the next token from, in float32."""
     if isinstance(strategy, Greedy):
-        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+        return jax.nn.one_hot(most_likely(logits), logits.shape[-1])
     p = jax.nn.softmax(logits.astype(jnp.float32) / strategy.temperature, axis=-1)
     # Every threshold is one of the values of `p` itself, so that no rounding tells equal probabilities apart.
     threshold = jnp.zeros_like(p[..., :1])
@@ -73,6 +73,13 @@ def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Arr
     return kept / jnp.sum(kept, axis=-1, keepdims=True)
 
 
+def most_likely(logits: Float[Array, "*B C"]) -> Int[Array, "*B"]:
+    """The first of the largest entries. On CPU XLA's `argmax` goes entry by entry, ten times as slow (docs/LOG.md)."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(logits == top, ids, logits.shape[-1] - 1), axis=-1)
+
+
 def draw(strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array) -> Int[Array, "B"]:
     """One token per row; row b uses only `keys_B[b]`, so a row never depends on its batch mates."""
     return draw_with_law(strategy, logits_BC, keys_B)[0]
@@ -83,7 +90,7 @@ def draw_with_law(
 ) -> tuple[Int[Array, "B"], Float[Array, "B C"] | None]:
     """`draw`'s tokens and the distributions they were drawn from; the most likely token is not drawn (None)."""
     if isinstance(strategy, Greedy):
-        return jnp.argmax(logits_BC, axis=-1).astype(jnp.int32), None
+        return most_likely(logits_BC), None
     p_BC = probabilities(strategy, logits_BC)
     return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BC)).astype(jnp.int32), p_BC
 

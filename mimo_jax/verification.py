@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.errors import UserError
-from mimo_jax.sampling import Greedy, Strategy, draw, probabilities
+from mimo_jax.sampling import Greedy, Strategy, draw, most_likely, probabilities
 
 RULES = ("token", "block")
 TINY = jnp.finfo(jnp.float32).tiny  # 1 / TINY is finite
@@ -68,7 +68,7 @@ def _verify_greedy(
     logits_BNC: Float[Array, "B N C"], drafts_BM: Int[Array, "B M"]
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Drafts are accepted as long as they are the target's most likely tokens."""
-    best_BN = jnp.argmax(logits_BNC, axis=-1).astype(jnp.int32)
+    best_BN = most_likely(logits_BNC)
     accepted_B = _count("token", drafts_BM == best_BN[:, :-1])
     return accepted_B, _pick(best_BN, accepted_B)
 

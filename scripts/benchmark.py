@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 
-from mimo_jax.cli import main_guard, named_folders
+from mimo_jax.cli import add_drafter_options, main_guard, named_folders
 
 
 def decode_command(args: argparse.Namespace) -> dict:
@@ -31,7 +31,7 @@ def decode_command(args: argparse.Namespace) -> dict:
     }
     record: dict = {"tokens": args.tokens, "repeats": args.repeats, "jax": jax.__version__}
     if not args.no_transformers:
-        runs["transformers"] = transformers_run(model, prompt, args.tokens, record)
+        runs["transformers"] = transformers_run(args.model, prompt, args.tokens, record)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()  # compiles
@@ -52,14 +52,18 @@ def decode_command(args: argparse.Namespace) -> dict:
     return record
 
 
-def transformers_run(model, prompt: list[int], count: int, record: dict):
+def transformers_run(directory: str | None, prompt: list[int], count: int, record: dict):
     """Greedy decoding of the same weights by transformers, with its cache."""
+    from pathlib import Path
+
     import torch
     import transformers
 
+    from mimo_jax.model import BUNDLED, load_dense
     from mimo_jax.oracle import build_twin, load_weights
 
     torch.set_grad_enabled(False)
+    model = load_dense(Path(directory or BUNDLED))
     twin = build_twin(model.config)
     load_weights(twin, model.config, model.params)
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -69,22 +73,19 @@ def transformers_run(model, prompt: list[int], count: int, record: dict):
 
 
 def speculation_command(args: argparse.Namespace) -> dict:
-    import dataclasses
     from pathlib import Path
 
-    from mimo_jax.baselines import NgramDrafter
     from mimo_jax.checkpoint.dflash import FOLDER
     from mimo_jax.generation import generate
-    from mimo_jax.model import BUNDLED, load, with_drafter
+    from mimo_jax.model import BUNDLED, load
     from mimo_jax.sampling import strategy_at
-    from mimo_jax.training.acceptance import prompts_of
+    from mimo_jax.training.acceptance import drafting_models, prompts_of
     from mimo_jax.training.corpus import load_tokens
 
     plain = load(args.model or BUNDLED, unpack=True, draft=False)
     # Looking n-grams up costs next to nothing, so a round of theirs is what verifying 8 tokens costs.
-    models = {"plain": plain, "n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
-    for name, folder in named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"]).items():
-        models[name] = with_drafter(plain, folder)
+    drafters = named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"])
+    models = drafting_models(plain, drafters, named_folders(args.chain))
     strategy = strategy_at(args.temperature)
     timings: dict[str, list] = {name: [] for name in models}
     for number, prompt in enumerate(prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 128)):
@@ -158,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     decode.set_defaults(command=decode_command)
     speculation = commands.add_parser("speculation", help="tokens per second with a drafter over plain decoding")
     speculation.add_argument("--data", default="runs/corpus", help="folder of the corpus")
-    speculation.add_argument("--drafter", action="append", default=[], help="[NAME=]dflash folder; repeat it")
+    add_drafter_options(speculation)
     speculation.add_argument("--prompts", type=int, default=40, help="held-out prompts of 128 tokens")
     speculation.add_argument("--temperature", type=float, default=0.0)
     speculation.add_argument("--seed", type=int, default=0)

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from mimo_jax.cli import main_guard, named_folders
+from mimo_jax.cli import add_drafter_options, main_guard, named_folders, need_matplotlib
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
@@ -67,17 +67,21 @@ def qat_command(args: argparse.Namespace) -> dict:
 
 
 def acceptance_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.checkpoint.dflash import FOLDER
     from mimo_jax.model import BUNDLED, load
     from mimo_jax.sampling import strategy_at
     from mimo_jax.training import acceptance
 
+    if args.plot:
+        need_matplotlib()
     plain = dataclasses.replace(load(args.model or BUNDLED, unpack=True, draft=False), rule=args.rule)
+    drafters = named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"])
     prompts = acceptance.prompts_of(_heldout(args)[0], args.prompts, args.prompt_tokens)
     record: dict = {"prompts": len(prompts), "max_tokens": args.tokens, "rule": args.rule, "rows": [], "target": []}
     print(f"{'drafter':<20}{'T':>5}  {'tokens per round':<24}conditional acceptance per slot", file=sys.stderr)
     for temperature in args.temperature:
         strategy, expected = strategy_at(temperature), []
-        for name, model in _drafting_models(args, plain).items():
+        for name, model in acceptance.drafting_models(plain, drafters, named_folders(args.chain)).items():
             label = f"{name} T={temperature}"
             results = acceptance.continue_all(model, prompts, strategy, args.tokens, args.rows, label)
             expected = expected or results
@@ -105,22 +109,6 @@ def _report(about: dict, results: list) -> list[dict]:
     return rows
 
 
-def _drafting_models(args: argparse.Namespace, plain) -> dict:
-    """The target without a drafter, then with every one that is to be measured, by name."""
-    from mimo_jax.baselines import ChainDrafter, MtpDrafter, NgramDrafter
-    from mimo_jax.checkpoint.dflash import FOLDER
-    from mimo_jax.model import BUNDLED, with_drafter
-
-    models = {"plain": plain, "n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
-    if plain.config.mtp_layers:
-        models["MTP layer"] = dataclasses.replace(plain, drafter=MtpDrafter(plain.config))
-    for name, folder in named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"]).items():
-        models[name] = with_drafter(plain, folder)
-    for name, folder in named_folders(args.chain).items():
-        models[name] = with_drafter(plain, folder, ChainDrafter)
-    return models
-
-
 def _uncertainty(model, prompts: list, strategy, results: list) -> dict:
     """The target's entropy on what it said, and what that leaves to drafters whose slots are blind to each other."""
     from mimo_jax.training import ceiling
@@ -145,10 +133,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     qat.set_defaults(command=qat_command)
     acceptance = commands.add_parser("acceptance", help="tokens per round of drafters, on held-out prompts")
     acceptance.add_argument("--model", help="checkpoint directory of the target (default: the bundled model)")
-    acceptance.add_argument(
-        "--drafter", action="append", default=[], help="[NAME=]dflash folder; repeat it (default: the checkpoint's)"
-    )
-    acceptance.add_argument("--chain", action="append", default=[], help="the same for drafters trained as a chain")
+    add_drafter_options(acceptance)
     acceptance.add_argument(
         "--rule", choices=("block", "token"), default="block", help="how sampled drafts are verified"
     )

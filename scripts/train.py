@@ -21,7 +21,7 @@ import json
 import sys
 from pathlib import Path
 
-from mimo_jax.cli import main_guard
+from mimo_jax.cli import main_guard, need_matplotlib
 from mimo_jax.errors import UserError
 
 
@@ -109,8 +109,7 @@ def drafter_command(args: argparse.Namespace) -> dict:
 
     model, texts = load_dense(Path(args.model)), selfgen.load_texts(Path(args.texts))
     if args.start:
-        config, params = load_drafter(model.config, Path(args.start))
-        config = dataclasses.replace(config, acceptance_length=None)  # it was measured before what follows
+        config, params = drafter.extended(*load_drafter(model.config, Path(args.start)), args.bias_rank, args.seed)
     else:
         taps, params = tuple(args.taps) if args.taps else None, None
         config = drafter.drafter_for(model.config, model.tokenizer, args.layers, args.window, args.bias_rank, taps)
@@ -148,6 +147,7 @@ def export_drafter_command(args: argparse.Namespace) -> dict:
 def plot_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training import run
 
+    need_matplotlib()
     run.plot_losses([Path(directory) for directory in args.run], Path(args.out))
     return {"plot": args.out}
 
@@ -229,8 +229,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     drafter.add_argument("--layers", type=int, default=2)
     drafter.add_argument("--window", type=int, default=128, help="context tokens a block sees")
     drafter.add_argument("--taps", type=int, nargs="+", help="layers of the target it reads (-1: only the embedding)")
-    drafter.add_argument("--bias-rank", type=int, default=0, help="rank of the order-aware bias; 0: none")
-    drafter.add_argument("--loss", choices=("decay", "dpace", "tv", "soft"), default="soft")
+    drafter.add_argument("--bias-rank", type=int, default=0, help="of the order-aware bias; a start may lack it")
+    drafter.add_argument("--loss", choices=("soft", "soft-dpace", "decay", "dpace", "tv"), default="soft")
     drafter.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     drafter.add_argument("--batch", type=int, default=16, help="sequences per step")
     drafter.add_argument("--anchors", type=int, default=24, help="blocks per sequence")

@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache, append, row_positions
 from mimo_jax.config import SLIDING, ModelConfig
-from mimo_jax.modeling.layers import linear, rotate, weight_init
-from mimo_jax.quantization import Weight, dequantize
+from mimo_jax.modeling.layers import linear, matrix_init, rotate, weight_init
+from mimo_jax.quantization import TurnedMatrix, Weight, dequantize
 
 _MASKED = -1e30  # finite: a row of padding may have nothing visible at all
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
             position = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
             out_BTHV = attend(q, heads_first(k), heads_first(v), visibility(position, position, window), sink_H)
         shape = (config.hidden_size, config.num_heads * config.v_head_dim)
-        o = self.param("o", weight_init("dense", shape, config.init_range, config.param_dtype))
+        o = self.param("o", matrix_init(config, shape))
         return linear(out_BTHV.reshape(*x_BTD.shape[:2], -1), o), cache
 
     def _attend_cached(self, q, k, v, sink_H, window, cache, lengths_B, counts_B):
@@ -144,7 +144,7 @@ class Attention(nn.Module):
             chunks = config.qkv_chunks
             rows = [size // chunks for size in sizes]
             qkv = weight("qkv", (chunks, sum(rows), config.hidden_size))
-            fused = linear_chunked(x_BTD, qkv)
+            fused = linear_chunked(x_BTD, qkv, chunks)
             parts = jnp.split(fused, (rows[0], rows[0] + rows[1]), axis=-1)
         q, k, v = parts
         return (
@@ -154,9 +154,9 @@ class Attention(nn.Module):
         )
 
 
-def linear_chunked(x_BTD: Float[Array, "B T D"], weight: Weight) -> Float[Array, "B T G M"]:
+def linear_chunked(x_BTD: Float[Array, "B T D"], weight: Weight, chunks: int) -> Float[Array, "B T G M"]:
     """x W^T for a weight stored as [G chunks, M rows, D]; the chunk axis is kept."""
-    chunks, rows, width = weight.shape
     # As one flat matrix: contracted with three axes, XLA on CPU transposes the whole weight at every step.
-    flat_ND = dequantize(weight, x_BTD.dtype).reshape(-1, width)
-    return linear(x_BTD, flat_ND).reshape(*x_BTD.shape[:2], chunks, rows)
+    if not isinstance(weight, TurnedMatrix):
+        weight = dequantize(weight, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
+    return linear(x_BTD, weight).reshape(*x_BTD.shape[:2], chunks, -1)

@@ -1,7 +1,7 @@
 """The MiMo-V2 text model as Flax modules: tokens and a cache in; logits, features and the cache out.
 
 Pure functions over explicit state. `Backbone(config).apply({"params": params}, tokens, cache)` is all there is; one
-config field, `storage`, decides whether a weight is a plain array or a packed tensor.
+config field, `storage`, decides whether a weight is a plain array, a packed tensor or a turned matrix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from mimo_jax.cache import Cache, LayerCache
 from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
 from mimo_jax.modeling.attention import Attention
-from mimo_jax.modeling.layers import DenseMlp, Params, linear, norm, rotary_table, weight_init
+from mimo_jax.modeling.layers import DenseMlp, Params, linear, matrix_init, norm, rotary_table, weight_init
 from mimo_jax.modeling.moe import MoE
 
 
@@ -71,7 +71,7 @@ class MtpLayer(nn.Module):
         config = self.config
         self.embed_norm, self.hidden_norm = norm(config), norm(config)
         shape = (config.hidden_size, 2 * config.hidden_size)
-        self.eh_proj = self.param("eh_proj", weight_init("dense", shape, config.init_range, config.param_dtype))
+        self.eh_proj = self.param("eh_proj", matrix_init(config, shape))
         self.input_norm, self.pre_mlp_norm, self.final_norm = norm(config), norm(config), norm(config)
         self.attention = Attention(config, SLIDING)
         self.mlp = dense_mlp(config)
@@ -98,11 +98,11 @@ class Backbone(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        table = weight_init("dense", (config.vocab_size, config.hidden_size), config.init_range, config.param_dtype)
-        self.embed = self.param("embed", table)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = self.param("embed", weight_init("dense", shape, config.init_range, config.param_dtype))
         self.layers = [Block(config, kind, bool(moe)) for kind, moe in zip(config.layer_pattern, config.moe_pattern)]
         self.norm = norm(config)
-        self.head = self.param("head", table)
+        self.head = self.param("head", matrix_init(config, shape))
         self.mtp = [MtpLayer(config) for _ in range(config.mtp_layers)]
 
     def __call__(
@@ -200,7 +200,15 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
+MATRICES = ("qkv", "q", "k", "v", "o", "gate", "up", "down", "eh_proj", "head", "fuse")
+
+
 def is_expert(path) -> bool:
     """Whether a parameter's tree path leads to the weights of routed experts."""
     names = [key.key for key in path]
     return len(names) > 1 and names[-2] == "moe" and names[-1] in ("gate", "up", "down")
+
+
+def is_matrix(path) -> bool:
+    """Whether a tree path of a model's or a drafter's parameters leads to a matrix that `layers.linear` multiplies."""
+    return path[-1].key in MATRICES and not is_expert(path)

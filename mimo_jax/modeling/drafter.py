@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mimo_jax.cache import LayerCache
 from mimo_jax.drafter_config import DrafterConfig
 from mimo_jax.modeling.attention import attend, heads_first
-from mimo_jax.modeling.layers import DenseMlp, Params, linear, norm, rotary_table, rotate, weight_init
+from mimo_jax.modeling.layers import DenseMlp, Params, linear, matrix_init, norm, rotary_table, rotate, weight_init
 
 KeysValues = tuple[Float[Array, "B T K Q"], Float[Array, "B T K Q"]]
 
@@ -37,7 +37,7 @@ class DraftAttention(nn.Module):
             self.sink = self.param("sink", nn.initializers.zeros, (config.num_heads,), jnp.dtype(config.param_dtype))
 
     def _matrix(self, name: str, rows: int, cols: int) -> Array:
-        return self.param(name, weight_init("dense", (rows, cols), self.config.init_range, self.config.param_dtype))
+        return self.param(name, matrix_init(self.config, (rows, cols)))
 
     def _heads(self, x: Array, weight: Array) -> Array:
         return linear(x, weight).reshape(*x.shape[:2], -1, self.config.head_dim)
@@ -69,7 +69,7 @@ class DraftLayer(nn.Module):
         config = self.config
         self.input_norm, self.post_norm = norm(config), norm(config)
         self.attention = DraftAttention(config)
-        self.mlp = DenseMlp(config.intermediate_size, "dense", config.init_range, config.param_dtype)
+        self.mlp = DenseMlp(config.intermediate_size, config.matrix_format, config.init_range, config.param_dtype)
 
     def __call__(
         self, x_BND: Array, rotary: tuple[Array, Array], context: LayerCache, visible_BNS: Array
@@ -87,7 +87,7 @@ class Drafter(nn.Module):
     def setup(self) -> None:
         config = self.config
         shape = (config.hidden_size, len(config.target_layer_ids) * config.hidden_size)
-        self.fuse = self.param("fuse", weight_init("dense", shape, config.init_range, config.param_dtype))
+        self.fuse = self.param("fuse", matrix_init(config, shape))
         self.context_norm, self.norm = norm(config), norm(config)
         self.mask = self.param(
             "mask", nn.initializers.normal(config.init_range), (config.hidden_size,), jnp.dtype(config.param_dtype)

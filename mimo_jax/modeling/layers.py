@@ -13,15 +13,15 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config import ModelConfig
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.quantization import Weight, dequantize, quantize_fp8, quantize_mx
+from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, quantize_fp8, quantize_mx, turn
 
 Params = dict[str, Any]  # a parameter tree
 
-_PACKERS: dict[str, Callable] = {"fp8": quantize_fp8, "mxfp4": quantize_mx}
+_PACKERS: dict[str, Callable] = {"fp8": quantize_fp8, "mxfp4": quantize_mx, "turned": turn}
 
 
 def weight_init(fmt: str, shape: tuple[int, ...], scale: float, dtype: str) -> Callable[[Array], Weight]:
-    """An initialiser of normal weights stored as `fmt`: "dense" (of `dtype`), "fp8" or "mxfp4"."""
+    """An initialiser of normal weights stored as `fmt`: "dense" (of `dtype`), "fp8", "mxfp4" or "turned" (float32)."""
 
     def init(key: Array) -> Weight:
         dense = scale * jax.random.normal(key, shape, jnp.float32)
@@ -32,9 +32,16 @@ def weight_init(fmt: str, shape: tuple[int, ...], scale: float, dtype: str) -> C
 
 def linear(x: Float[Array, "... K"], weight: Weight, out_dtype=None) -> Float[Array, "... N"]:
     """x W^T for a stored weight [N, K], accumulated in float32."""
-    weight_NK = dequantize(weight, x.dtype)
-    y = jnp.einsum("...k,nk->...n", x, weight_NK, preferred_element_type=jnp.float32)
+    if isinstance(weight, TurnedMatrix):
+        y = jnp.einsum("...k,kn->...n", x, weight.matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    else:
+        y = jnp.einsum("...k,nk->...n", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
     return y.astype(out_dtype or x.dtype)
+
+
+def matrix_init(config: ModelConfig | DrafterConfig, shape: tuple[int, int]) -> Callable[[Array], Weight]:
+    """An initialiser of a matrix [N, K] that is never quantised, in the form that the config keeps them in."""
+    return weight_init(config.matrix_format, shape, config.init_range, config.param_dtype)
 
 
 class RMSNorm(nn.Module):

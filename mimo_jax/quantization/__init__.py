@@ -1,4 +1,4 @@
-"""Packed weights: MXFP4 and block-FP8 tensors, and the one function that reads any weight as numbers."""
+"""Weights that are not plain arrays: MXFP4 and block-FP8 tensors, turned matrices; what reads any as numbers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from jaxtyping import Array, Float
 
 from mimo_jax.quantization.fp8 import BlockFp8Tensor, dequantize_fp8, quantize_fp8
 from mimo_jax.quantization.mx import MxTensor, dequantize_mx, fake_quantize, quantize_mx
+from mimo_jax.quantization.turned import TurnedMatrix, turn
 
-Weight = Array | MxTensor | BlockFp8Tensor
+Weight = Array | MxTensor | BlockFp8Tensor | TurnedMatrix
 
 
 def dequantize(weights: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
@@ -17,12 +18,15 @@ def dequantize(weights: Weight, dtype=jnp.float32) -> Float[Array, "..."]:
         return dequantize_mx(weights, dtype)
     if isinstance(weights, BlockFp8Tensor):
         return dequantize_fp8(weights, dtype)
+    if isinstance(weights, TurnedMatrix):
+        return weights.matrix.T.astype(dtype)
     return weights.astype(dtype)
 
 
 __all__ = [
     "BlockFp8Tensor",
     "MxTensor",
+    "TurnedMatrix",
     "Weight",
     "dequantize",
     "dequantize_fp8",
@@ -30,4 +34,5 @@ __all__ = [
     "fake_quantize",
     "quantize_fp8",
     "quantize_mx",
+    "turn",
 ]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mimo_jax.baselines import ChainDrafter, MtpDrafter, NgramDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.generation import Result, generate_batch
-from mimo_jax.model import Model
+from mimo_jax.model import Model, with_drafter
 from mimo_jax.progress import progress
 from mimo_jax.sampling import Strategy
 
@@ -29,6 +30,15 @@ class Measured:
     half_width: float
     conditional: list[float]  # slot m: accepted / tested
     block_share: float  # rounds whose whole block was accepted
+
+
+def drafting_models(plain: Model, drafters: dict[str, Path], chains: dict[str, Path]) -> dict[str, Model]:
+    """`plain`, then the same target with each drafter to be measured, by name: controls, blocks, chains."""
+    models = {"plain": plain, "n-gram": dataclasses.replace(plain, drafter=NgramDrafter())}
+    if plain.config.mtp_layers:
+        models["MTP layer"] = dataclasses.replace(plain, drafter=MtpDrafter(plain.config))
+    models |= {name: with_drafter(plain, folder) for name, folder in drafters.items()}
+    return models | {name: with_drafter(plain, folder, ChainDrafter) for name, folder in chains.items()}
 
 
 def prompts_of(tokens: np.ndarray, count: int, length: int) -> list[list[int]]:

@@ -36,10 +36,11 @@ from mimo_jax.training.selfgen import Texts
 # loss -> (share of cross-entropy with the text, with the target's distribution, of the L1 distance to that; weights of
 # the slots)
 LOSSES = {
+    "soft": (0.0, 1.0, 0.0, "decay"),  # distillation, arXiv 1503.02531
+    "soft-dpace": (0.0, 1.0, 0.0, "dpace"),
     "decay": (1.0, 0.0, 0.0, "decay"),  # DFlash, arXiv 2602.06036
     "dpace": (1.0, 0.0, 0.0, "dpace"),  # D-PACE, arXiv 2605.18810
     "tv": (0.1, 0.0, 0.9, "decay"),  # DSpark, arXiv 2607.05147
-    "soft": (0.0, 1.0, 0.0, "dpace"),  # distillation, arXiv 1503.02531
 }
 KINDS = ("block", "chain")
 DPACE_FLOOR = 0.5  # alpha of D-PACE
@@ -251,6 +252,14 @@ def read_settings(run: Path) -> tuple[DrafterConfig, DraftTrainConfig]:
     """The configs a run was started with."""
     model, train = read_run(run)
     return DrafterConfig(**model), DraftTrainConfig(**train)
+
+
+def extended(config: DrafterConfig, params: Params, bias_rank: int, seed: int) -> tuple[DrafterConfig, Params]:
+    """A finished drafter as a start: what it accepted is forgotten, and an order-aware bias added if it has none."""
+    if bias_rank and config.bias_rank and bias_rank != config.bias_rank:
+        raise UserError(f"drafter: bias_rank={bias_rank}, but the drafter to start from has {config.bias_rank}")
+    config = dataclasses.replace(config, acceptance_length=None, bias_rank=bias_rank or config.bias_rank)
+    return config, {**init_drafter(config, jax.random.key(seed)), **params}
 
 
 def drafter_for(

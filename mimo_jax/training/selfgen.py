@@ -41,7 +41,7 @@ class SelfGenConfig:
     length: int = 256
     rows: int = 128
     shortest: int = 8
-    longest: int = 96
+    longest: int = 128
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     seed: int = 0
 

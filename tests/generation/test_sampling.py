@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from mimo_jax.errors import UserError
-from mimo_jax.sampling import Greedy, Sampled, draw, probabilities
+from mimo_jax.sampling import Greedy, Sampled, draw, most_likely, probabilities
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (5, 40)).astype(np.float32)
 
@@ -53,6 +53,14 @@ def test_filters_keep_the_documented_sets(temperature, filters):
 def test_greedy_is_a_point_mass():
     """Greedy puts everything on the most likely token."""
     np.testing.assert_array_equal(np.argmax(probabilities(Greedy(), LOGITS), -1), LOGITS.argmax(-1))
+
+
+def test_the_first_of_equal_maxima_is_the_most_likely():
+    """`most_likely` is argmax: on random rows, on ties, and with infinities."""
+    rows = np.random.default_rng(1).integers(-3, 3, (200, 7)).astype(np.float32)
+    rows[:50, :3] = -np.inf
+    rows[50] = -np.inf
+    np.testing.assert_array_equal(most_likely(jnp.asarray(rows)), rows.argmax(-1))
 
 
 def test_draws_follow_the_distribution():

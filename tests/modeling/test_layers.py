@@ -8,7 +8,7 @@ from mimo_jax.config import PRESETS, SLIDING
 from mimo_jax.modeling import attention as attention_module
 from mimo_jax.modeling.attention import Attention
 from mimo_jax.modeling.layers import RMSNorm, linear, rotary_table, rotate
-from mimo_jax.quantization import dequantize, quantize_fp8, quantize_mx
+from mimo_jax.quantization import dequantize, quantize_fp8, quantize_mx, turn
 from tests.tiny import random_params, tiny_config
 
 BF16 = ml_dtypes.bfloat16
@@ -92,4 +92,6 @@ def test_linear_reads_every_storage():
     x, weight = jnp.asarray(random((3, 128), 1)), random((64, 128), 2)
     for packed in (quantize_mx(weight), quantize_fp8(weight)):
         np.testing.assert_array_equal(linear(x, packed), linear(x, dequantize(packed)))
+    np.testing.assert_allclose(linear(x, turn(weight)), linear(x, jnp.asarray(weight)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(dequantize(turn(weight)), weight)
     assert linear(x.astype(jnp.bfloat16), jnp.asarray(weight)).dtype == jnp.bfloat16

@@ -11,6 +11,7 @@ import pytest
 from mimo_jax.config import SLIDING, ModelConfig
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.oracle import build_twin
+from mimo_jax.quantization import TurnedMatrix
 from tests.tiny import random_tokens, tiny_config
 
 torch = pytest.importorskip("torch", reason="the transformers oracle needs torch")
@@ -38,23 +39,29 @@ def build_oracle(config: ModelConfig):
     return model
 
 
+def turned(matrix) -> TurnedMatrix:
+    """The transpose; of a fused projection [G, M, D], its flat matrix's."""
+    return TurnedMatrix(matrix.reshape(-1, matrix.shape[-1]).T)
+
+
 def convert(model, config: ModelConfig) -> dict:
     """The torch weights as our parameters, written out by hand: independent of the checkpoint reader."""
     state = {name: jnp.asarray(value.numpy()) for name, value in model.state_dict().items()}
+    kept = turned if config.storage == "unpacked" else lambda matrix: matrix
 
     def attention(prefix: str, kind: int) -> dict:
         q, k, v = (state[f"{prefix}.{name}_proj.weight"] for name in "qkv")
-        out = {"o": state[f"{prefix}.o_proj.weight"]}
+        out = {"o": kept(state[f"{prefix}.o_proj.weight"])}
         if kind == SLIDING:
             out["sink"] = state[f"{prefix}.sinks"]
         if config.qkv_layout == "split":
-            return {**out, "q": q, "k": k, "v": v}
+            return {**out, "q": kept(q), "k": kept(k), "v": kept(v)}
         chunks = [jnp.split(part, config.qkv_chunks) for part in (q, k, v)]
-        return {**out, "qkv": jnp.stack([jnp.concatenate(parts) for parts in zip(*chunks)])}
+        return {**out, "qkv": kept(jnp.stack([jnp.concatenate(parts) for parts in zip(*chunks)]))}
 
     def ffn(prefix: str, has_experts: int) -> dict:
         if not has_experts:
-            return {"mlp": {name: state[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")}}
+            return {"mlp": {name: kept(state[f"{prefix}.{name}_proj.weight"]) for name in ("gate", "up", "down")}}
         gate, up = jnp.split(state[f"{prefix}.experts.gate_up_proj"], 2, axis=1)
         moe = {"gate": gate, "up": up, "down": state[f"{prefix}.experts.down_proj"]}
         moe |= {
@@ -65,7 +72,7 @@ def convert(model, config: ModelConfig) -> dict:
             moe |= {name: tuple(matrix.T for matrix in moe[name]) for name in ("gate", "up", "down")}
         return {"moe": moe}
 
-    params = {"embed": state["model.embed_tokens.weight"], "head": state["lm_head.weight"]}
+    params = {"embed": state["model.embed_tokens.weight"], "head": kept(state["lm_head.weight"])}
     params["norm"] = {"weight": state["model.norm.weight"]}
     for index, (kind, has_experts) in enumerate(zip(config.layer_pattern, config.moe_pattern)):
         prefix = f"model.layers.{index}"

@@ -15,7 +15,7 @@ from mimo_jax.model import Model
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import drafter, run, selfgen
-from mimo_jax.training.drafter import DraftTrainConfig, draw_anchors, loss_fn, slot_weights
+from mimo_jax.training.drafter import DraftTrainConfig, draw_anchors, extended, loss_fn, slot_weights
 from mimo_jax.training.selfgen import SelfGenConfig, Texts
 from tests.tiny import random_params, tiny_config, tiny_drafter
 
@@ -70,7 +70,7 @@ def test_nothing_behind_the_end_counts(loss):
 
     padded, changed = texts.tokens.copy(), texts.tokens.copy()
     padded[2, 12:] = 99
-    changed[2, 11] = (changed[2, 11] + 1) % 256
+    changed[2, 10] = (changed[2, 10] + 1) % 256  # not the last one: soft labels never look at it
     assert float(value(dataclasses.replace(texts, tokens=padded))) == pytest.approx(float(value(texts)), rel=1e-6)
     assert float(value(dataclasses.replace(texts, tokens=changed))) != pytest.approx(float(value(texts)), rel=1e-6)
 
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path, monkeypatch):
     assert drafter.read_settings(tmp_path / "straight") == (CONFIG, TRAIN)
 
 
-@pytest.mark.parametrize("kind", ["decay", "tv", "soft"])
+@pytest.mark.parametrize("kind", ["decay", "tv", "soft", "soft-dpace"])
 def test_losses_are_measured_against_text_or_target(kind):
     """ "tv" is 0.1 cross-entropy + 0.9 L1 distance to the target's own law, "soft" the cross-entropy with that law."""
     texts, train = TEXTS, dataclasses.replace(TRAIN, loss=kind, anchors=1, batch=1)
@@ -183,11 +183,24 @@ def test_losses_are_measured_against_text_or_target(kind):
         p = scipy.special.softmax(np.asarray(logits[0, anchor + slot - 1], np.float64))
         hard = -np.log(q[one.tokens[0, anchor + slot]])
         tv = 0.1 * hard + 0.9 * np.abs(p - q).sum()
-        objective.append({"decay": hard, "tv": tv, "soft": -np.sum(p * np.log(q))}[kind])
-        weights.append(hard if kind == "soft" else np.exp(-(slot - 1) / 4))
-    if kind == "soft":  # D-PACE weights come from how well the text is foretold
+        soft = -np.sum(p * np.log(q))
+        objective.append({"decay": hard, "tv": tv, "soft": soft, "soft-dpace": soft}[kind])
+        weights.append(hard if kind == "soft-dpace" else np.exp(-(slot - 1) / 4))
+    if kind == "soft-dpace":  # D-PACE weights come from how well the text is foretold
         weights = slot_weights("dpace", jnp.array([weights]), jnp.ones((1, len(weights)), bool), 4.0)[0]
     assert float(loss) == pytest.approx(np.average(objective, weights=weights), rel=1e-4)
+
+
+def test_a_start_may_be_given_an_order_aware_bias():
+    """A finished drafter goes on as it is, with a bias that says nothing yet; the rank it has is not changed."""
+    params = drafter.init_state(CONFIG, TRAIN).params
+    config, more = extended(dataclasses.replace(CONFIG, acceptance_length=3.0), params, 4, seed=1)
+    assert (config.bias_rank, config.acceptance_length) == (4, None)
+    assert all(more[name] is params[name] for name in params)
+    assert more["bias_in"].shape == (CONFIG.vocab_size, 4) and not np.any(more["bias_out"])
+    assert extended(config, more, 0, seed=1)[0].bias_rank == 4
+    with pytest.raises(UserError, match=r"bias_rank=8.* has 4"):
+        extended(config, more, 8, seed=1)
 
 
 @pytest.mark.parametrize(
