@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache, init_layer, row_positions
 from mimo_jax.config import SLIDING, ModelConfig
-from mimo_jax.drafting import BlockDrafter, Draft, draft_in_turn
+from mimo_jax.drafting import BlockDrafter, Draft, draft_in_turn, only_known
 from mimo_jax.modeling.attention import heads_first
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.drafter import Drafter
 from mimo_jax.modeling.layers import linear
+from mimo_jax.sharding import rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class MtpDrafter:
             hidden_BD = hidden_B1D[:, 0]
             return linear(hidden_BD, target["head"], jnp.float32), MtpCache(layer, hidden_BD)
 
-        return draft_in_turn(logits_of, cache, last_B, self.block_size, strategy, keys_B, target["embed"].shape[0])
+        return draft_in_turn(logits_of, cache, last_B, self.block_size, strategy, keys_B)
 
     def _look_ahead(self, target, *arguments) -> tuple[Array, LayerCache]:
         return Backbone(self.config).apply({"params": target}, *arguments, method="look_ahead")
@@ -126,14 +127,14 @@ class ChainDrafter(BlockDrafter):
         def logits_of(slot: int, token_B: Array, carry) -> tuple[Array, tuple]:
             held, positions_BS = carry
             row_B = lengths_B + slot
-            x_B1D = target["embed"][token_B][:, None]
+            x_B1D = rows_of(target["embed"], token_B)[:, None]
             hidden_B1D, offered = apply({"params": params}, x_B1D, row_B, held, positions_BS, method="read")
-            logits_BC = linear(hidden_B1D[:, 0], target["head"], jnp.float32)[..., : self.config.vocab_size]
+            logits_BC = only_known(linear(hidden_B1D[:, 0], target["head"], jnp.float32), self.config.vocab_size)
             positions_BS = jnp.concatenate([positions_BS, row_B[:, None]], axis=1)
             return logits_BC, (tuple(map(_with_row, held, offered)), positions_BS)
 
         carry = cache, row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
-        return draft_in_turn(logits_of, carry, last_B, self.block_size, strategy, keys_B, target["embed"].shape[0])
+        return draft_in_turn(logits_of, carry, last_B, self.block_size, strategy, keys_B)
 
 
 def _with_row(held: LayerCache, offered: tuple[Array, Array]) -> LayerCache:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mimo_jax.distributed import leave, stop_if_another_died
 from mimo_jax.errors import UserError
 
 
@@ -47,11 +48,16 @@ def main_guard(main: Callable[[], object]) -> None:
     try:
         enable_compilation_cache()
         main()
+        leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if "jax" in sys.modules:
+            stop_if_another_died(error)
+        raise
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

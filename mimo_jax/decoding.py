@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import MAX_BLOCK, Cache, init_cache
@@ -22,6 +23,7 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.drafting import PLAIN, Proposer
 from mimo_jax.modeling.backbone import Backbone, Features, Params
 from mimo_jax.sampling import Strategy, draw
+from mimo_jax.sharding import gathered, place_cache, using
 from mimo_jax.verification import verify
 
 PREFILL_BUCKETS = (16, 64, 256)
@@ -34,6 +36,7 @@ class FlaxStep:
 
     config: ModelConfig
     taps: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
     def __call__(
         self,
@@ -43,7 +46,12 @@ class FlaxStep:
         counts_B: Int[Array, "B"],
         logits: Literal["all", "last"] = "all",
     ) -> tuple[Float[Array, "B T C"], Features, Cache]:
-        return Backbone(self.config, self.taps).apply({"params": params}, tokens_BT, cache, counts_B, logits)
+        with using(self.mesh):
+            backbone = Backbone(self.config, self.taps)
+            logits_BTC, features, cache = backbone.apply({"params": params}, tokens_BT, cache, counts_B, logits)
+            # Whole on every device: else what reads the features decides how the residual stream is split.
+            whole = {"hidden": gathered(features.hidden), "taps": gathered(features.taps)}
+            return logits_BTC, dataclasses.replace(features, **whole), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +133,8 @@ def prefill(
     """Fills fresh caches with the prompts (token ids, none empty); the logits follow each prompt's last token."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     config = engine.step.config
-    cache = init_cache(config, len(prompts), capacity)
-    draft_cache = engine.drafter.init_cache(len(prompts), capacity)
+    cache = place_cache(init_cache(config, len(prompts), capacity), engine.step.mesh)
+    draft_cache = place_cache(engine.drafter.init_cache(len(prompts), capacity), engine.step.mesh)
     logits_BC = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
     for start, size in prefill_chunks(int(lengths.max())):
         tokens = np.zeros((len(prompts), size), np.int32)
@@ -202,7 +210,9 @@ def _emit(state: State, tokens_BN: Array, offered_B: Array, stops: Array) -> tup
 def _round(engine: Engine, weights: Weights, state: State, stops: Array, strategy: Strategy) -> State:
     """One round of every unfinished row: draft, verify in one pass of the target, commit what was accepted."""
     drafter, keys_B, before_B = engine.drafter, _round_keys(state), state.cache.lengths
-    draft = drafter.propose(weights.drafter, weights.target, state.draft_cache, state.last, before_B, strategy, keys_B)
+    arguments = (state.draft_cache, state.last, before_B, strategy, keys_B)
+    with using(engine.step.mesh):
+        draft = drafter.propose(weights.drafter, weights.target, *arguments)
     tokens_BN = jnp.concatenate([state.last[:, None], draft.tokens], axis=1)
     read_B = jnp.where(state.is_done, 0, tokens_BN.shape[1])
     logits_BNC, features, cache = engine.step(weights.target, tokens_BN, state.cache, read_B)

@@ -135,3 +135,29 @@ _RULES = {
     "has_sink": (lambda value: isinstance(value, bool), "true or false"),
     "bias_rank": (lambda value: _is_whole(value, 0), "0 or a rank"),
 }
+
+# The published drafters, by the preset of their target.
+DRAFTER_PRESETS = {
+    "mimo-v2.5-pro": DrafterConfig(
+        hidden_size=6144,
+        intermediate_size=16_384,
+        num_layers=5,
+        num_heads=128,
+        num_kv_heads=8,
+        head_dim=128,
+        target_layer_ids=(0, 15, 31, 47, 69),
+        num_target_layers=70,
+        vocab_size=152_064,
+        mask_token_id=151_669,
+        window=1024,
+        backbone_rotary_base=5e6,
+        value_scale=0.612,
+    ),
+}
+
+
+def drafter_preset(name: str) -> DrafterConfig:
+    """The published drafter of the named preset; where there is none, an error that lists those that exist."""
+    if name not in DRAFTER_PRESETS:
+        raise UserError(f"drafter: none is published for {name!r}; there is one for {', '.join(DRAFTER_PRESETS)}")
+    return DRAFTER_PRESETS[name]

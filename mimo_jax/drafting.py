@@ -20,6 +20,7 @@ from mimo_jax.modeling.backbone import Features, Params
 from mimo_jax.modeling.drafter import Drafter
 from mimo_jax.modeling.layers import linear
 from mimo_jax.sampling import Strategy, draw_with_law
+from mimo_jax.sharding import rows_of
 from mimo_jax.verification import draft_keys
 
 
@@ -139,17 +140,18 @@ class BlockDrafter:
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
         positions_BS = row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
         module = Drafter(self.config)
-        anchor_BD = target["embed"][last_B]
+        anchor_BD = rows_of(target["embed"], last_B)
         hidden_BND = module.apply({"params": params}, anchor_BD, lengths_B, cache, positions_BS)
-        logits_BMC = linear(hidden_BND[:, 1:], target["head"], jnp.float32)[..., : self.config.vocab_size]
+        logits_BMC = linear(hidden_BND[:, 1:], target["head"], jnp.float32)
 
         def logits_of(slot: int, previous_B: Array, carry: None) -> tuple[Array, None]:
             logits_BC = logits_BMC[:, slot]
             if self.config.bias_rank:
-                logits_BC += module.apply({"params": params}, previous_B, method="bias")
-            return logits_BC, carry
+                bias_BC = module.apply({"params": params}, previous_B, method="bias")
+                logits_BC += jnp.pad(bias_BC, ((0, 0), (0, logits_BC.shape[1] - bias_BC.shape[1])))
+            return only_known(logits_BC, self.config.vocab_size), carry
 
-        return draft_in_turn(logits_of, None, last_B, self.block_size, strategy, keys_B, target["embed"].shape[0])
+        return draft_in_turn(logits_of, None, last_B, self.block_size, strategy, keys_B)
 
 
 def draft_in_turn(
@@ -159,12 +161,8 @@ def draft_in_turn(
     block_size: int,
     strategy: Strategy,
     keys_B: Array,
-    rows: int,
 ) -> Draft:
-    """Draws slot after slot from `logits_of(slot, token before it, carry)`, which returns logits and the next carry.
-
-    The laws drawn from are padded to the target's `rows` of ids.
-    """
+    """Draws slot after slot from `logits_of(slot, token before it, carry)`, which returns logits and the next carry."""
     drafted, laws, token_B = [], [], last_B
     for slot in range(block_size - 1):
         logits_BC, carry = logits_of(slot, token_B, carry)
@@ -173,7 +171,11 @@ def draft_in_turn(
         if law_BC is not None:
             laws.append(law_BC)
     tokens_BM = jnp.stack(drafted, axis=1)
-    if not laws:
-        return Draft(tokens_BM, None)
-    laws_BMC = jnp.stack(laws, axis=1)
-    return Draft(tokens_BM, jnp.pad(laws_BMC, ((0, 0), (0, 0), (0, rows - laws_BMC.shape[-1]))))
+    return Draft(tokens_BM, jnp.stack(laws, axis=1) if laws else None)
+
+
+def only_known(logits_BC: Float[Array, "B C"], known: int) -> Float[Array, "B C"]:
+    """Logits of a drafter that proposes only ids below `known`: a cut would move the rows of a sharded vocabulary."""
+    if known == logits_BC.shape[-1]:
+        return logits_BC
+    return jnp.where(jnp.arange(logits_BC.shape[-1]) < known, logits_BC, -jnp.inf)

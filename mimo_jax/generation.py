@@ -19,6 +19,7 @@ from mimo_jax.sampling import Greedy, Strategy
 Prompt = str | Sequence[int]
 
 VISIT_SECONDS = 0.03  # the host looks at a text that is watched about so often
+SHARED_ROUNDS = 8  # or after so many rounds, where several processes decode together
 _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or its cache
 
 
@@ -154,7 +155,8 @@ def _generate(
     capacity = decoding.capacity_for(min(longest + max_tokens, model.config.max_position))
     stops = decoding.as_stops(model.stop_ids)
     engine, weights = model.engine, model.weights
-    rounds = 1 if watch else max_tokens  # per visit; a round yields one token at least
+    is_alone = jax.process_count() == 1  # else clocks differ, and all processes must run the same rounds
+    rounds = max_tokens if not watch else 1 if is_alone else SHARED_ROUNDS  # per visit; a round yields a token at least
 
     with compile_seconds() as prefill_compile:
         caches = decoding.prefill(engine, weights, prompt_ids, capacity)
@@ -173,7 +175,7 @@ def _generate(
         visited = time.perf_counter()
         state = decoding.decode(engine, weights, state, stops, strategy, np.int32(rounds))
         tokens = decoding.tokens_of(state)
-        if time.perf_counter() - visited < VISIT_SECONDS / 2:
+        if is_alone and time.perf_counter() - visited < VISIT_SECONDS / 2:
             rounds *= 2
         texts = [tail.update(ids) for tail, ids in zip(tails, tokens)]
         yield texts, []
@@ -273,5 +275,5 @@ def compile_seconds() -> Iterator[list[float]]:
 
 def peak_bytes() -> int:
     """The most memory held so far: the device's where it tells, else this process's."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use") or peak_memory()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mimo_jax.checkpoint.tensorfile import load_json, read_bytes
 from mimo_jax.config import ModelConfig
@@ -18,6 +20,7 @@ from mimo_jax.drafting import PLAIN, BlockDrafter, Proposer
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import Params, is_expert, is_matrix
 from mimo_jax.quantization import dequantize, turn
+from mimo_jax.sharding import check_fits, parameter_sharding, place
 from mimo_jax.tokenizer import Tokenizer
 
 _MAX_JSON_BYTES = 4_000_000
@@ -36,33 +39,41 @@ class Model:
     drafter: Proposer = PLAIN
     draft_params: Params = dataclasses.field(default_factory=dict)
     rule: str = "block"  # that verifies sampled drafts, see `verification.RULES`
+    mesh: Mesh | None = None  # that `params` lie on; None: one device
 
     @property
     def engine(self) -> Engine:
-        return Engine(FlaxStep(self.config, self.drafter.taps), self.drafter, self.rule)
+        return Engine(FlaxStep(self.config, self.drafter.taps, self.mesh), self.drafter, self.rule)
 
     @property
     def weights(self) -> Weights:
         return Weights(self.params, self.draft_params)
 
 
-def load(directory: str | Path = BUNDLED, unpack: bool | None = None, draft: bool = True) -> Model:
+def load(
+    directory: str | Path = BUNDLED, unpack: bool | None = None, draft: bool = True, mesh: Mesh | None = None
+) -> Model:
     """Reads a Hugging Face or an Orbax checkpoint directory.
 
     `unpack` expands packed weights to one plain float32 array each, which is what XLA on CPU decodes fastest from;
-    by default that is done on CPU only. Everywhere else packed weights stay packed. `draft` decides whether the
-    drafter in the folder `dflash/`, if there is one, speeds up decoding; it never changes what is generated.
+    by default that is done on one CPU only. Everywhere else packed weights stay packed. `draft` decides whether the
+    drafter in the folder `dflash/`, if there is one, speeds up decoding; it never changes what is generated. On a
+    `mesh` (`sharding.make_mesh`) every device gets its own part of the weights.
     """
     from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
-    from mimo_jax.checkpoint.huggingface import read_any
+    from mimo_jax.checkpoint.huggingface import read_any, read_hf_config
 
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint directory")
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    config, params = read_any(directory)
+    if unpack and mesh is not None:
+        raise UserError("load: unpacked weights are for one device; on a mesh they stay packed")
+    if mesh is not None:
+        check_fits(read_hf_config(directory), mesh)
+    config, params = read_any(directory, partial(parameter_sharding, mesh=mesh) if mesh is not None else None)
     if unpack is None:
-        unpack = jax.default_backend() == "cpu"
+        unpack = mesh is None and jax.default_backend() == "cpu"
     if unpack:
         config, params = unpack_params(config, params)
     defaults = _generation_defaults(directory / "generation_config.json")
@@ -70,7 +81,7 @@ def load(directory: str | Path = BUNDLED, unpack: bool | None = None, draft: boo
     stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
     if not all(type(token) is int and 0 <= token < config.vocab_size for token in stop_ids):
         raise UserError(f"{directory}: eos_token_id={stop_ids} must be token ids below {config.vocab_size}")
-    model = Model(config, params, tokenizer, tuple(stop_ids), defaults)
+    model = Model(config, params, tokenizer, tuple(stop_ids), defaults, mesh=mesh)
     return with_drafter(model, directory / FOLDER) if draft and has_drafter(directory) else model
 
 
@@ -93,6 +104,8 @@ def load_drafter(target: ModelConfig, directory: Path) -> tuple[DrafterConfig, P
 def with_drafter(model: Model, directory: Path, kind: type[BlockDrafter] = BlockDrafter) -> Model:
     """`model` drafting with the drafter of a `dflash/` folder."""
     config, params = load_drafter(model.config, directory)
+    if model.mesh is not None:
+        params = place(params, model.mesh)
     return dataclasses.replace(model, drafter=kind(config), draft_params=params)
 
 
@@ -112,11 +125,15 @@ def dense_params(params: Params) -> Params:
     )
 
 
-def load_dense(directory: Path, dtype: str = "float32") -> Model:
+def load_dense(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
     """A checkpoint as training wants it: plain float32 arrays, expert stacks whole, activations of `dtype`."""
     model = load(directory, unpack=False, draft=False)
     config = dataclasses.replace(model.config, storage="dense", dtype=dtype, param_dtype="float32")
-    return dataclasses.replace(model, config=config, params=dense_params(model.params))
+    params = dense_params(model.params)
+    if mesh is not None:
+        check_fits(config, mesh)
+        params = place(params, mesh)
+    return dataclasses.replace(model, config=config, params=params, mesh=mesh)
 
 
 def unpack_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

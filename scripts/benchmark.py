@@ -2,6 +2,7 @@
 
 scripts/benchmark.py decode                # ms per token of the bundled model beside transformers (needs torch)
 scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
+scripts/benchmark.py slice --layers 2         # one device's share of the full model, random weights
 scripts/benchmark.py profile --trace DIR   # where a decode step's time goes
 """
 
@@ -124,6 +125,57 @@ def speculation_record(timings: dict[str, list], args: argparse.Namespace) -> di
     return record
 
 
+def slice_command(args: argparse.Namespace) -> dict:
+    import jax
+
+    from mimo_jax import decoding
+    from mimo_jax.config import preset
+    from mimo_jax.drafter_config import drafter_preset
+    from mimo_jax.drafting import PLAIN, BlockDrafter
+    from mimo_jax.planning import slice as one_share
+    from mimo_jax.planning.forecast import BOUNDS, all_reduces
+    from mimo_jax.planning.machines import GPUS
+    from mimo_jax.planning.traffic import Plan, round_reads
+    from mimo_jax.sharding import Layout
+
+    whole = Plan(preset(args.preset), drafter_preset(args.preset), Layout(tensor=args.tp), cache_itemsize=2)
+    config = one_share.share(whole.config, args.tp, args.layers)
+    layers = len(config.layer_pattern)
+    drafter = one_share.drafter_share(whole.drafter, args.tp, layers)
+    plan = Plan(config, drafter, Layout(), cache_itemsize=2)
+    on_gpu = jax.default_backend() == "gpu"
+    weights = decoding.Weights(one_share.random_weights(config), one_share.random_drafter(drafter))
+    reached = one_share.streaming_read((8 << 30) if on_gpu else (256 << 20), args.repeats)
+    record: dict = {"device": jax.devices()[0].device_kind, "layers": layers, "tp": args.tp, "streaming_read": reached}
+    record["rows"] = []
+    drafters = {"T=1": PLAIN, "T=8": one_share.BlankDrafter(), "T=8 + drafter": BlockDrafter(drafter)}
+    for context in args.context:
+        for name, proposer in drafters.items():
+            found = one_share.seconds_per_round(config, weights, proposer, context, args.rounds, args.repeats)
+            seconds = statistics.median(found)
+            read = sum(round_reads(plan, proposer.block_size, context, "drafter" in name).values())
+            row = {
+                "round": name,
+                "context": context,
+                "milliseconds": 1e3 * seconds,
+                "lowest": 1e3 * min(found),
+                "highest": 1e3 * max(found),
+                "bytes": read,
+                "of_datasheet": read / seconds / GPUS["h200"].bandwidth,
+                "of_streaming_read": read / seconds / reached,
+            }
+            print(
+                "{round:<14} at {context:>7}: {milliseconds:9.2f} ms ({lowest:.2f} to {highest:.2f}), "
+                "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of 4.8 TB/s".format_map(row)
+            )
+            if layers == len(whole.config.layer_pattern):
+                sums = all_reduces(whole, "drafter" in name) * BOUNDS["low"].all_reduce
+                accepted = 6.30 if "drafter" in name else 1.0
+                row["projected_tokens_per_second"] = accepted / (seconds + sums)
+            record["rows"].append(row)
+    return record
+
+
 def profile_command(args: argparse.Namespace) -> dict:
     import collections
     import gzip
@@ -166,6 +218,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     speculation.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     speculation.add_argument("--tokens", type=int, default=48)
     speculation.set_defaults(command=speculation_command)
+    share = commands.add_parser("slice", help="one device's share of a model that needs several: a round there")
+    share.add_argument("--preset", default="mimo-v2.5-pro")
+    share.add_argument("--tp", type=int, default=8, help="tensor-parallel devices of the whole")
+    share.add_argument("--layers", type=int, help="only the first layers, for smaller devices")
+    share.add_argument("--context", type=int, nargs="+", default=[1024, 262_144])
+    share.add_argument("--rounds", type=int, default=20, help="per measurement")
+    share.add_argument("--repeats", type=int, default=5)
+    share.set_defaults(command=slice_command)
     profile = commands.add_parser("profile", help="time per token by operation")
     profile.add_argument("--trace", required=True, help="folder for the trace (open it in Perfetto)")
     profile.set_defaults(command=profile_command)

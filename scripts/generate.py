@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli import main_guard
+from mimo_jax.distributed import add_mesh_options, mesh_of
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-draft", action="store_true", help="one token per round, without the checkpoint's drafter")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
+    add_mesh_options(parser)
     return parser.parse_args(argv)
 
 
@@ -78,10 +80,11 @@ def read_strategy(args: argparse.Namespace) -> Strategy:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     prompts, strategy = read_prompts(args), read_strategy(args)
+    mesh = mesh_of(args)
     from mimo_jax.generation import encode_prompt, generate_batch, stream
     from mimo_jax.model import BUNDLED, load
 
-    model = load(args.model or BUNDLED, draft=not args.no_draft)
+    model = load(args.model or BUNDLED, draft=not args.no_draft, mesh=mesh)
     ids = [encode_prompt(model, prompt) for prompt in prompts]  # before anything is printed
     options = {"max_tokens": args.max_tokens, "seed": args.seed, "stop": args.stop}
     if len(prompts) > 1:

@@ -14,6 +14,7 @@ Every command can be killed and given again: it goes on from its last save with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -22,6 +23,7 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli import main_guard, need_matplotlib
+from mimo_jax.distributed import add_mesh_options, mesh_of
 from mimo_jax.errors import UserError
 
 
@@ -42,6 +44,7 @@ def pretrain_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training import run
     from mimo_jax.training.pretraining import TrainConfig, init_state
 
+    mesh = mesh_of(args)
     train = TrainConfig(batch=args.batch, length=args.length, peak_rate=args.rate, seed=args.seed)
     if args.start:
         _check_same_tokenizer(Path(args.start), Path(args.data))
@@ -50,13 +53,13 @@ def pretrain_command(args: argparse.Namespace) -> dict:
     else:
         config, params = dataclasses.replace(preset(args.preset), dtype=args.dtype), None
     settings = run.settings_of(config, train, start=args.start)
-    return _pretrain(args, config, train, lambda: init_state(config, train, params), settings)
+    return _pretrain(args, config, train, lambda: init_state(config, train, params), settings, mesh)
 
 
 def anneal_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training import qat, run
 
-    start = Path(args.start)
+    start, mesh = Path(args.start), mesh_of(args)
     config, base = run.read_settings(start)
     state = run.latest_state(start, config, base)
     if isinstance(state, qat.QatState):
@@ -73,7 +76,7 @@ def anneal_command(args: argparse.Namespace) -> dict:
     )
     args.steps += first
     settings = run.settings_of(config, train, start=start.name)
-    return _pretrain(args, config, train, lambda: qat.begin(state, train) if args.qat else state, settings)
+    return _pretrain(args, config, train, lambda: qat.begin(state, train) if args.qat else state, settings, mesh)
 
 
 def _check_same_tokenizer(checkpoint: Path, data: Path) -> None:
@@ -107,7 +110,8 @@ def drafter_command(args: argparse.Namespace) -> dict:
     from mimo_jax.model import load_dense, load_drafter
     from mimo_jax.training import corpus, drafter, run, selfgen
 
-    model, texts = load_dense(Path(args.model)), selfgen.load_texts(Path(args.texts))
+    mesh = mesh_of(args)
+    model, texts = load_dense(Path(args.model), mesh=mesh), selfgen.load_texts(Path(args.texts))
     if args.start:
         config, params = drafter.extended(*load_drafter(model.config, Path(args.start)), args.bias_rank, args.seed)
     else:
@@ -127,7 +131,7 @@ def drafter_command(args: argparse.Namespace) -> dict:
     update = drafter.training_update(texts, corpus.load_tokens(Path(args.data), "train"), model, config, train)
     tokens_per_step = args.batch * texts.tokens.shape[1]
     settings = run.settings_of(config, train, start=args.start)
-    return _train(args, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step)
+    return _train(args, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step, mesh)
 
 
 def export_drafter_command(args: argparse.Namespace) -> dict:
@@ -152,23 +156,34 @@ def plot_command(args: argparse.Namespace) -> dict:
     return {"plot": args.out}
 
 
-def _pretrain(args, config, train, fresh_state, settings) -> dict:
+def _pretrain(args, config, train, fresh_state, settings, mesh) -> dict:
+    from mimo_jax.sharding import layout_of
     from mimo_jax.training import corpus, run
 
-    update = run.pretraining_update(corpus.load_tokens(Path(args.data), "train"), config, train)
-    return _train(args, settings, fresh_state, update, train.batch * train.length)
+    if mesh is not None:
+        layout_of(mesh).check_divides(config)
+    update = run.pretraining_update(corpus.load_tokens(Path(args.data), "train"), config, train, mesh)
+    return _train(args, settings, fresh_state, update, train.batch * train.length, mesh)
 
 
-def _train(args, settings, fresh_state, update, tokens_per_step: int) -> dict:
+def _train(args, settings, fresh_state, update, tokens_per_step: int, mesh) -> dict:
     """Starts a run, or goes on with it from its last save; returns its last logged line."""
+    import jax
+
     from mimo_jax.checkpoint import orbax
+    from mimo_jax.sharding import place
     from mimo_jax.training import run
 
     directory = Path(args.run)
     run.prepare(directory, settings)
     resumed = orbax.steps(directory / "checkpoints")
-    state = run.restore(directory, fresh_state) if resumed else fresh_state()
-    run.train_until(directory, state, args.steps, update, tokens_per_step)
+    state = run.restore(directory, fresh_state, mesh) if resumed else fresh_state()
+    if mesh is not None and not resumed:
+        state = place(state, mesh)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        run.train_until(directory, state, args.steps, update, tokens_per_step)
+    if jax.process_index():
+        return {}
     if importlib.util.find_spec("matplotlib"):
         run.plot_losses([directory], directory / "loss.png")
     else:
@@ -260,6 +275,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for command in (pretrain, anneal, drafter):
         command.add_argument("--run", required=True, help="folder of the run: log, plot, checkpoints")
         command.add_argument("--steps", type=int, required=True, help="updates to make")
+        add_mesh_options(command)
     return parser.parse_args(argv)
 
 

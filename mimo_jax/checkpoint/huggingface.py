@@ -42,7 +42,8 @@ CONTAINERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("dense", "plain", "router"), lambda array: array),
 }
 
-ShardingOf = Callable[[tuple[str, ...]], jax.sharding.Sharding]
+ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+Region = tuple[slice, ...]  # of an array of the tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,24 +213,45 @@ def _check_names(config: ModelConfig, layout: str, files: dict[str, TensorFile],
 def read_params(
     source: HuggingFaceCheckpoint, sharding_of: ShardingOf | None = None, advance: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
-    """The parameter tree, one leaf at a time. `sharding_of` takes a leaf's path, ("layers_1", "moe", "gate", "codes").
+    """The parameter tree, one leaf at a time. `sharding_of` takes a leaf's path, ("layers_1", "moe", "gate", "codes"),
+    and its shape; of a sharded leaf only what this process's devices hold is read.
 
-    `advance` is told the bytes of every tensor read. On CPU an array takes over its buffer, so nothing is held twice.
+    `advance` is told the bytes of everything read. On CPU an array takes over its buffer, so nothing is held twice.
     """
     params: dict[str, Any] = {}
     for weight in weights(source.config):
-        buffers = [_aligned_empty(part.shape, DTYPES[part.dtype]) for part in weight.parts]
-        _fill(source, weight, buffers, advance or (lambda nbytes: None))
         arrays = []
-        while buffers:
-            path = (*weight.path, *filter(None, [weight.parts[len(arrays)].field]))
-            placed = jax.device_put(buffers.pop(0), sharding_of(path) if sharding_of else None)
-            arrays.append(placed.block_until_ready())
+        for part in weight.parts:
+            path = (*weight.path, *filter(None, [part.field]))
+            sharding = sharding_of(path, part.shape) if sharding_of else None
+            arrays.append(_read_part(source, weight, part, sharding, advance or (lambda nbytes: None)))
         node = params
         for key in weight.path[:-1]:
             node = node.setdefault(key, {})
         node[weight.path[-1]] = CONTAINERS[weight.format](*arrays)
     return params
+
+
+def _read_part(
+    source: HuggingFaceCheckpoint,
+    weight: Weight,
+    part: Part,
+    sharding: jax.sharding.Sharding | None,
+    advance: Callable[[int], None],
+) -> jax.Array:
+    held: dict[tuple, np.ndarray] = {}
+
+    def read(region: Region | None = None) -> np.ndarray:
+        region = region or (slice(None),) * len(part.shape)
+        bounds = tuple(cut.indices(size)[:2] for cut, size in zip(region, part.shape))
+        if bounds not in held:  # replicas share one
+            held[bounds] = _aligned_empty(tuple(stop - start for start, stop in bounds), DTYPES[part.dtype])
+            _fill(source, weight, part, tuple(slice(*bound) for bound in bounds), held[bounds], advance)
+        return held[bounds]
+
+    if sharding is None:
+        return jax.device_put(read()).block_until_ready()
+    return jax.make_array_from_callback(part.shape, sharding, read).block_until_ready()
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -241,17 +263,28 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _fill(
-    source: HuggingFaceCheckpoint, weight: Weight, buffers: list[np.ndarray], advance: Callable[[int], None]
+    source: HuggingFaceCheckpoint,
+    weight: Weight,
+    part: Part,
+    region: Region,
+    buffer: np.ndarray,
+    advance: Callable[[int], None],
 ) -> None:
+    """Reads the `region` of one array of the tree into `buffer`."""
+    first, *rest = region or (slice(None),)
     if weight.path[-1] == "qkv" and source.qkv_layout != qkv.INTERLEAVED:
-        return _fill_dense_qkv(source, weight, buffers[0], advance)
-    by_part = dict(zip(weight.parts, buffers))
-    for part, index, name in tensors_of(weight):
-        target = by_part[part][index] if part.layout == "stack" else by_part[part].reshape(part.tensor_shape)
-        tensor = source.read(name)
+        return _fill_dense_qkv(source, weight, region, buffer, advance)
+    if part.layout != "stack":
+        tensor = source.read(part.name).reshape(part.shape)[region]
+        _check_values(part, weight, tensor, part.name)
+        buffer[...] = tensor
+        return _done(source, part.name, tensor.nbytes, advance)
+    for index in range(first.start, first.stop):
+        name = part.tensor_name(index)
+        tensor = source.read(name)[tuple(rest)]
         _check_values(part, weight, tensor, name)
-        target[...] = tensor
-        _done(source, name, advance)
+        buffer[index - first.start] = tensor
+        _done(source, name, tensor.nbytes, advance)
 
 
 def _check_values(part: Part, weight: Weight, tensor: np.ndarray, name: str) -> None:
@@ -265,25 +298,28 @@ def _check_values(part: Part, weight: Weight, tensor: np.ndarray, name: str) -> 
 
 
 def _fill_dense_qkv(
-    source: HuggingFaceCheckpoint, weight: Weight, buffer: np.ndarray, advance: Callable[[int], None]
+    source: HuggingFaceCheckpoint, weight: Weight, region: Region, buffer: np.ndarray, advance: Callable[[int], None]
 ) -> None:
+    """Chunks `region[0]` of the fused projection, from three tensors or from one that holds [Q | K | V]."""
+    chunks, rows, cols = region
+    thirds = _qkv_thirds(source, weight)
+    cut = [third.reshape(source.config.qkv_chunks, -1, third.shape[-1])[chunks] for _, third in thirds]
+    buffer[...] = np.concatenate(cut, axis=1)[:, rows, cols]
+    for (name, _), part in zip(thirds, cut):
+        _done(source, name, part.nbytes, advance)
+
+
+def _qkv_thirds(source: HuggingFaceCheckpoint, weight: Weight) -> list[tuple[str, np.ndarray]]:
     name = weight.parts[0].name
     if source.qkv_layout == qkv.SEPARATE:
-        names = split_names(name)
-        thirds = [source.read(third) for third in names]
-    else:
-        names = (name,)
-        query, key, _ = qkv.qkv_rows(source.config, weight.kind)
-        thirds = np.split(source.read(name), (query, query + key))
-    qkv.interleave(thirds, source.config, weight.kind, buffer)
-    for third in names:
-        _done(source, third, advance)
+        return [(third, source.read(third)) for third in split_names(name)]
+    query, key, _ = qkv.qkv_rows(source.config, weight.kind)
+    return [(name, third) for third in np.split(source.read(name), (query, query + key))]
 
 
-def _done(source: HuggingFaceCheckpoint, name: str, advance: Callable[[int], None]) -> None:
-    file = source.files[name]
-    file.release(name)
-    advance(file.tensors[name].nbytes)
+def _done(source: HuggingFaceCheckpoint, name: str, nbytes: int, advance: Callable[[int], None]) -> None:
+    source.files[name].release(name)
+    advance(nbytes)
 
 
 def probe_qkv(source: HuggingFaceCheckpoint, params: dict[str, Any]) -> int:

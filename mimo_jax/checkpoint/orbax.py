@@ -149,7 +149,7 @@ def abstract_tree(config: ModelConfig, sharding_of: ShardingOf | None = None) ->
         leaves = []
         for part in weight.parts:
             path = (*weight.path, *filter(None, [part.field]))
-            sharding = sharding_of(path) if sharding_of else None
+            sharding = sharding_of(path, part.shape) if sharding_of else None
             leaves.append(jax.ShapeDtypeStruct(part.shape, DTYPES[part.dtype], sharding=sharding))
         node = tree
         for key in weight.path[:-1]:
@@ -197,7 +197,7 @@ def read_orbax_config(directory: Path) -> ModelConfig:
 
 
 def read_orbax(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a model directory, onto the first device or wherever `sharding_of(path)` says.
+    """Config and parameters of a model directory, onto the first device or wherever `sharding_of` says.
 
     The manifest must be there and whole (it is written last), every file have its size and the small ones their digest;
     those of the data are `verify`'s business.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import jax
 import numpy as np
 
 from mimo_jax.checkpoint.names import Weight, qkv_rows, split_names
@@ -59,16 +60,11 @@ def chunk_slices(config: ModelConfig, kind: int) -> tuple[slice, slice, slice]:
     return slice(0, query), slice(query, query + key), slice(query + key, query + key + value)
 
 
-def interleave(thirds: Iterable[np.ndarray], config: ModelConfig, kind: int, out_GMD: np.ndarray) -> None:
-    """Writes Q, K and V, each [rows, D] in head order, into the chunked layout of the tree."""
-    for third, rows in zip(thirds, chunk_slices(config, kind)):
-        out_GMD[:, rows] = third.reshape(config.qkv_chunks, -1, third.shape[-1])
-
-
 def probe(config: ModelConfig, weights: list[Weight], params: dict, layout: str, read: Callable) -> int:
     """Recomputes one Q, K and V head per given projection from the file's bytes and compares with the tree.
 
-    `read(name)` gives a raw tensor. Returns the number of heads compared; a difference is an error.
+    `read(name)` gives a raw tensor. Returns the number of heads compared; a difference is an error. Of a tree spread
+    over processes, a head that this one holds is taken, if there is one.
     """
     compared = 0
     for weight in weights:
@@ -77,9 +73,12 @@ def probe(config: ModelConfig, weights: list[Weight], params: dict, layout: str,
             leaf = leaf[key]
         for letter in LETTERS if weight.path[-1] == "qkv" else weight.path[-1]:
             heads = config.num_heads if letter == "q" else config.kv_heads(weight.kind)
-            head = 2 * heads // 3
+            order = [(2 * heads // 3 + step) % heads for step in range(heads)]
+            rows = ((head, _tree_rows(config, weight, leaf, letter, head)) for head in order)
+            head, held = next(((head, row) for head, row in rows if row is not None), (0, None))
+            if held is None:
+                continue
             raw = _raw_rows(config, weight, letter, head, layout, read)
-            held = _tree_rows(config, weight, leaf, letter, head)
             if not np.array_equal(raw, held, equal_nan=True):
                 raise UserError(f"{weight.label}: head {head} of {letter} differs from the file's bytes; not loaded")
             compared += 1
@@ -118,17 +117,37 @@ def _raw_rows(config: ModelConfig, weight: Weight, letter: str, head: int, layou
     return values * scales[:, np.arange(values.shape[1]) // _BLOCK]
 
 
-def _tree_rows(config: ModelConfig, weight: Weight, leaf, letter: str, head: int) -> np.ndarray:
+def _tree_rows(config: ModelConfig, weight: Weight, leaf, letter: str, head: int) -> np.ndarray | None:
+    """A head's rows as numbers; None where this process does not hold them."""
     dim = config.v_head_dim if letter == "v" else config.head_dim
     if weight.path[-1] != "qkv":
-        return _numbers(leaf)[head * dim : (head + 1) * dim]
+        return _numbers(leaf, head * dim, (head + 1) * dim)
     rows = chunk_slices(config, weight.kind)[LETTERS.index(letter)]
     chunk, local = divmod(head, (rows.stop - rows.start) // dim)
-    return _numbers(leaf, chunk)[rows][local * dim : (local + 1) * dim]
+    held = _numbers(leaf, chunk, chunk + 1)
+    return None if held is None else held[0, rows][local * dim : (local + 1) * dim]
 
 
-def _numbers(leaf, index=()) -> np.ndarray:
-    if isinstance(leaf, BlockFp8Tensor):
-        held = BlockFp8Tensor(np.asarray(leaf.codes)[index], np.asarray(leaf.scales)[index])
-        return np.asarray(dequantize_fp8(held, np.float32))
-    return np.asarray(leaf)[index].astype(np.float32)
+def _numbers(leaf, start: int, stop: int) -> np.ndarray | None:
+    if not isinstance(leaf, BlockFp8Tensor):
+        held = _held(leaf, start, stop)
+        return None if held is None else held.astype(np.float32)
+    is_matrix = leaf.codes.ndim == 2  # its rows share blocks of scales: it is needed whole
+    codes, scales = (
+        _held(part, *((0, len(part)) if is_matrix else (start, stop))) for part in (leaf.codes, leaf.scales)
+    )
+    if codes is None or scales is None:
+        return None
+    numbers = np.asarray(dequantize_fp8(BlockFp8Tensor(codes, scales), np.float32))
+    return numbers[start:stop] if is_matrix else numbers
+
+
+def _held(array: jax.Array | np.ndarray, start: int, stop: int) -> np.ndarray | None:
+    """Rows of the leading axis, if one of this process's devices has them whole."""
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
+        return np.asarray(array)[start:stop]
+    for shard in array.addressable_shards:
+        first, last, _ = shard.index[0].indices(array.shape[0])
+        if first <= start and stop <= last and shard.data.shape[1:] == array.shape[1:]:
+            return np.asarray(shard.data)[start - first : stop - first]
+    return None

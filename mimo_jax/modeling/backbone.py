@@ -19,6 +19,7 @@ from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
 from mimo_jax.modeling.attention import Attention
 from mimo_jax.modeling.layers import DenseMlp, Params, linear, matrix_init, norm, rotary_table, weight_init
 from mimo_jax.modeling.moe import MoE
+from mimo_jax.sharding import rows_of
 
 
 @jax.tree_util.register_dataclass
@@ -178,7 +179,7 @@ class Backbone(nn.Module):
         return logits, self.predict_ahead(features.hidden, tokens_BT)
 
     def _embedded(self, tokens_BT: Array) -> Array:
-        return self.embed[tokens_BT].astype(self.config.dtype)
+        return rows_of(self.embed, tokens_BT).astype(self.config.dtype)
 
     def _rotary(self, positions_BT: Array) -> dict[int, tuple[Array, Array]]:
         config = self.config

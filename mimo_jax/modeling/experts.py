@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.quantization import dequantize
+from mimo_jax.sharding import EXPERT, EXPERTS, REPLICA, current_mesh, spec_of
 
 DECODE_TOKENS = 16  # up to here, experts are visited one by one
 GROUP_ROWS = 256  # rows per block of one expert when many tokens are grouped
@@ -28,15 +29,33 @@ def routed_ffn(
     x_TD: Float[Array, "T D"], ids_TX: Int[Array, "T X"], weights_TX: Float[Array, "T X"], experts: Experts
 ) -> Float[Array, "T D"]:
     """sum_x weights[t, x] * expert[ids[t, x]](x[t]), combined in float32. No token is dropped at any imbalance."""
+    mesh = current_mesh()
+    if mesh is None:
+        return _routed_ffn(x_TD, ids_TX, weights_TX, experts).astype(x_TD.dtype)
+    # By hand: left to itself, the compiler reduces over the devices once per expert.
+    tokens = spec_of(("batch", None))
+    specs = (tokens, tokens, tokens, tuple(spec_of(axes) for axes in EXPERTS.values()))
+    per_device = jax.shard_map(_partial_ffn, in_specs=specs, out_specs=tokens, check_vma=False)
+    return per_device(x_TD, ids_TX, weights_TX, experts).astype(x_TD.dtype)
+
+
+def _partial_ffn(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts) -> Array:
+    """The whole sum, on devices that each hold some experts, or some features of them."""
+    held = experts[0].shape[0]
+    mine_TX = ids_TX - jax.lax.axis_index(EXPERT) * held
+    is_mine_TX = (mine_TX >= 0) & (mine_TX < held)
+    mine_TX, weights_TX = jnp.where(is_mine_TX, mine_TX, held), jnp.where(is_mine_TX, weights_TX, 0.0)
+    return jax.lax.psum(_routed_ffn(x_TD, mine_TX, weights_TX, experts), REPLICA)
+
+
+def _routed_ffn(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts) -> Array:
+    """`routed_ffn` in float32; an id past the last expert names none."""
     unpacked = isinstance(experts[0], tuple)
     if x_TD.shape[0] > DECODE_TOKENS:
         stacks: Any = tuple(jnp.stack(matrices) for matrices in experts) if unpacked else experts
-        y_TD = _grouped(x_TD, ids_TX, weights_TX, stacks, UNPACKED if unpacked else STORED)
-    elif unpacked:
-        y_TD = _each_in_turn(x_TD, ids_TX, weights_TX, experts)
-    else:
-        y_TD = _touched_only(x_TD, ids_TX, weights_TX, experts)
-    return y_TD.astype(x_TD.dtype)
+        return _grouped(x_TD, ids_TX, weights_TX, stacks, UNPACKED if unpacked else STORED)
+    visit = _each_in_turn if unpacked else _touched_only
+    return visit(x_TD, ids_TX, weights_TX, experts)
 
 
 def _swiglu(x: Array, gate: Array, up: Array, down: Array, *, axes: str = STORED) -> Array:
@@ -96,7 +115,7 @@ def _grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts, ax
 
 
 def _assign_slots(ids_P: Array, num_experts: int, rows: int, blocks: int) -> tuple[Array, Array]:
-    """The expert of each block, and for each pair its row among all blocks' rows."""
+    """The expert of each block, and for each pair its row among all blocks' rows; past the last for no expert."""
     order_P = jnp.argsort(ids_P, stable=True)
     counts_E = jnp.bincount(ids_P, length=num_experts)
     blocks_E = -(-counts_E // rows)
@@ -106,7 +125,8 @@ def _assign_slots(ids_P: Array, num_experts: int, rows: int, blocks: int) -> tup
     sorted_slot_P = first_block_E[sorted_ids_P] * rows + jnp.arange(ids_P.size) - first_pair_E[sorted_ids_P]
     slot_P = jnp.zeros_like(sorted_slot_P).at[order_P].set(sorted_slot_P, unique_indices=True)
     block_expert = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(blocks), side="right")
-    return jnp.minimum(block_expert, num_experts - 1), slot_P
+    nowhere_P = blocks * rows + jnp.arange(ids_P.size)
+    return jnp.minimum(block_expert, num_experts - 1), jnp.where(ids_P < num_experts, slot_P, nowhere_P)
 
 
 @jax.custom_vjp

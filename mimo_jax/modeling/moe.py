@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from mimo_jax.config import ModelConfig
 from mimo_jax.modeling.experts import routed_ffn
 from mimo_jax.modeling.layers import weight_init
+from mimo_jax.sharding import gathered
 
 
 def route(
@@ -19,7 +20,7 @@ def route(
     logits_TE = jnp.einsum(
         "td,ed->te", x_TD.astype(jnp.float32), router_ED.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    scores_TE = jax.nn.sigmoid(logits_TE)
+    scores_TE = gathered(jax.nn.sigmoid(logits_TE))
     _, ids_TX = jax.lax.top_k(scores_TE + bias_E, chosen)
     picked_TX = jnp.take_along_axis(scores_TE, ids_TX, axis=-1)
     return ids_TX, picked_TX / (jnp.sum(picked_TX, axis=-1, keepdims=True) + 1e-20)

@@ -26,6 +26,7 @@ from mimo_jax.modeling.attention import heads_first
 from mimo_jax.modeling.backbone import Backbone, Params
 from mimo_jax.modeling.drafter import Drafter, KeysValues, init_drafter
 from mimo_jax.modeling.layers import linear
+from mimo_jax.sharding import place_batch
 from mimo_jax.tokenizer import MASK, Tokenizer
 from mimo_jax.training.corpus import batch_at, shuffled
 from mimo_jax.training.optimizers import OPTIMIZERS, make_optimizer
@@ -235,10 +236,11 @@ def batch_of(texts: Texts, corpus: np.ndarray, step: int, train: DraftTrainConfi
 def training_update(
     texts: Texts, corpus: np.ndarray, model: Model, config: DrafterConfig, train: DraftTrainConfig
 ) -> Update[TrainState]:
-    """The update of `run.train_until` for a drafter of `model`, whose weights are dense."""
+    """The update of `run.train_until` for a drafter of `model`, whose weights are dense, on the model's mesh."""
 
     def update(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        return train_step(state, model.params, batch_of(texts, corpus, step, train), model.config, config, train)
+        batch = place_batch(batch_of(texts, corpus, step, train), model.mesh)
+        return train_step(state, model.params, batch, model.config, config, train)
 
     return update
 

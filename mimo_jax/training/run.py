@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mimo_jax.checkpoint import orbax
 from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 from mimo_jax.progress import progress
+from mimo_jax.sharding import parameter_shardings, place_batch
 from mimo_jax.training.corpus import batch_at
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
 from mimo_jax.training.qat import QatState, init_qat, qat_step
@@ -32,9 +35,15 @@ SAVE_EVERY = 100
 LOG_EVERY = 10
 
 
-def restore(run: Path, fresh_state: Callable[[], State]) -> State:
-    """The newest complete state of a run, in the form of the one that `fresh_state` would make."""
-    return orbax.restore_latest(run / "checkpoints", jax.eval_shape(fresh_state))
+def restore(run: Path, fresh_state: Callable[[], State], mesh: Mesh | None = None) -> State:
+    """The newest complete state of a run, in the form of the one that `fresh_state` would make, on `mesh`."""
+    abstract: Any = jax.eval_shape(fresh_state)
+    if mesh is not None:
+        shardings = parameter_shardings(abstract, mesh)
+        abstract = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
+        )
+    return orbax.restore_latest(run / "checkpoints", abstract)
 
 
 def latest_state(run: Path, config: ModelConfig, train: TrainConfig) -> TrainState | QatState:
@@ -52,7 +61,8 @@ def prepare(run: Path, settings: dict[str, Any]) -> None:
                 raise UserError(f"{path}: {key}={found.get(key)!r}, this command has {value!r}; use another --run")
         return
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(settings, indent=1).encode())
+    if jax.process_index() == 0:
+        write_atomically(path, json.dumps(settings, indent=1).encode())
 
 
 def train_until(run: Path, state: State, last_step: int, update: Update[State], tokens_per_step: int) -> State:
@@ -60,9 +70,12 @@ def train_until(run: Path, state: State, last_step: int, update: Update[State], 
 
     `update` takes the state and the number of the step, from 0, and returns the new state and scalar metrics.
     """
-    first = int(state.step) + 1
-    _truncate_log(run / "log.jsonl", first - 1)
-    with progress("training", last_step, done=first - 1) as bar, (run / "log.jsonl").open("a") as log:
+    first, path = int(state.step) + 1, run / "log.jsonl"
+    if jax.process_index() == 0:
+        _truncate_log(path, first - 1)
+    else:
+        path = Path(os.devnull)  # one process writes
+    with progress("training", last_step, done=first - 1) as bar, path.open("a") as log:
         started = time.perf_counter()
         for step in range(first, last_step + 1):
             state, metrics = update(state, step - 1)
@@ -79,12 +92,15 @@ def train_until(run: Path, state: State, last_step: int, update: Update[State], 
     return state
 
 
-def pretraining_update(tokens: np.ndarray, config: ModelConfig, train: TrainConfig) -> Update[Any]:
+def pretraining_update(
+    tokens: np.ndarray, config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None
+) -> Update[Any]:
     """The update of `train_until` for pretraining and QAT on a corpus' tokens."""
     step_fn = qat_step if train.qat else train_step
 
     def update(state: Any, step: int) -> tuple[Any, Metrics]:
-        return step_fn(state, batch_at(tokens, step, train.batch, train.length, train.seed), config, train)
+        batch = batch_at(tokens, step, train.batch, train.length, train.seed)
+        return step_fn(state, place_batch(batch, mesh), config, train)
 
     return update
 

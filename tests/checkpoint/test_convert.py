@@ -106,7 +106,7 @@ from mimo_jax.checkpoint.manifest import new_directory
 from mimo_jax.checkpoint.orbax import leaf_digests
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-def place(path):
+def place(path, shape):
     return NamedSharding(mesh, P("x") if path[-1] in ("embed", "head") or path[-2] == "qkv" else P())
 for directory in sys.argv[1:]:
     config, params = read_any(directory, place)

@@ -110,10 +110,10 @@ def test_probe_detects_a_wrong_layout(tmp_path, monkeypatch, layout: str) -> Non
     config = small(storage="fp8" if layout == "interleaved" else "dense", **GEOMETRIES["176 rows"])
     directory = written(tmp_path, config, layout)
 
-    def wrong(source, weight, buffers, advance):
-        right(source, weight, buffers, advance)
-        if weight.path[-1] == "qkv":
-            buffers[0][...] = np.roll(buffers[0], 1, axis=1)
+    def wrong(source, weight, part, region, buffer, advance):
+        right(source, weight, part, region, buffer, advance)
+        if weight.path[-1] == "qkv" and part is weight.parts[0]:
+            buffer[...] = np.roll(buffer, 1, axis=1)
 
     right = huggingface._fill
     monkeypatch.setattr(huggingface, "_fill", wrong)

@@ -1,0 +1,61 @@
+"""What a model needs and how fast it could be on GPUs that are not at hand. Projected figures are labelled so.
+
+scripts/plan.py --preset mimo-v2.5-pro --target 8xh200            # bytes, transfers, speed; compiles the programs
+scripts/plan.py --target 16xb200 --expert-parallel 2 --context 1048576     # another machine and layout
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mimo_jax.cli import main_guard, need_matplotlib
+from mimo_jax.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    if args.plot:
+        need_matplotlib()
+    from mimo_jax.config import preset
+    from mimo_jax.drafter_config import drafter_preset
+    from mimo_jax.planning import compiled, report
+    from mimo_jax.planning.machines import parse_target
+    from mimo_jax.planning.traffic import Plan, layout_for
+
+    config, target = preset(args.preset), parse_target(args.target)
+    groups = args.expert_parallel
+    if groups < 1 or target.count % groups:
+        raise UserError(f"plan: --expert-parallel {groups} must divide the {target.count} devices of {target}")
+    if not 0 < args.context <= config.max_position:
+        raise UserError(f"plan: --context {args.context} must lie in 1..{config.max_position}")
+    plan = Plan(config, drafter_preset(args.preset), layout_for(config, target.count, groups), cache_itemsize=2)
+    programs, reason = {}, None if args.no_compile else compiled.missing()
+    if not args.no_compile and reason is None:
+        programs = compiled.compile_programs(plan, target, args.context)
+    record = report.record_of(plan, target, args.context, programs)
+    if not args.json:
+        print(report.text_of(record))
+    if reason:
+        print(f"plan: without the compiled programs: {reason}", file=sys.stderr)
+    if args.plot:
+        report.plot(record, Path(args.plot))
+    print(json.dumps(record))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="mimo-v2.5-pro")
+    parser.add_argument("--target", default="8xh200", help="COUNTxGPU: 1 to 16 of h100, h200, b200")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="groups that experts are dealt out over")
+    parser.add_argument("--context", type=int, default=131_072, help="cached tokens of the row that decodes")
+    parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
+    parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
+    parser.add_argument("--plot", help="PNG file to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main_guard(lambda: main(sys.argv[1:]))

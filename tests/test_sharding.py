@@ -1,0 +1,251 @@
+"""The model on eight simulated devices: the same answers, every byte where it belongs, and no collective too many."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimo_jax import sharding
+from mimo_jax.cache import init_cache
+from mimo_jax.config import preset
+from mimo_jax.decoding import FlaxStep
+from mimo_jax.drafting import PLAIN, BlockDrafter
+from mimo_jax.errors import UserError
+from mimo_jax.generation import generate_batch
+from mimo_jax.model import Model
+from mimo_jax.modeling.backbone import Backbone, init_params
+from mimo_jax.modeling.drafter import init_drafter
+from mimo_jax.sampling import Greedy, Sampled
+from mimo_jax.sharding import (
+    Layout,
+    check_fits,
+    make_mesh,
+    place,
+    place_batch,
+    place_cache,
+    using,
+    weight_bytes,
+)
+from mimo_jax.training import drafter
+from mimo_jax.training.drafter import DraftTrainConfig
+from mimo_jax.training.pretraining import TrainConfig, init_state, train_step
+from mimo_jax.training.qat import begin, qat_step
+from mimo_jax.training.selfgen import Texts
+from tests.tiny import tiny_config, tiny_drafter
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; on CPU they are simulated")
+
+EIGHT = {"num_heads": 8, "num_kv_heads": 8, "sliding_num_kv_heads": 8, "head_dim": 12, "v_head_dim": 8}
+CONFIG = tiny_config(**EIGHT, intermediate_size=1024, moe_intermediate_size=256)
+DRAFTER = tiny_drafter(num_heads=8, num_kv_heads=8, head_dim=8, num_target_layers=4)
+HALF_THE_HEADS = {"num_heads": 4, "num_kv_heads": 4, "sliding_num_kv_heads": 4}
+LAYOUTS = {
+    "TP8": Layout(tensor=8),
+    "EP2xTP4": Layout(expert=2, tensor=4),
+    "EP4xTP2": Layout(expert=4, tensor=2),
+    "EP8": Layout(expert=8),
+    "data 2 x TP4": Layout(data=2, tensor=4),
+}
+PROMPTS = [np.random.default_rng(length).integers(0, 256, length).tolist() for length in (5, 21)]
+
+
+@functools.cache
+def params_of(storage: str):
+    config = dataclasses.replace(CONFIG, storage=storage)
+    return config, init_params(config, jax.random.key(0))
+
+
+def model_of(storage: str, layout: Layout | None, tokenizer=None, drafter=PLAIN) -> Model:
+    config, params = params_of(storage)
+    draft_params = {} if drafter is PLAIN else init_drafter(DRAFTER, jax.random.key(1))
+    mesh = None if layout is None else make_mesh(layout)
+    if mesh is not None:
+        params, draft_params = place(params, mesh), place(draft_params, mesh)
+    return Model(config, params, tokenizer, (), {}, drafter, draft_params, mesh=mesh)
+
+
+def logits_of(model: Model, tokens: np.ndarray) -> np.ndarray:
+    @jax.jit
+    def run(params):
+        with using(model.mesh):
+            return Backbone(model.config).apply({"params": params}, tokens)[0]
+
+    return np.asarray(run(model.params))
+
+
+# Few tokens visit experts one by one, many are grouped by them.
+CASES = [*((layout, "dense", 40) for layout in LAYOUTS), ("TP8", "dense", 4), ("EP8", "dense", 4)]
+CASES += [("TP8", "mxfp4", 4), ("EP2xTP4", "mxfp4", 40)]
+
+
+@pytest.mark.parametrize(("layout", "storage", "length"), CASES)
+def test_logits_are_those_of_one_device(layout, storage, length):
+    """Every layout gives one device's logits within 1e-5 in float32, for packed and plain weights."""
+    tokens = np.random.default_rng(0).integers(0, 256, (2, length))
+    one, many = (logits_of(model_of(storage, where), tokens) for where in (None, LAYOUTS[layout]))
+    assert np.abs(one).max() > 0.5
+    np.testing.assert_allclose(many, one, atol=1e-5)
+
+
+class Text:
+    """A tokenizer's stand-in."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+DFLASH, SAMPLED = BlockDrafter(DRAFTER), Sampled(0.8, top_k=20, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("layout", "drafter", "strategy"),
+    [
+        ("TP8", PLAIN, SAMPLED),
+        ("TP8", DFLASH, Greedy()),
+        ("EP2xTP4", DFLASH, SAMPLED),
+        ("EP8", PLAIN, Greedy()),
+        ("data 2 x TP4", DFLASH, Greedy()),
+    ],
+)
+def test_generation_is_that_of_one_device(layout, drafter, strategy):
+    """A batch's tokens are one device's, token for token, drafted or not, greedy or sampled."""
+    one, many = (
+        generate_batch(model_of("dense", where, Text(), drafter), PROMPTS, strategy, max_tokens=20, seed=3)
+        for where in (None, LAYOUTS[layout])
+    )
+    assert [row.tokens for row in many] == [row.tokens for row in one]
+    assert [row.acceptance for row in many] == [row.acceptance for row in one]
+
+
+def test_chunk_g_of_the_fused_projection_lies_on_device_g():
+    """At TP8 every device holds its own chunk of QKV, its own eighth of every other matrix, and nothing twice."""
+    _, params = params_of("mxfp4")
+    placed = place(params, make_mesh(LAYOUTS["TP8"]))
+    codes = params["layers_0"]["attention"]["qkv"].codes
+    for shard in placed["layers_0"]["attention"]["qkv"].codes.addressable_shards:
+        assert shard.index[0] == slice(shard.device.id, shard.device.id + 1)
+        np.testing.assert_array_equal(np.asarray(shard.data)[0], np.asarray(codes)[shard.device.id])
+    large = [leaf for leaf in jax.tree.leaves(placed) if leaf.size > 4096]
+    assert len(large) > 20
+    for leaf in large:
+        assert leaf.addressable_shards[0].data.size == leaf.size // 8
+
+
+SHORT = dataclasses.replace(CONFIG, layer_pattern=(0, 1), moe_pattern=(0, 1))
+TRAIN = TrainConfig(batch=8, length=32, peak_rate=3e-3, warmup=1, decay_steps=5)
+WINDOWS = np.random.default_rng(1).integers(0, 256, (2, 8, 33)).astype(np.int32)
+
+
+def losses(state, step, layout: Layout | None) -> list[dict[str, float]]:
+    """Metrics of updates on the windows, the state spread over a mesh if there is one."""
+    mesh = None if layout is None else make_mesh(layout)
+    state = state if mesh is None else place(state, mesh)
+    found = []
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for window in WINDOWS:
+            state, metrics = step(state, place_batch(window, mesh))
+            found.append({name: float(value) for name, value in metrics.items()})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("pretraining", Layout(data=2, tensor=4)), ("QAT", Layout(2, 2, 2)), ("drafter", Layout(2, 2, 2))],
+)
+def test_training_on_a_mesh_has_one_devices_losses(kind, layout):
+    """Losses and gradient norms of two updates, Muon on sharded matrices included, are one device's."""
+    train = dataclasses.replace(TRAIN, qat=kind == "QAT")
+    if kind == "drafter":
+        model, draft_train = model_of("dense", None), DraftTrainConfig(steps=4, batch=8, anchors=4)
+        starts, ends = np.full(8, 2), np.full(8, 32)
+
+        def update(where):
+            target = model.params if where is None else place(model.params, make_mesh(where))
+            step = functools.partial(drafter.train_step, target=CONFIG, config=DRAFTER, train=draft_train)
+            return lambda state, batch: step(state, target, Texts(batch[:, :32], starts, ends))
+
+        def fresh():
+            return drafter.init_state(DRAFTER, draft_train)
+    else:
+
+        def update(where):
+            step = qat_step if kind == "QAT" else train_step
+            return lambda state, batch: step(state, batch, SHORT, train)
+
+        def fresh():
+            state = init_state(SHORT, train)
+            return begin(state, train) if kind == "QAT" else state
+
+    one, many = (losses(fresh(), update(where), where) for where in (None, layout))
+    for expected, found in zip(one, many):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+COLLECTIVE = re.compile(r"= (\S+?)\{\S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
+
+
+@pytest.mark.parametrize("layout", ["TP8", "EP2xTP4", "EP8"])
+def test_a_step_reduces_twice_per_layer_and_moves_no_weight(layout):
+    """A compiled step: one sum for the embedding, two per layer, the router's scores; no gathered weight."""
+    model = model_of("mxfp4", LAYOUTS[layout])
+    cache = place_cache(init_cache(model.config, 1, 256), model.mesh)
+    step = jax.jit(FlaxStep(model.config, (), model.mesh))
+    text = step.lower(model.params, jnp.zeros((1, 8), jnp.int32), cache, jnp.array([8])).compile().as_text()
+    found = collections.Counter(match.groups() for match in COLLECTIVE.finditer(text))
+    dense, routed = model.config.moe_pattern.count(0), model.config.moe_pattern.count(1)
+    assert found == {
+        ("f32[1,8,64]", "all-reduce"): 1 + len(model.config.moe_pattern) + dense,
+        ("f32[8,64]", "all-reduce"): routed,
+        ("f32[8,8]", "all-gather"): routed,
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "message"),
+    [
+        ({"tensor": 8}, HALF_THE_HEADS, r"num_heads=4 cannot be split over 8 devices"),
+        ({"expert": 8}, {"num_experts": 4}, r"num_experts=4 cannot be split over 8"),
+        ({"tensor": 8}, {"vocab_size": 300}, r"vocab_size=300 cannot be split over 8"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_named(layout, changes, message):
+    """Heads, experts and rows that a mesh cannot share are an error with both numbers."""
+    with pytest.raises(UserError, match=message):
+        Layout(**layout).check_divides(dataclasses.replace(CONFIG, **changes))
+
+
+def test_quantised_blocks_are_never_cut():
+    """A block of scales belongs to one device: what would cut one is an error that names the parameter."""
+    config = dataclasses.replace(CONFIG, storage="mxfp4", moe_intermediate_size=64)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    with pytest.raises(
+        UserError, match=r"mesh: layers_1/moe/down/scales \[8, 64, 2\]: its 2 rows along expert_features"
+    ):
+        place(params, make_mesh(LAYOUTS["TP8"]))
+
+
+def test_weights_that_do_not_fit_are_counted_before_anything_is_read(monkeypatch):
+    """Each of eight H200 holds 70.8 GB of Pro's weights (within 3 %); four cannot, and the error has the numbers."""
+    config = preset("mimo-v2.5-pro")
+    needed = weight_bytes(config, make_mesh(LAYOUTS["TP8"]))
+    assert needed == pytest.approx(70.8e9, rel=0.03)
+    monkeypatch.setattr(sharding, "device_memory", lambda mesh: 141 * 10**9)
+    check_fits(config, make_mesh(LAYOUTS["TP8"]))
+    with pytest.raises(
+        UserError, match=r"14\d\.\d GB of weights for each of 4 devices, which hold 141.0 GB; 5 devices"
+    ):
+        check_fits(config, make_mesh(Layout(tensor=4)))
+
+
+def test_too_few_devices_are_counted():
+    """A layout for more devices than there are says how many are needed and found."""
+    with pytest.raises(UserError, match=r"tensor=16 needs 16 devices; 8 found"):
+        make_mesh(Layout(tensor=16))
+    with pytest.raises(UserError, match=r"expert=0 must be a positive integer"):
+        Layout(expert=0)
