@@ -61,7 +61,9 @@ def share(config: ModelConfig, ways: int, layers: int | None) -> ModelConfig:
         intermediate_size=config.intermediate_size // ways,
         moe_intermediate_size=config.moe_intermediate_size // ways,
         mtp_layers=0,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),  # they may lie in another share
+        bos_token_id=None,  # special ids may lie in another share
+        eos_token_id=None,
+        pad_token_id=None,
     )
 
 
