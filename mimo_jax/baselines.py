@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mimo_jax.cache import LayerCache, init_layer, row_positions
 from mimo_jax.config import SLIDING, ModelConfig
 from mimo_jax.drafting import BlockDrafter, Draft, draft_in_turn, only_known
+from mimo_jax.lookup import continuation
 from mimo_jax.modeling.attention import heads_first
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.drafter import Drafter
@@ -40,30 +42,8 @@ class NgramDrafter:
 
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
         text_BS = cache.at[jnp.arange(cache.shape[0]), lengths_B].set(last_B)
-        matched_BS = jax.vmap(self._matched)(text_BS, lengths_B)
-        # The longest match wins, and the latest of equal ones; without any, the token after the very first is copied.
-        place_S = jnp.arange(text_BS.shape[1])
-        source_B = jnp.argmax(matched_BS * text_BS.shape[1] + place_S * (matched_BS > 0), axis=1)
-        column_BM = source_B[:, None] + jnp.arange(1, self.block_size)
-        # A copy that reaches the end of the text goes on with what it has just copied.
-        period_B1 = (lengths_B - source_B)[:, None]
-        wrapped_BM = jnp.where(
-            column_BM > lengths_B[:, None],
-            source_B[:, None] + 1 + (column_BM - source_B[:, None] - 1) % period_B1,
-            column_BM,
-        )
-        return Draft(jnp.take_along_axis(text_BS, wrapped_BM, axis=1), None)
-
-    def _matched(self, text_S: Array, length: Array) -> Int[Array, "S"]:
-        """Per place, how many tokens up to it equal those up to the anchor, at most `longest`; 0 from the anchor on."""
-        place_S = jnp.arange(text_S.shape[0])
-        so_far_S: Bool[Array, "S"] = place_S < length
-        total_S = jnp.zeros_like(text_S)
-        for back in range(self.longest):
-            same_S = jnp.roll(text_S, back) == text_S[jnp.maximum(length - back, 0)]
-            so_far_S = so_far_S & same_S & (place_S >= back) & (length >= back)
-            total_S += so_far_S
-        return total_S
+        look_up = partial(continuation, longest=self.longest, count=self.block_size - 1)
+        return Draft(jax.vmap(look_up)(text_BS, lengths_B)[0], None)
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +113,7 @@ class ChainDrafter(BlockDrafter):
             positions_BS = jnp.concatenate([positions_BS, row_B[:, None]], axis=1)
             return logits_BC, (tuple(map(_with_row, held, offered)), positions_BS)
 
-        carry = cache, row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
+        carry = cache.layers, row_positions(SLIDING, cache.layers[0].keys.shape[2], lengths_B)
         return draft_in_turn(logits_of, carry, last_B, self.block_size, strategy, keys_B)
 
 

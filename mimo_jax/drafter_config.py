@@ -18,6 +18,8 @@ ROTARY_BASES = {
     "mixed": ("backbone_rotary_base", "rope_theta"),
 }
 
+LONGEST_MATCH = 8  # tokens up to the anchor that prompt lookup compares
+
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
@@ -43,6 +45,7 @@ class DrafterConfig:
     has_sink: bool = True
     norm_eps: float = 1e-5
     bias_rank: int = 0  # of the order-aware bias (DSpark, arXiv 2607.05147); 0: none
+    lookup: int = 0  # newest tokens in which prompt lookup finds a guess for every slot to start from; 0: no guesses
     acceptance_length: float | None = None  # tokens per round measured with the target it was trained for
     max_position: int = 262_144
     dtype: str = "bfloat16"
@@ -134,6 +137,7 @@ _RULES = {
     ),
     "has_sink": (lambda value: isinstance(value, bool), "true or false"),
     "bias_rank": (lambda value: _is_whole(value, 0), "0 or a rank"),
+    "lookup": (lambda value: _is_whole(value, 0), "0 or a number of tokens"),
 }
 
 # The published drafters, by the preset of their target.

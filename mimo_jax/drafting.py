@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -15,9 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.cache import LayerCache, append, row_positions
 from mimo_jax.config import SLIDING
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafter_config import LONGEST_MATCH, DrafterConfig
+from mimo_jax.lookup import continuation
 from mimo_jax.modeling.backbone import Features, Params
-from mimo_jax.modeling.drafter import Drafter
+from mimo_jax.modeling.drafter import Drafter, Guesses
 from mimo_jax.modeling.layers import linear
 from mimo_jax.sampling import Strategy, draw_with_law
 from mimo_jax.sharding import rows_of
@@ -103,9 +105,18 @@ class NoDrafter:
 PLAIN = NoDrafter()
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DraftCache:
+    """A ring per draft layer, and the newest R tokens for prompt lookup, the last one at the end; -1: none yet."""
+
+    layers: tuple[LayerCache, ...]
+    text: Int[Array, "B R"]
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockDrafter:
-    """DFlash. Its cache is a ring per draft layer: neither memory nor time per round grows with the context."""
+    """DFlash. Its cache has a fixed size: neither memory nor time per round grows with the context."""
 
     config: DrafterConfig
 
@@ -121,27 +132,32 @@ class BlockDrafter:
     def expected(self) -> float | None:
         return self.config.acceptance_length
 
-    def init_cache(self, batch: int, capacity: int) -> tuple[LayerCache, ...]:
+    def init_cache(self, batch: int, capacity: int) -> DraftCache:
         config = self.config
         shape = (batch, config.num_kv_heads, config.window + config.block_size, config.head_dim)
 
         def empty() -> Array:
             return jnp.zeros(shape, config.dtype)
 
-        return tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
+        layers = tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
+        return DraftCache(layers, jnp.full((batch, config.lookup), -1, jnp.int32))
 
-    def absorb(self, params, target, cache, tokens_BT, features, lengths_B, counts_B) -> tuple[LayerCache, ...]:
+    def absorb(self, params, target, cache, tokens_BT, features, lengths_B, counts_B) -> DraftCache:
         positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
         new = Drafter(self.config).apply({"params": params}, features.taps, positions_BT, method="context")
-        return tuple(
-            append(held, keys, values, lengths_B, counts_B, SLIDING) for held, (keys, values) in zip(cache, new)
+        layers = tuple(
+            append(held, keys, values, lengths_B, counts_B, SLIDING) for held, (keys, values) in zip(cache.layers, new)
         )
+        text_BR = jnp.concatenate([cache.text, tokens_BT], axis=1)
+        newest_BR = counts_B[:, None] + jnp.arange(self.config.lookup)
+        return DraftCache(layers, jnp.take_along_axis(text_BR, newest_BR, axis=1))
 
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
-        positions_BS = row_positions(SLIDING, cache[0].keys.shape[2], lengths_B)
+        positions_BS = row_positions(SLIDING, cache.layers[0].keys.shape[2], lengths_B)
         module = Drafter(self.config)
         anchor_BD = rows_of(target["embed"], last_B)
-        hidden_BND = module.apply({"params": params}, anchor_BD, lengths_B, cache, positions_BS)
+        guesses = self._guesses(target, cache.text, last_B) if self.config.lookup else None
+        hidden_BND = module.apply({"params": params}, anchor_BD, lengths_B, cache.layers, positions_BS, guesses)
         logits_BMC = linear(hidden_BND[:, 1:], target["head"], jnp.float32)
 
         def logits_of(slot: int, previous_B: Array, carry: None) -> tuple[Array, None]:
@@ -152,6 +168,12 @@ class BlockDrafter:
             return only_known(logits_BC, self.config.vocab_size), carry
 
         return draft_in_turn(logits_of, None, last_B, self.block_size, strategy, keys_B)
+
+    def _guesses(self, target: Params, text_BR: Array, last_B: Array) -> Guesses:
+        text_BS = jnp.concatenate([text_BR, last_B[:, None]], axis=1)
+        look_up = partial(continuation, end=self.config.lookup, longest=LONGEST_MATCH, count=self.block_size - 1)
+        tokens_BM, matched_B = jax.vmap(look_up)(text_BS)
+        return rows_of(target["embed"], tokens_BM), matched_B
 
 
 def draft_in_turn(

@@ -33,6 +33,7 @@ _KEYS = {
     "dflash_config.attention_sink_bias": "has_sink",
     "dflash_config.rotary_base": "rotary_base",
     "dflash_config.bias_rank": "bias_rank",
+    "dflash_config.lookup": "lookup",
     "dflash_config.acceptance_length": "acceptance_length",
 }
 _OPTIONAL_KEYS = {"max_position_embeddings", "initializer_range", "dflash_config.backbone_rotary_base"}
@@ -40,6 +41,7 @@ _OPTIONAL_KEYS = {"max_position_embeddings", "initializer_range", "dflash_config
 _OWN_KEYS: dict[str, Any] = {
     "dflash_config.rotary_base": "drafter",
     "dflash_config.bias_rank": 0,
+    "dflash_config.lookup": 0,
     "dflash_config.acceptance_length": None,
 }
 # Keys whose other values would need mathematics this package does not have; None: the key may be absent.

@@ -113,10 +113,12 @@ def drafter_command(args: argparse.Namespace) -> dict:
     mesh = mesh_of(args)
     model, texts = load_dense(Path(args.model), mesh=mesh), selfgen.load_texts(Path(args.texts))
     if args.start:
-        config, params = drafter.extended(*load_drafter(model.config, Path(args.start)), args.bias_rank, args.seed)
+        started = load_drafter(model.config, Path(args.start))
+        config, params = drafter.extended(*started, args.bias_rank, args.lookup, args.seed)
     else:
         taps, params = tuple(args.taps) if args.taps else None, None
-        config = drafter.drafter_for(model.config, model.tokenizer, args.layers, args.window, args.bias_rank, taps)
+        added = args.bias_rank, args.lookup
+        config = drafter.drafter_for(model.config, model.tokenizer, args.layers, args.window, *added, taps)
     train = drafter.DraftTrainConfig(
         steps=args.steps,
         batch=args.batch,
@@ -245,6 +247,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     drafter.add_argument("--window", type=int, default=128, help="context tokens a block sees")
     drafter.add_argument("--taps", type=int, nargs="+", help="layers of the target it reads (-1: only the embedding)")
     drafter.add_argument("--bias-rank", type=int, default=0, help="of the order-aware bias; a start may lack it")
+    drafter.add_argument("--lookup", type=int, default=0, help="newest tokens that prompt lookup searches for guesses")
     drafter.add_argument("--loss", choices=("soft", "soft-dpace", "decay", "dpace", "tv"), default="soft")
     drafter.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     drafter.add_argument("--batch", type=int, default=16, help="sequences per step")

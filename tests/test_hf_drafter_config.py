@@ -115,7 +115,9 @@ def test_written_config_has_the_published_values() -> None:
     assert written["dflash_config"] == nested
 
 
-@pytest.mark.parametrize("changes", [{}, {"rotary_base": "mixed"}, {"bias_rank": 3}, {"backbone_rotary_base": None}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"rotary_base": "mixed"}, {"bias_rank": 3, "lookup": 5}, {"backbone_rotary_base": None}]
+)
 def test_config_round_trip(changes: dict) -> None:
     """A config survives its file, whether or not it uses what published drafters do not have."""
     config = small(**changes)

@@ -22,7 +22,7 @@ from mimo_jax.checkpoint.names import HF_DTYPES
 from mimo_jax.checkpoint.shards import inside, read_index
 from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFile, TensorFileWriter, load_json, read_bytes
 from mimo_jax.checkpoint.torchfile import TorchFile, TorchTensor, torch_file
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafter_config import LONGEST_MATCH, DrafterConfig
 from mimo_jax.errors import UserError
 from mimo_jax.hf_drafter_config import drafter_from_hf, drafter_to_hf
 
@@ -59,6 +59,7 @@ _LAYER = (
 )
 _SINK = (("attention/sink", "self_attn.attention_sink_bias", "H"),)
 _BIAS = (("bias_in", "markov_in.weight", "C W"), ("bias_out", "markov_out.weight", "C W"))
+_LOOKUP = (("guess", "lookup_guess.weight", "D D"), ("matched", "lookup_matched.weight", "M D"))
 _MASK_PATH = "mask"
 
 
@@ -72,11 +73,12 @@ def _rows(config: DrafterConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         "HQ": config.num_heads * config.head_dim,
         "KQ": config.num_kv_heads * config.head_dim,
         "Q": config.head_dim,
+        "M": LONGEST_MATCH + 1,
         "W": config.bias_rank,
         "Z": len(config.target_layer_ids) * config.hidden_size,
     }
     layer = _LAYER + (_SINK if config.has_sink else ())
-    for path, name, axes in _TOP + (_BIAS if config.bias_rank else ()):
+    for path, name, axes in _TOP + (_BIAS if config.bias_rank else ()) + (_LOOKUP if config.lookup else ()):
         yield path, name, tuple(sizes[axis] for axis in axes.split())
     for index in range(config.num_layers):
         for path, name, axes in layer:

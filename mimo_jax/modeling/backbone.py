@@ -201,7 +201,7 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-MATRICES = ("qkv", "q", "k", "v", "o", "gate", "up", "down", "eh_proj", "head", "fuse")
+MATRICES = ("qkv", "q", "k", "v", "o", "gate", "up", "down", "eh_proj", "head", "fuse", "guess")
 
 
 def is_expert(path) -> bool:

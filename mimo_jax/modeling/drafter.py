@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafter_config import LONGEST_MATCH, DrafterConfig
 from mimo_jax.modeling.attention import attend, heads_first
 from mimo_jax.modeling.layers import DenseMlp, Params, linear, matrix_init, norm, rotary_table, rotate, weight_init
 
 KeysValues = tuple[Float[Array, "B T K Q"], Float[Array, "B T K Q"]]
+Guesses = tuple[Float[Array, "B M D"], Int[Array, "B"]]  # embedded tokens, and how many tokens were matched
 
 
 class DraftAttention(nn.Module):
@@ -98,6 +99,11 @@ class Drafter(nn.Module):
             self.bias_in = self.param("bias_in", table)
             shape, dtype = (config.vocab_size, config.bias_rank), jnp.dtype(config.param_dtype)
             self.bias_out = self.param("bias_out", nn.initializers.zeros, shape, dtype)
+        if config.lookup:
+            square = (config.hidden_size, config.hidden_size)
+            self.guess = self.param("guess", weight_init(config.matrix_format, square, 0.0, config.param_dtype))
+            rows = (LONGEST_MATCH + 1, config.hidden_size)
+            self.matched = self.param("matched", nn.initializers.zeros, rows, jnp.dtype(config.param_dtype))
 
     def context(self, taps_BTZ: Float[Array, "B T Z"], positions_BT: Int[Array, "B T"]) -> tuple[KeysValues, ...]:
         """Per draft layer the keys and values of tapped tokens; Z is the taps side by side."""
@@ -112,17 +118,27 @@ class Drafter(nn.Module):
         starts_B: Int[Array, "B"],
         context: tuple[LayerCache, ...],
         positions_BS: Int[Array, "B S"],
+        guesses: Guesses | None = None,
     ) -> Float[Array, "B N D"]:
         """Hidden rows of the block, ready for the target's head; row 0 is the anchor's.
 
         `anchor_BD` embeds the last decided token, at position `starts_B`; context rows at negative positions, or at
-        `starts_B` and beyond, hold nothing.
+        `starts_B` and beyond, hold nothing. `guesses` are what prompt lookup foretells, if the config has it.
         """
         config = self.config
         shape = (anchor_BD.shape[0], config.block_size - 1, config.hidden_size)
-        masks = jnp.broadcast_to(self.mask.astype(config.dtype), shape)
-        x_BND = jnp.concatenate([anchor_BD.astype(config.dtype)[:, None], masks], axis=1)
+        slots_BMD = jnp.broadcast_to(self.mask.astype(config.dtype), shape)
+        if guesses is not None:
+            slots_BMD += self._guessed(*guesses)
+        x_BND = jnp.concatenate([anchor_BD.astype(config.dtype)[:, None], slots_BMD], axis=1)
         return self.read(x_BND, starts_B, context, positions_BS)[0]
+
+    def _guessed(self, guesses_BMD: Array, matched_B: Array) -> Float[Array, "B M D"]:
+        """What a guess adds to the mask vector of its slot; how long the match was says how far to trust it."""
+        dtype = self.config.dtype
+        found_B11 = (matched_B > 0)[:, None, None]
+        guesses_BMD = jnp.where(found_B11, linear(guesses_BMD.astype(dtype), self.guess), 0)
+        return guesses_BMD + self.matched[matched_B].astype(dtype)[:, None]
 
     def read(
         self,
@@ -163,7 +179,9 @@ class Drafter(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(taps_BTZ.shape[1]), taps_BTZ.shape[:2])
         context = tuple(LayerCache(*map(heads_first, layer)) for layer in self.context(taps_BTZ, positions))
         starts = jnp.full(taps_BTZ.shape[0], taps_BTZ.shape[1])
-        hidden = self(taps_BTZ[:, 0, : self.config.hidden_size], starts, context, positions)
+        anchor_BD = taps_BTZ[:, 0, : self.config.hidden_size]
+        guesses = (anchor_BD[:, None], starts) if self.config.lookup else None
+        hidden = self(anchor_BD, starts, context, positions, guesses)
         return hidden, self.bias(starts) if self.config.bias_rank else None
 
 

@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache
 from mimo_jax.config import ModelConfig
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafter_config import LONGEST_MATCH, DrafterConfig
 from mimo_jax.errors import UserError
+from mimo_jax.lookup import continuation
 from mimo_jax.model import Model
 from mimo_jax.modeling.attention import heads_first
 from mimo_jax.modeling.backbone import Backbone, Params
@@ -123,7 +124,12 @@ def draft_hidden(
         x_PMD = embed_CD[_at(tokens_BT, places_BAM)].reshape(blocks, drafts, -1)
         return apply(x_PMD, starts_P, windows, before_PW, causal=True, method="read")[0]
     anchor_PD = embed_CD[_at(tokens_BT, anchors_BA)].reshape(blocks, -1)
-    return apply(anchor_PD, starts_P, windows, before_PW)[:, 1:]
+    guesses = None
+    if config.lookup:
+        look_up = partial(continuation, longest=LONGEST_MATCH, count=drafts)
+        tokens_BAM, matched_BA = jax.vmap(jax.vmap(look_up, in_axes=(None, 0)))(tokens_BT, anchors_BA)
+        guesses = embed_CD[tokens_BAM].reshape(blocks, drafts, -1), matched_BA.reshape(-1)
+    return apply(anchor_PD, starts_P, windows, before_PW, guesses)[:, 1:]
 
 
 def _at(values: Array, places: Int[Array, "B ..."]) -> Array:
@@ -256,11 +262,14 @@ def read_settings(run: Path) -> tuple[DrafterConfig, DraftTrainConfig]:
     return DrafterConfig(**model), DraftTrainConfig(**train)
 
 
-def extended(config: DrafterConfig, params: Params, bias_rank: int, seed: int) -> tuple[DrafterConfig, Params]:
-    """A finished drafter as a start: what it accepted is forgotten, and an order-aware bias added if it has none."""
+def extended(
+    config: DrafterConfig, params: Params, bias_rank: int, lookup: int, seed: int
+) -> tuple[DrafterConfig, Params]:
+    """A finished drafter as a start: what it accepted is forgotten; a bias and guesses are added if it has none."""
     if bias_rank and config.bias_rank and bias_rank != config.bias_rank:
         raise UserError(f"drafter: bias_rank={bias_rank}, but the drafter to start from has {config.bias_rank}")
-    config = dataclasses.replace(config, acceptance_length=None, bias_rank=bias_rank or config.bias_rank)
+    added = {"bias_rank": bias_rank or config.bias_rank, "lookup": lookup or config.lookup}
+    config = dataclasses.replace(config, acceptance_length=None, **added)
     return config, {**init_drafter(config, jax.random.key(seed)), **params}
 
 
@@ -270,6 +279,7 @@ def drafter_for(
     layers: int,
     window: int,
     bias_rank: int,
+    lookup: int,
     taps: tuple[int, ...] | None = None,
 ) -> DrafterConfig:
     """A drafter in proportion to `target`; by default it taps five layers from the first to the last."""
@@ -288,6 +298,7 @@ def drafter_for(
         window=window,
         value_scale=target.value_scale,
         bias_rank=bias_rank,
+        lookup=lookup,
         norm_eps=target.norm_eps,
         max_position=target.max_position,
         dtype="float32",

@@ -8,7 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-ADAM_NAMES = {"embed", "head", "router", "router_bias", "sink", "weight", "mask", "bias_in", "bias_out"}
+ADAM_NAMES = {"embed", "head", "router", "router_bias", "sink", "weight", "mask", "bias_in", "bias_out", "matched"}
 OPTIMIZERS = ("muon", "adamw")
 
 

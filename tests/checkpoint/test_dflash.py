@@ -85,7 +85,9 @@ def test_pro_has_the_published_tensors() -> None:
     assert {name: shape for name, (_, shape) in table.items()} == top | layers
 
 
-@pytest.mark.parametrize("changes", [{}, {"has_sink": False}, {"bias_rank": 3}, {"param_dtype": "float32"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"has_sink": False}, {"bias_rank": 3, "lookup": 5}, {"param_dtype": "float32"}]
+)
 def test_round_trip_is_exact(changes: dict, tmp_path) -> None:
     """Config and every bit of every parameter survive the folder, in the tree that `init_drafter` makes."""
     config = small(**changes)

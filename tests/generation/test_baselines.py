@@ -11,26 +11,10 @@ from mimo_jax.config import SLIDING
 from mimo_jax.decoding import row_keys
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.sampling import Greedy
+from tests.plain_lookup import look_up
 from tests.tiny import random_params, random_tokens, tiny_config
 
 DRAFTER = NgramDrafter()
-
-
-def lookup(text: list[int], longest: int = 4, count: int = 7) -> list[int] | None:
-    """Prompt lookup in plain Python: the latest place with the longest common suffix, copied on and on."""
-    best, source = 0, None
-    for place in range(len(text) - 1):
-        size = 0
-        while size < longest and size <= place and text[place - size] == text[len(text) - 1 - size]:
-            size += 1
-        if size and size >= best:
-            best, source = size, place
-    if source is None:
-        return None
-    copied = list(text)
-    for step in range(count):
-        copied.append(copied[source + 1 + step])
-    return copied[-count:]
 
 
 def test_ngrams_are_copied_from_the_latest_longest_match():
@@ -50,7 +34,7 @@ def test_ngrams_are_copied_from_the_latest_longest_match():
         held = held + counts  # a new array: JAX may still be reading the old one
     last = jnp.array([text[-1] for text in texts])
     drafted = DRAFTER.propose({}, {}, cache, last, jnp.asarray(held), Greedy(), None).tokens.tolist()
-    expected = [lookup(text) for text in texts]
+    expected = [look_up(text, longest=4)[0] for text in texts]
     assert sum(row is not None for row in expected) > 150
     assert all(row is None or row == found for row, found in zip(expected, drafted))
 

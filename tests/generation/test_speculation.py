@@ -75,7 +75,7 @@ def plain(model):
 @pytest.fixture(scope="module")
 def drafting(model):
     """The same model with a DFlash drafter of random weights, which is hardly ever right."""
-    config = tiny_drafter(vocab_size=320, bias_rank=4, init_range=0.2)
+    config = tiny_drafter(vocab_size=320, bias_rank=4, lookup=16, init_range=0.2)
     return dataclasses.replace(
         model, drafter=BlockDrafter(config), draft_params=init_drafter(config, jax.random.key(3))
     )

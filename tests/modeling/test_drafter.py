@@ -13,7 +13,7 @@ import pytest
 
 from mimo_jax.baselines import ChainDrafter
 from mimo_jax.cache import LayerCache
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.drafter_config import LONGEST_MATCH, DrafterConfig
 from mimo_jax.drafting import BlockDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.attention import heads_first
@@ -21,6 +21,7 @@ from mimo_jax.modeling.backbone import Features
 from mimo_jax.modeling.drafter import Drafter, abstract_drafter
 from mimo_jax.sampling import Greedy
 from mimo_jax.training.drafter import draft_hidden
+from tests.plain_lookup import look_up
 from tests.tiny import TINY, tiny_drafter
 
 CONFIG = tiny_drafter(
@@ -65,12 +66,15 @@ def turn(x, position, theta, dims):
     return np.concatenate([*turned, x[..., dims:]], axis=-1)
 
 
-def by_the_equations(config: DrafterConfig, taps, anchor, start: int) -> np.ndarray:
-    """The block's hidden rows behind `start` context tokens, position by position, in float64."""
+def by_the_equations(config: DrafterConfig, taps, anchor, start: int, slots=None) -> np.ndarray:
+    """The block's hidden rows behind `start` context tokens, position by position, in float64.
+
+    `slots` are the rows behind the anchor's; by default the mask vector.
+    """
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params(config))
     heads, groups, dim = config.num_heads, config.num_heads // config.num_kv_heads, config.head_dim
     context = [rms(p["fuse"] @ taps[0, t], p["context_norm"]["weight"]) for t in range(start)]
-    rows = [anchor.astype(np.float64)] + [p["mask"]] * (config.block_size - 1)
+    rows = [anchor.astype(np.float64)] + ([p["mask"]] * (config.block_size - 1) if slots is None else slots)
     for index in range(config.num_layers):
         layer = p[f"layers_{index}"]
         att = layer["attention"]
@@ -191,6 +195,48 @@ def test_training_sees_what_inference_computes():
             np.testing.assert_allclose(trained[row, column], expected[1:], atol=1e-4, rtol=1e-4)
 
 
+GUESSING = dataclasses.replace(CONFIG, lookup=30, bias_rank=0)
+TEXT = np.random.default_rng(4).integers(0, 3, LENGTH)  # so few symbols that suffixes of every length come back
+
+
+def slots_by_hand(text: list[int]) -> list[np.ndarray]:
+    """Mask vector, plus the turned embedding of what a lookup in plain Python finds, plus a row for the match."""
+    tokens, matched = look_up(text[-GUESSING.lookup - 1 :], LONGEST_MATCH)
+    mask, matrix, rows = (np.asarray(params(GUESSING)[name], np.float64) for name in ("mask", "guess", "matched"))
+    guesses = np.asarray(TARGET["embed"])[tokens] @ matrix.T if tokens else np.zeros((7, 64))
+    return list(mask + guesses + rows[matched])
+
+
+@pytest.mark.parametrize("start", [1, 9, 24, 38])
+def test_slots_start_from_what_prompt_lookup_finds(start):
+    """Drafts equal those of the equations with every slot's guess by hand, absorbed in pieces."""
+    proposer, cache, length = BlockDrafter(GUESSING), BlockDrafter(GUESSING).init_cache(1, 64), 0
+    while length < start:
+        kept = min(5, start - length)
+        piece = slice(length, length + 8)
+        tokens = jnp.asarray(TEXT[None, piece]).at[:, kept:].set(99)  # rejected
+        seen = features(TAPS[:, piece])
+        cache = proposer.absorb(params(GUESSING), TARGET, cache, tokens, seen, jnp.array([length]), jnp.array([kept]))
+        length += kept
+    last, keys = jnp.array([TEXT[start]]), jax.random.key(0)[None]
+    drafted = proposer.propose(params(GUESSING), TARGET, cache, last, jnp.array([start]), Greedy(), keys)
+    anchor, slots = np.asarray(TARGET["embed"][TEXT[start]]), slots_by_hand(TEXT[: start + 1].tolist())
+    hidden = by_the_equations(GUESSING, TAPS, anchor, start, slots)[1:]
+    preferred = np.argmax(hidden @ np.asarray(TARGET["head"])[: GUESSING.vocab_size].T, axis=-1)
+    assert drafted.tokens[0].tolist() == preferred.tolist()
+
+
+def test_training_sees_the_guesses_of_inference():
+    """The blocks of a training row have the hidden rows of the equations, with guesses looked up before each anchor."""
+    anchors = np.array([[1, 9, 24, 29]])
+    in_training = jax.jit(draft_hidden, static_argnums=(1, 2))
+    trained = in_training(params(GUESSING), GUESSING, "block", TARGET["embed"], TAPS, TEXT[None], anchors)
+    for block, anchor in zip(np.asarray(trained), anchors[0]):
+        slots = slots_by_hand(TEXT[: anchor + 1].tolist())
+        expected = by_the_equations(GUESSING, TAPS, np.asarray(TARGET["embed"][TEXT[anchor]]), anchor, slots)
+        np.testing.assert_allclose(block, expected[1:], atol=1e-3, rtol=1e-3)
+
+
 def test_the_chain_drafts_what_it_was_trained_for():
     """The autoregressive control, token by token through its cache, proposes what one teacher-forced pass prefers."""
     config = dataclasses.replace(CONFIG, bias_rank=0)
@@ -210,10 +256,10 @@ def test_the_chain_drafts_what_it_was_trained_for():
 
 
 def test_the_draft_cache_does_not_grow_with_the_context():
-    """The ring has window + block rows whatever the capacity of the target's cache."""
+    """Rings of window + block rows and the text that is searched, whatever the capacity of the target's cache."""
     for capacity in (64, 100_000):
-        shapes = [leaf.shape for leaf in jax.tree.leaves(BlockDrafter(CONFIG).init_cache(3, capacity))]
-        assert shapes == [(3, 2, CONFIG.window + CONFIG.block_size, 16)] * 4
+        shapes = [leaf.shape for leaf in jax.tree.leaves(BlockDrafter(GUESSING).init_cache(3, capacity))]
+        assert shapes == [(3, 2, CONFIG.window + CONFIG.block_size, 16)] * 4 + [(3, GUESSING.lookup)]
 
 
 def test_a_small_vocabulary_is_never_left():
@@ -253,6 +299,7 @@ def test_a_drafter_of_another_target_is_refused(field, value, named):
         ("head_dim", 2),
         ("value_scale", -1.0),
         ("bias_rank", -1),
+        ("lookup", -1),
         ("dtype", "float16"),
     ],
 )

@@ -191,16 +191,17 @@ def test_losses_are_measured_against_text_or_target(kind):
     assert float(loss) == pytest.approx(np.average(objective, weights=weights), rel=1e-4)
 
 
-def test_a_start_may_be_given_an_order_aware_bias():
-    """A finished drafter goes on as it is, with a bias that says nothing yet; the rank it has is not changed."""
+def test_a_start_may_be_given_a_bias_and_guesses():
+    """A finished drafter goes on as it is, with a bias and guesses that say nothing yet; its rank is not changed."""
     params = drafter.init_state(CONFIG, TRAIN).params
-    config, more = extended(dataclasses.replace(CONFIG, acceptance_length=3.0), params, 4, seed=1)
-    assert (config.bias_rank, config.acceptance_length) == (4, None)
+    config, more = extended(dataclasses.replace(CONFIG, acceptance_length=3.0), params, 4, 16, seed=1)
+    assert (config.bias_rank, config.lookup, config.acceptance_length) == (4, 16, None)
     assert all(more[name] is params[name] for name in params)
     assert more["bias_in"].shape == (CONFIG.vocab_size, 4) and not np.any(more["bias_out"])
-    assert extended(config, more, 0, seed=1)[0].bias_rank == 4
+    assert not np.any(more["guess"]) and not np.any(more["matched"])
+    assert extended(config, more, 0, 0, seed=1)[0] == config
     with pytest.raises(UserError, match=r"bias_rank=8.* has 4"):
-        extended(config, more, 8, seed=1)
+        extended(config, more, 8, 0, seed=1)
 
 
 @pytest.mark.parametrize(
