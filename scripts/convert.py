@@ -65,5 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bytes are only moved; an accelerator's memory would be in the way
+    # Bytes are only moved, and an accelerator's memory would be in the way; eight devices for `convert._cut_for`.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
     main_guard(lambda: print(json.dumps((args := parse(sys.argv[1:])).command(args))))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tensorstore
 
 from mimo_jax.checkpoint.huggingface import open_checkpoint, probe_qkv, read_params
 from mimo_jax.checkpoint.orbax import read_orbax
@@ -46,7 +47,9 @@ def main(checkpoint: str, orbax: str, coordinator: str, count: str, index: str) 
         for shard in leaf.addressable_shards
         if shard.replica_id == 0
     )
+    before = bytes_from_files()
     _, restored = read_orbax(orbax, lambda path, shape: parameter_sharding(path, shape, mesh))
+    orbax_read = bytes_from_files() - before
     same = all(
         np.array_equal(np.asarray(one.data), np.asarray(other.data))
         for leaves in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True)
@@ -56,7 +59,13 @@ def main(checkpoint: str, orbax: str, coordinator: str, count: str, index: str) 
     model = Model(config, params, Ids(), (), {}, mesh=mesh)
     tokens = generate(model, list(range(1, 20)), max_tokens=8).tokens
     found = {"read": sum(read), "probed": probed, "checksum": checksum, "tokens": tokens}
-    print(json.dumps({**found, "orbax_same": same}), flush=True)
+    print(json.dumps({**found, "orbax_same": same, "orbax_read": orbax_read}), flush=True)
+
+
+def bytes_from_files() -> int:
+    """What TensorStore, which reads for Orbax, has read from files so far."""
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
 if __name__ == "__main__":

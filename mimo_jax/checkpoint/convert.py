@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from mimo_jax.checkpoint.huggingface import read_any
 from mimo_jax.checkpoint.manifest import read_manifest, refuse_existing, verify_files
 from mimo_jax.checkpoint.names import array_bytes
 from mimo_jax.checkpoint.tensorfile import read_bytes
+from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.memory import current_memory, peak_memory, return_freed_memory
 from mimo_jax.progress import progress
+from mimo_jax.sharding import Layout, check_fits, make_mesh, parameter_sharding
 
 # Files that go along with the weights unchanged. Code never does.
 CARRIED = (
@@ -48,11 +51,12 @@ def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[s
     """Converts a Hugging Face directory; returns what was found and measured."""
     _refuse(source, destination, overwrite)
     opened = huggingface.open_checkpoint(source)
+    parts = _cut_for(opened.config)
     return_freed_memory()
     base, held = current_memory(), array_bytes(opened.config)
     print(f"layout: {opened.describe()}", file=sys.stderr)
     with progress("reading", opened.nbytes, "bytes") as bar:
-        params = huggingface.read_params(opened, advance=bar.advance)
+        params = huggingface.read_params(opened, parts, bar.advance)
     heads = huggingface.probe_qkv(opened, params)
     print(f"probe: {heads} QKV heads recomputed from the file's bytes, all equal", file=sys.stderr)
     with progress("writing", held, "bytes") as bar:
@@ -66,6 +70,21 @@ def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[s
         "skipped": opened.skipped,
         **memory_report(base, held),
     }
+
+
+def _cut_for(config: ModelConfig) -> huggingface.ShardingOf | None:
+    """Arrays in the parts of tensor parallelism over eight devices, or as near to that as model and devices allow.
+
+    Orbax writes a part as a chunk of its own and reads whole chunks, so a device reads what it needs and nothing else.
+    """
+    for ways in (8, 4, 2):
+        try:
+            mesh = make_mesh(Layout(tensor=ways))
+            check_fits(config, mesh)
+        except UserError:
+            continue
+        return partial(parameter_sharding, mesh=mesh)
+    return None
 
 
 def to_huggingface(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:

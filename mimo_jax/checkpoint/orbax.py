@@ -186,8 +186,18 @@ def leaf_digests(params: Any) -> dict[str, str]:
 
 
 def _digest(leaf: Any) -> str:
-    array = np.ascontiguousarray(np.asarray(leaf))
+    array = np.ascontiguousarray(_on_host(leaf))
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """A whole leaf. Not by `np.asarray` if it lies in parts: JAX would keep what it puts together."""
+    if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
+        return np.asarray(leaf)
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        whole[shard.index] = shard.data
+    return whole
 
 
 def read_orbax_config(directory: Path) -> ModelConfig:

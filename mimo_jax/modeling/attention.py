@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mimo_jax.cache import LayerCache, append, row_positions
 from mimo_jax.config import SLIDING, ModelConfig
 from mimo_jax.modeling.layers import linear, matrix_init, rotate, weight_init
-from mimo_jax.quantization import TurnedMatrix, Weight, dequantize
+from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, multiply_fp8, suits_fp8
 
 _MASKED = -1e30  # finite: a row of padding may have nothing visible at all
+CHUNK = 8192  # keys of a long cache that are attended to at a time: the scores of more would not stay in a GPU's caches
 
 
 def attend(
@@ -23,11 +24,9 @@ def attend(
     sink_H: Float[Array, "H"] | None,
 ) -> Float[Array, "B T H V"]:
     """Softmax attention in float32; the sink joins the denominator as one more logit that has no value vector."""
-    batch, steps, heads, dim = q_BTHQ.shape
+    batch, steps, heads = q_BTHQ.shape[:3]
     kv_heads = k_BKSQ.shape[1]
-    q_BTKGQ = q_BTHQ.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
-    s_BKGTS = jnp.einsum("btkgq,bksq->bkgts", q_BTKGQ, k_BKSQ, preferred_element_type=jnp.float32) * dim**-0.5
-    s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, _MASKED)
+    s_BKGTS = _scores(q_BTHQ, k_BKSQ, visible_BTS)
     top = jnp.max(s_BKGTS, axis=-1, keepdims=True)
     sink_KG = None
     if sink_H is not None:
@@ -40,6 +39,54 @@ def attend(
         total = total + jnp.exp(sink_KG - top)
     p_BKGTS = (e_BKGTS / total).astype(v_BKSV.dtype)
     return jnp.einsum("bkgts,bksv->btkgv", p_BKGTS, v_BKSV).reshape(batch, steps, heads, -1)
+
+
+def _scores(q_BTHQ: Array, k_BKSQ: Array, visible_BTS: Array) -> Float[Array, "B K G T S"]:
+    batch, steps, _, dim = q_BTHQ.shape
+    q_BTKGQ = q_BTHQ.reshape(batch, steps, k_BKSQ.shape[1], -1, dim)
+    s_BKGTS = jnp.einsum("btkgq,bksq->bkgts", q_BTKGQ, k_BKSQ, preferred_element_type=jnp.float32) * dim**-0.5
+    return jnp.where(visible_BTS[:, None, None], s_BKGTS, _MASKED)
+
+
+def attend_in_chunks(
+    q_BTHQ: Float[Array, "B T H Q"],
+    k_BKSQ: Float[Array, "B K S Q"],
+    v_BKSV: Float[Array, "B K S V"],
+    query_BT: Int[Array, "B T"],
+    sink_H: Float[Array, "H"] | None,
+    chunk: int,
+) -> Float[Array, "B T H V"]:
+    """What `attend` gives for keys whose row is their position, `chunk` of them at a time.
+
+    Rows behind the last query are not read. The softmax is kept as a running maximum, sum and weighted values
+    (arXiv 1805.02867). Has no gradient.
+    """
+    batch, steps, heads = q_BTHQ.shape[:3]
+    kv_heads, rows = k_BKSQ.shape[1:3]
+
+    def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        before, total, out = carry
+        start = jnp.minimum(index * chunk, rows - chunk)
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=2) for x in (k_BKSQ, v_BKSV))
+        key_S = start + jnp.arange(chunk)
+        key_S = jnp.where(key_S >= index * chunk, key_S, -1)  # the last chunk may start among the keys before it
+        visible_BTS = visibility(query_BT, jnp.broadcast_to(key_S, (batch, chunk)), None)
+        s_BKGTS = _scores(q_BTHQ, keys, visible_BTS)
+        top = jnp.maximum(before, jnp.max(s_BKGTS, axis=-1, keepdims=True))
+        e_BKGTS, kept = jnp.exp(s_BKGTS - top), jnp.exp(before - top)
+        seen = jnp.einsum("bkgts,bksv->bkgtv", e_BKGTS.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return top, total * kept + jnp.sum(e_BKGTS, axis=-1, keepdims=True), out * kept + seen
+
+    shape = (batch, kv_heads, heads // kv_heads, steps)
+    top, total = jnp.full((*shape, 1), _MASKED), jnp.zeros((*shape, 1))
+    if sink_H is not None:
+        sink_KG = sink_H.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
+        top, total = jnp.maximum(top, sink_KG), total + 1.0
+    out = jnp.zeros((*shape, v_BKSV.shape[-1]))
+    count = jnp.minimum(jnp.max(query_BT) // chunk + 1, -(-rows // chunk))
+    _, total, out = jax.lax.fori_loop(0, count, visit, (top, total, out))
+    out_BTKGV = jnp.moveaxis(out / total, 3, 1).astype(v_BKSV.dtype)
+    return out_BTKGV.reshape(batch, steps, heads, -1)
 
 
 def heads_first(x_BTKQ: Float[Array, "B T K Q"]) -> Float[Array, "B K T Q"]:
@@ -125,6 +172,8 @@ class Attention(nn.Module):
             key_BS = jnp.concatenate([held_BS, query_BT], axis=1)
         else:
             keys, values = updated.keys, updated.values
+            if keys.shape[2] > CHUNK:
+                return attend_in_chunks(q, keys, values, query_BT, sink_H, CHUNK), updated
             key_BS = row_positions(self.kind, keys.shape[2], lengths_B + counts_B)
         return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated
 
@@ -156,6 +205,8 @@ class Attention(nn.Module):
 
 def linear_chunked(x_BTD: Float[Array, "B T D"], weight: Weight, chunks: int) -> Float[Array, "B T G M"]:
     """x W^T for a weight stored as [G chunks, M rows, D]; the chunk axis is kept."""
+    if suits_fp8(weight, x_BTD):
+        return multiply_fp8(x_BTD, weight).astype(x_BTD.dtype)
     # As one flat matrix: contracted with three axes, XLA on CPU transposes the whole weight at every step.
     if not isinstance(weight, TurnedMatrix):
         weight = dequantize(weight, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])

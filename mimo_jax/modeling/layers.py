@@ -13,7 +13,16 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config import ModelConfig
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, quantize_fp8, quantize_mx, turn
+from mimo_jax.quantization import (
+    TurnedMatrix,
+    Weight,
+    dequantize,
+    multiply_fp8,
+    quantize_fp8,
+    quantize_mx,
+    suits_fp8,
+    turn,
+)
 
 Params = dict[str, Any]  # a parameter tree
 
@@ -34,6 +43,8 @@ def linear(x: Float[Array, "... K"], weight: Weight, out_dtype=None) -> Float[Ar
     """x W^T for a stored weight [N, K], accumulated in float32."""
     if isinstance(weight, TurnedMatrix):
         y = jnp.einsum("...k,kn->...n", x, weight.matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    elif suits_fp8(weight, x):
+        y = multiply_fp8(x, weight)
     else:
         y = jnp.einsum("...k,nk->...n", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
     return y.astype(out_dtype or x.dtype)

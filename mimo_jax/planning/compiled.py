@@ -22,8 +22,9 @@ from jax.sharding import Mesh, NamedSharding
 from mimo_jax import decoding
 from mimo_jax.cache import LayerCache, init_cache
 from mimo_jax.checkpoint.orbax import abstract_tree
-from mimo_jax.drafting import PLAIN, BlockDrafter
+from mimo_jax.drafting import BlockDrafter
 from mimo_jax.errors import UserError
+from mimo_jax.modeling.attention import CHUNK
 from mimo_jax.modeling.drafter import abstract_drafter
 from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes
 from mimo_jax.planning.machines import Target, target_description
@@ -66,28 +67,27 @@ def topology(target: Target) -> list[Any]:
 
 
 def compile_programs(plan: Plan, target: Target, context: int) -> dict[str, Program]:
-    """The prefill of a chunk, a plain round and a drafted round, behind a cache of `context` tokens."""
-    mesh = make_mesh(plan.layout, topology(target))
-    plain, drafting = (_Inputs(plan, mesh, drafter, context) for drafter in (PLAIN, BlockDrafter(plan.drafter)))
+    """The prefill of a chunk and a drafted round, behind a cache of `context` tokens."""
+    inputs = _Inputs(plan, make_mesh(plan.layout, topology(target)), context)
     # name -> (tokens, loops around what counts, the program): rounds are the body of the decoding loop.
     lowered = {
-        "prefill": (PREFILL_TOKENS, 0, drafting.lower_prefill()),
-        "drafted round": (plan.drafter.block_size, 1, drafting.lower_decode()),
-        "plain round": (1, 1, plain.lower_decode()),
+        "prefill": (PREFILL_TOKENS, 0, inputs.lower_prefill()),
+        "drafted round": (plan.drafter.block_size, 1, inputs.lower_decode()),
     }
     with ThreadPoolExecutor() as pool:  # XLA compiles each on one core
-        programs = {name: pool.submit(_compiled, plan, *entry) for name, entry in lowered.items()}
+        programs = {name: pool.submit(_compiled, plan, context, *entry) for name, entry in lowered.items()}
         return {name: program.result() for name, program in programs.items()}
 
 
 class _Inputs:
     """Shapes, dtypes and shardings of everything the programs take."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, drafter: Any, context: int) -> None:
+    def __init__(self, plan: Plan, mesh: Mesh, context: int) -> None:
+        drafter = BlockDrafter(plan.drafter)
         self.mesh, self.rows = mesh, plan.layout.data  # one row decodes on every copy of the model
         self.engine = decoding.Engine(decoding.FlaxStep(plan.config, drafter.taps, mesh), drafter)
         target = abstract_tree(plan.config, lambda path, shape: parameter_sharding(path, shape, mesh))
-        own = {} if drafter is PLAIN else abstract_drafter(plan.drafter)
+        own = abstract_drafter(plan.drafter)
         self.weights = decoding.Weights(target, self._placed(own, parameter_shardings(own, mesh)))
         self.cache = self._on_mesh(jax.eval_shape(lambda: init_cache(plan.config, self.rows, context)))
         self.draft_cache = self._on_mesh(jax.eval_shape(lambda: drafter.init_cache(self.rows, context)))
@@ -122,7 +122,7 @@ class _Inputs:
         return decoding.decode.lower(self.engine, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
 
 
-def _compiled(plan: Plan, tokens: int, depth: int, lowered: Any) -> Program:
+def _compiled(plan: Plan, context: int, tokens: int, depth: int, lowered: Any) -> Program:
     started = time.perf_counter()
     try:
         program = lowered.compile()
@@ -130,20 +130,28 @@ def _compiled(plan: Plan, tokens: int, depth: int, lowered: Any) -> Program:
         raise UserError(f"plan: the compiler refused the program ({str(error).splitlines()[0][:300]})") from None
     seconds = time.perf_counter() - started
     memory = program.memory_analysis()
-    collectives, expansions = _moved(plan, tokens, depth, program.as_text())
+    collectives, expansions = _moved(plan, context, tokens, depth, program.as_text())
     return Program(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, collectives, expansions)
 
 
-def _moved(plan: Plan, tokens: int, depth: int, text: str) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """Collectives, and large intermediate results, of what runs `depth` loops deep; loops further in visit experts."""
+def _moved(
+    plan: Plan, context: int, tokens: int, depth: int, text: str
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """Collectives, and large intermediate results, of what runs `depth` loops deep.
+
+    Loops further in visit experts, or chunks of a long cache.
+    """
     visits = distinct_experts(plan.config, tokens) / plan.layout.expert
+    chunks = -(-context // CHUNK)
     carried = parameter_shapes(text)
     collectives: dict[str, tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
     expansions: dict[str, float] = collections.defaultdict(float)
     for step in executed(text):
         if len(step.loops) < depth:
             continue
-        instruction, times = step.instruction, visits if len(step.loops) > depth else 1.0
+        instruction, times = step.instruction, 1.0
+        if len(step.loops) > depth:
+            times = chunks if "/attention/" in instruction.source else visits
         if is_collective(instruction):
             key = f"{instruction.opcode.removesuffix('-start')} {instruction.shape}"
             count, nbytes = collectives[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mimo_jax.quantization.fp8 import BlockFp8Tensor, dequantize_fp8, quantize_fp8
+from mimo_jax.quantization.fp8 import BlockFp8Tensor, dequantize_fp8, multiply_fp8, quantize_fp8, suits_fp8
 from mimo_jax.quantization.mx import MxTensor, dequantize_mx, fake_quantize, quantize_mx
 from mimo_jax.quantization.turned import TurnedMatrix, turn
 
@@ -32,7 +32,9 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_mx",
     "fake_quantize",
+    "multiply_fp8",
     "quantize_fp8",
     "quantize_mx",
+    "suits_fp8",
     "turn",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 
 BLOCK = 128
 E4M3_MAX = 448.0
+FEW_ROWS = 16  # the sums of 8 rows take an eighth of the bytes of expanded weights; those of 64 rows take as many
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,27 @@ def quantize_fp8(weights: Float[Array | np.ndarray, "*N K"]) -> BlockFp8Tensor:
     scales = xp.where(amax > 0, scales, np.float32(1)).astype(np.float32)
     scaled = weights.astype(np.float32) / _spread(xp, scales, weights.shape)
     return BlockFp8Tensor(xp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn), scales)
+
+
+def suits_fp8(weights: object, x: Float[Array, "*B K"]) -> TypeGuard[BlockFp8Tensor]:
+    """Whether `multiply_fp8` can multiply by these, and moves fewer bytes than expanding the weights."""
+    if not isinstance(weights, BlockFp8Tensor):
+        return False
+    return weights.shape[-1] % BLOCK == 0 and x.size <= FEW_ROWS * x.shape[-1]
+
+
+def multiply_fp8(x: Float[Array, "*B K"], weights: BlockFp8Tensor) -> Float[Array, "*B N"]:
+    """x W^T for weights [..., N, K], accumulated in float32, as [..., N] behind the leading axes of `x`.
+
+    Every block of 128 columns is multiplied as codes, and its sums are scaled: XLA on GPU fuses a plain conversion into
+    its matrix product, but writes scaled weights to memory first. Needs K in whole blocks.
+    """
+    *lead, rows, cols = weights.shape
+    codes_GNbk = weights.codes.astype(x.dtype).reshape(-1, rows, cols // BLOCK, BLOCK)
+    scales_GNb = jnp.repeat(weights.scales, BLOCK, axis=-2)[..., :rows, :].reshape(-1, rows, cols // BLOCK)
+    x_Tbk = x.reshape(-1, cols // BLOCK, BLOCK)
+    sums_bTGN = jnp.einsum("tbk,gnbk->btgn", x_Tbk, codes_GNbk, preferred_element_type=jnp.float32)
+    return jnp.einsum("btgn,gnb->tgn", sums_bTGN, scales_GNb).reshape(*x.shape[:-1], *lead, rows)
 
 
 def dequantize_fp8(weights: BlockFp8Tensor, dtype=jnp.float32) -> Float[Array, "*N K"]:

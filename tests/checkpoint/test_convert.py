@@ -318,19 +318,22 @@ print(report["peak_over_base"], report["array_bytes"])
 
 
 def test_peak_memory(tmp_path) -> None:
-    """Converting holds the arrays once: 1.15 times their bytes, the largest tensor, and what the libraries take."""
+    """Converting holds the arrays once: 1.15 times their bytes, the largest tensor twice, and what libraries take.
+
+    Twice, because Orbax reads the largest in eight chunks at once, and keeps each as it was read and as it is put.
+    """
     config = small(
-        num_experts=256, hidden_size=256, moe_intermediate_size=512, layer_pattern=(0, 1), moe_pattern=(0, 1)
+        num_experts=512, hidden_size=256, moe_intermediate_size=1024, layer_pattern=(0, 1), moe_pattern=(0, 1)
     )
     save_checkpoint(tmp_path / "hf", config, random_tensors(config))
     for direction, source, target in (("to-orbax", "hf", "orbax"), ("to-hf", "orbax", "back")):
         command = [sys.executable, "-c", _MEMORY, direction, str(tmp_path / source), str(tmp_path / target)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
         above, held = map(int, result.stdout.split())
-        largest = 256 * 512 * 256 // 2
+        largest = 512 * 1024 * 256 // 2
         libraries = 48 << 20  # code and pools touched for the first time, whatever the checkpoint's size
-        assert above <= 1.15 * held + largest + libraries, (direction, above, held)
+        assert above <= 1.15 * held + 2 * largest + libraries, (direction, above, held)
 
 
 def test_memory_helpers_agree() -> None:

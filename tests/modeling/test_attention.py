@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.config import GLOBAL, SLIDING
-from mimo_jax.modeling.attention import Attention, attend, attend_banded, heads_first, visibility
+from mimo_jax.modeling.attention import Attention, attend, attend_banded, attend_in_chunks, heads_first, visibility
 from mimo_jax.modeling.layers import rotary_table
 from tests.tiny import random_params, tiny_config
 
@@ -27,6 +27,23 @@ def test_band_equals_mask(length, with_sink):
     # float32 sums of at most 8 terms in another order.
     banded = jax.jit(attend_banded, static_argnums=3)
     np.testing.assert_allclose(banded(q, k, v, window, sink), dense, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [24, 29])
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_chunks_equal_the_whole_cache(rows, with_sink):
+    """A long cache read in chunks, a ragged last one too, gives what reading it at once gives; the rest is not read."""
+    heads, steps, chunk = 4, 3, 8
+    q, k, v = random((2, steps, heads, 12), 0), random((2, 2, rows, 12), 1), random((2, 2, rows, 8), 2)
+    sink = random((heads,), 3) if with_sink else None
+    chunked = jax.jit(attend_in_chunks, static_argnums=5)
+    for lengths in ([0, 5], [7, 13], [16, 9], [21, 20]):
+        query = jnp.array(lengths)[:, None] + jnp.arange(steps)
+        visible = visibility(query, jnp.broadcast_to(jnp.arange(rows), (2, rows)), None)
+        dense = jax.jit(attend)(q, k, v, visible, sink)
+        read = (max(lengths) + steps - 1) // chunk * chunk + chunk
+        rest = jnp.where(jnp.arange(rows) < read, 0.0, jnp.nan)[:, None] if read + chunk <= rows else 0.0
+        np.testing.assert_allclose(chunked(q, k + rest, v + rest, query, sink, chunk), dense, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 4, None])

@@ -5,7 +5,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mimo_jax.quantization import BlockFp8Tensor, dequantize, dequantize_fp8, quantize_fp8
+from mimo_jax.quantization import (
+    BlockFp8Tensor,
+    dequantize,
+    dequantize_fp8,
+    multiply_fp8,
+    quantize_fp8,
+    suits_fp8,
+)
 from mimo_jax.quantization.fp8 import BLOCK, grid_shape
 
 
@@ -89,3 +96,16 @@ def test_same_numbers_as_compressed_tensors():
     args = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128])
     expected = ct_dequantize(codes, torch.from_numpy(tensor.scales), args=args, dtype=torch.float32)
     np.testing.assert_array_equal(np.asarray(dequantize_fp8(tensor)), expected.numpy())
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("rows", [200, 128, 5])
+def test_products_are_those_of_the_expanded_weights(lead, rows):
+    """Scaling the sums of blocks equals multiplying expanded weights, to float32 rounding, ragged rows included."""
+    rng = np.random.default_rng(1)
+    weights = quantize_fp8(rng.normal(size=(*lead, rows, 384)).astype(np.float32))
+    x = rng.normal(size=(2, 4, 384)).astype(np.float32)
+    expected = np.einsum("btk,...nk->bt...n", x.astype(np.float64), dequantize_fp8(weights).astype(np.float64))
+    found = multiply_fp8(jnp.asarray(x), BlockFp8Tensor(jnp.asarray(weights.codes), jnp.asarray(weights.scales)))
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    assert not suits_fp8(quantize_fp8(np.ones((4, 200), np.float32)), x[..., :200])
