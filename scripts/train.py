@@ -112,7 +112,11 @@ def drafter_command(args: argparse.Namespace) -> dict:
 
     mesh = mesh_of(args)
     model, texts = load_dense(Path(args.model), mesh=mesh), selfgen.load_texts(Path(args.texts))
-    if args.start:
+    if args.kind == "chain" and (args.bias_rank or args.lookup):
+        raise UserError("drafter: a chain has neither --bias-rank nor --lookup; it sees the tokens drafted before")
+    if args.start and args.kind == "chain":
+        config, params = drafter.as_chain(*load_drafter(model.config, Path(args.start)))
+    elif args.start:
         started = load_drafter(model.config, Path(args.start))
         config, params = drafter.extended(*started, args.bias_rank, args.lookup, args.seed)
     else:

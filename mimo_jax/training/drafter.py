@@ -25,7 +25,7 @@ from mimo_jax.lookup import continuation
 from mimo_jax.model import Model
 from mimo_jax.modeling.attention import heads_first
 from mimo_jax.modeling.backbone import Backbone, Params
-from mimo_jax.modeling.drafter import Drafter, KeysValues, init_drafter
+from mimo_jax.modeling.drafter import Drafter, KeysValues, abstract_drafter, init_drafter
 from mimo_jax.modeling.layers import linear
 from mimo_jax.sharding import place_batch
 from mimo_jax.tokenizer import MASK, Tokenizer
@@ -271,6 +271,12 @@ def extended(
     added = {"bias_rank": bias_rank or config.bias_rank, "lookup": lookup or config.lookup}
     config = dataclasses.replace(config, acceptance_length=None, **added)
     return config, {**init_drafter(config, jax.random.key(seed)), **params}
+
+
+def as_chain(config: DrafterConfig, params: Params) -> tuple[DrafterConfig, Params]:
+    """A finished block drafter as a start for the autoregressive control, which has neither bias nor guesses."""
+    bare = dataclasses.replace(config, acceptance_length=None, bias_rank=0, lookup=0)
+    return bare, {name: params[name] for name in abstract_drafter(bare)}
 
 
 def drafter_for(

@@ -15,7 +15,7 @@ from mimo_jax.model import Model
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import drafter, run, selfgen
-from mimo_jax.training.drafter import DraftTrainConfig, draw_anchors, extended, loss_fn, slot_weights
+from mimo_jax.training.drafter import DraftTrainConfig, as_chain, draw_anchors, extended, loss_fn, slot_weights
 from mimo_jax.training.selfgen import SelfGenConfig, Texts
 from tests.tiny import random_params, tiny_config, tiny_drafter
 
@@ -202,6 +202,15 @@ def test_a_start_may_be_given_a_bias_and_guesses():
     assert extended(config, more, 0, 0, seed=1)[0] == config
     with pytest.raises(UserError, match=r"bias_rank=8.* has 4"):
         extended(config, more, 8, 0, seed=1)
+
+
+def test_a_block_drafter_can_start_a_chain():
+    """The control goes on from the same weights, without what only blocks have."""
+    config, params = extended(CONFIG, drafter.init_state(CONFIG, TRAIN).params, 4, 16, seed=1)
+    bare, kept = as_chain(config, params)
+    assert (bare.bias_rank, bare.lookup) == (0, 0)
+    assert jax.tree.structure(kept) == jax.tree.structure(drafter.init_state(bare, TRAIN).params)
+    assert all(kept[name] is params[name] for name in kept)
 
 
 @pytest.mark.parametrize(
