@@ -2,8 +2,8 @@
 
 A tile is 16 rows by `span` columns. Its codes come as 32-bit words, each the whole A operand of one thread for one
 `mma.m16n8k16` (rows g and g + 8, four columns), with the bits placed so that three rotations and five masks turn
-a word into bf16 numbers. Its scales follow. Four tiles, one for each warp of a warpgroup, are one slot of the kernel's
-ring: of gate and up the four column quarters of one row block, of down four row blocks by 256 columns.
+a word into bf16 numbers. Its scales follow. Four or eight tiles, for the warps of a warpgroup, are one slot of the
+kernel's ring: the four column quarters of one or two row blocks of gate and up, eight row blocks by 256 columns of down.
 
 Words and published bytes (`mxfp4`) are images of each other, bit for bit. Every function takes numpy or JAX arrays.
 """
@@ -22,7 +22,8 @@ from jaxtyping import Array, UInt8
 from pallas_kernels import mxfp4
 
 ROWS = 16  # of a tile: M of the tensor core's instruction
-WARPS = 4  # tiles in a slot
+WARPS = 4  # of a warpgroup, which works on one slot at a time
+NARROW = 256  # columns of a tile up to which a slot has two tiles for each warp, to share what a slot costs beside them
 STEP = 128  # columns of the kernel's inner loop: two 16-byte loads of codes, one 8-byte load of scales
 DOWN_SPAN = 256  # columns of a tile of down: the least whose bytes are whole 128-byte lines, which single copies need
 GRANULES = 4  # parts of a long row whose sums are kept apart, so that work can be dealt out finely
@@ -74,7 +75,9 @@ class TiledExperts:
     def sizes(self) -> tuple[int, int, int]:
         """Experts, hidden size, features."""
         stack, granules, slots, words = self.gate_up.shape
-        return stack, granules * WARPS * _span(words), slots * ROWS // 2
+        features = DOWN_SPAN * self.down.shape[1]
+        units = 2 * features // (ROWS * slots)
+        return stack, granules * words * 8 // (17 * units), features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +88,25 @@ class Tiling:
     cols: int
     span: int  # columns of a tile
     granules: int
-    by_columns: bool  # a slot is one row block, whose columns its warps share; else four row blocks
+    by_columns: bool  # the warps share the columns of a row block; else each has a row block of its own
 
     @property
     def slots(self) -> int:
         """Slots of one granule."""
-        return self.rows // (ROWS if self.by_columns else ROWS * WARPS)
+        return self.rows // (ROWS * self.units)
+
+    @property
+    def units(self) -> int:
+        """Row blocks of a slot, each the least that is dealt out to a processor."""
+        return self.slot_tiles // self.unit_tiles
+
+    @property
+    def unit_tiles(self) -> int:
+        return WARPS if self.by_columns else 1
+
+    @property
+    def slot_tiles(self) -> int:
+        return WARPS * (2 if self.span <= NARROW else 1)
 
     @property
     def tile_words(self) -> int:
@@ -98,7 +114,7 @@ class Tiling:
 
     @property
     def slot_words(self) -> int:
-        return WARPS * self.tile_words
+        return self.slot_tiles * self.tile_words
 
     @property
     def page_cols(self) -> int:
@@ -106,29 +122,27 @@ class Tiling:
         return self.span * (WARPS if self.by_columns else 1)
 
 
-def _span(slot_words: int) -> int:
-    return slot_words * 8 // (17 * WARPS)
-
-
 def gate_up_tiling(hidden: int, features: int) -> Tiling:
     """Of gate and up together; ValueError, naming the size, where the kernel has none."""
     granules = GRANULES if hidden >= LONG else 1
-    if features % 8 or hidden % (granules * WARPS * STEP):
+    cut = Tiling(2 * features, hidden, hidden // (granules * WARPS), granules, True)
+    if cut.rows % (ROWS * cut.units) or hidden % (granules * WARPS * STEP):
         raise ValueError(
-            f"gate and up of {features} x {hidden} cannot be tiled: rows must be a multiple of 8, columns of "
+            f"gate and up of {features} x {hidden} cannot be tiled: rows must be a multiple of 16, columns of "
             f"{granules * WARPS * STEP}"
         )
-    return Tiling(2 * features, hidden, hidden // (granules * WARPS), granules, True)
+    return cut
 
 
 def down_tiling(hidden: int, features: int) -> Tiling:
     """Of down; ValueError, naming the size, where the kernel has none."""
-    if features % DOWN_SPAN or hidden % (ROWS * WARPS):
+    cut = Tiling(hidden, features, DOWN_SPAN, features // DOWN_SPAN, False)
+    if features % DOWN_SPAN or hidden % (ROWS * cut.units):
         raise ValueError(
             f"down of {hidden} x {features} cannot be tiled: columns must be a multiple of {DOWN_SPAN}, rows of "
-            f"{ROWS * WARPS}"
+            f"{ROWS * cut.units}"
         )
-    return Tiling(hidden, features, DOWN_SPAN, features // DOWN_SPAN, False)
+    return cut
 
 
 def tile_experts(experts: PackedExperts) -> TiledExperts:
@@ -221,19 +235,13 @@ def _untile(tiles: Any, cut: Tiling) -> tuple[Any, Any]:
 def _slots(tiles: Any, cut: Tiling) -> Any:
     """[S, row blocks, tiles across, words] -> [S, granules, slots, slot words]."""
     stack, xp = tiles.shape[0], _namespace(tiles)
-    if cut.by_columns:
-        slots = xp.swapaxes(tiles.reshape(stack, cut.slots, cut.granules, cut.slot_words), 1, 2)
-    else:
-        tiles = tiles.reshape(stack, cut.slots, WARPS, cut.granules, cut.tile_words)
-        slots = xp.transpose(tiles, (0, 3, 1, 2, 4)).reshape(stack, cut.granules, cut.slots, cut.slot_words)
+    tiles = tiles.reshape(stack, cut.slots, cut.units, cut.granules, cut.unit_tiles, cut.tile_words)
+    slots = xp.transpose(tiles, (0, 3, 1, 2, 4, 5)).reshape(stack, cut.granules, cut.slots, cut.slot_words)
     return np.ascontiguousarray(slots) if xp is np else slots
 
 
 def _unslots(slots: Any, cut: Tiling) -> Any:
     stack, xp = slots.shape[0], _namespace(slots)
-    if cut.by_columns:
-        tiles = xp.swapaxes(slots, 1, 2)
-    else:
-        tiles = slots.reshape(stack, cut.granules, cut.slots, WARPS, cut.tile_words)
-        tiles = xp.transpose(tiles, (0, 2, 3, 1, 4))
+    tiles = slots.reshape(stack, cut.granules, cut.slots, cut.units, cut.unit_tiles, cut.tile_words)
+    tiles = xp.transpose(tiles, (0, 2, 3, 1, 4, 5))
     return tiles.reshape(stack, cut.rows // ROWS, cut.cols // cut.span, cut.tile_words)

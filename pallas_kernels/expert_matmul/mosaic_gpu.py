@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_matmul import mosaic_tile, reference
+from pallas_kernels.expert_matmul import mosaic_plain, mosaic_tile, reference
 from pallas_kernels.expert_matmul.layout import (
     ROWS,
     WARPS,
@@ -252,13 +252,13 @@ def _produce(plan: Plan, share, pages, words, experts, ring, held, full, empty, 
             plgpu.barrier_wait(empty.at[slot])
 
         expert = experts[place.group]
-        for count in range(1, 1 + plan.shares.units_per_slot):
-            size = cut.slot_words // plan.shares.units_per_slot * count
+        unit = cut.slot_words // cut.units
+        for count in range(1, 1 + cut.units):
 
             @pl.when(place.count == count)
-            def load_tiles(size=size) -> None:
+            def load_units(size=count * unit) -> None:
                 plgpu.copy_gmem_to_smem(
-                    words.at[expert, place.granule, place.slot, pl.ds(place.start * cut.tile_words, size)],
+                    words.at[expert, place.granule, place.slot, pl.ds(place.start * unit, size)],
                     ring.at[slot, pl.ds(0, size)],
                     full.at[slot],
                     oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
@@ -275,25 +275,25 @@ def _produce(plan: Plan, share, pages, words, experts, ring, held, full, empty, 
 
 
 def _consume(plan: Plan, share, warpgroup, pairs, out, ring, held, sums, full, empty, page_full) -> None:
-    """Every fourth slot of the part, and every page of it, in order."""
-    unit = mosaic_tile.unit if plan.interpret is None else mosaic_tile.plain_unit
+    """Every fourth slot of the part, in order."""
+    unit = mosaic_tile.unit if plan.interpret is None else mosaic_plain.unit
 
-    def await_page(page: jax.Array, _: None) -> None:
-        plgpu.barrier_wait(page_full.at[page])
-
-    def multiply(turn: jax.Array, awaited: jax.Array) -> jax.Array:
-        index = turn * plan.consumers + warpgroup
-        place = share.place(index)
-        slot = jax.lax.rem(index, plan.slots)
+    def multiply(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        slot, awaited = carry
+        place = share.place(turn * plan.consumers + warpgroup)
         page = place.page - share.first_page
-        jax.lax.fori_loop(awaited, page + 1, await_page, None)
+
+        @pl.when(page >= awaited)
+        def new_page() -> None:
+            plgpu.barrier_wait(page_full.at[page])
+
         plgpu.barrier_wait(full.at[slot])
-        scalars = dict(group=place.group, granule=place.granule, slot=place.slot, start=place.start, count=place.count)
+        scalars = {name: getattr(place, name) for name in mosaic_tile.SCALARS}
         refs = (ring.at[slot], held.at[page], sums.at[warpgroup], pairs, out)
         unit(plan.cut, plan.tokens, refs, scalars)
         plgpu.barrier_arrive(empty.at[slot])
-        return jnp.maximum(awaited, page + 1)
+        following = slot + plan.consumers
+        return jnp.where(following >= plan.slots, warpgroup, following), page + 1
 
     turns = jax.lax.div(share.slots - warpgroup + plan.consumers - 1, plan.consumers)
-    awaited = jax.lax.fori_loop(0, turns, multiply, jnp.int32(0))
-    jax.lax.fori_loop(awaited, share.pages, await_page, None)
+    jax.lax.fori_loop(0, turns, multiply, (warpgroup, jnp.int32(0)))

@@ -1,6 +1,5 @@
 """What one warpgroup does with one slot of tiles: decode in registers, multiply on tensor cores, store what each
-(token, expert) pair asked for. As inline code for Hopper, and as plain JAX for the interpreter, which runs neither
-inline code nor warp-level products.
+(token, expert) pair asked for; inline code, for what Pallas offers takes twice the instructions (docs/LOG.md).
 
 Weights are the M operand (16 rows of a tile), tokens the N operand (8 or 16). No order of summation depends on how many
 tokens there are, which experts they chose, or which processor the slot fell to.
@@ -8,14 +7,11 @@ tokens there are, which experts they chose, or which processor the slot fell to.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -27,9 +23,8 @@ from pallas_kernels.expert_matmul.layout import STEP, WARPS, Tiling
 
 PAIRS = mxfp4.BLOCK // 2  # 32-bit words of a block of activations
 COLUMNS = 8  # N of the tensor core's instruction
-SUM_STRIDE = (
-    20  # floats between tokens in the buffer of sums: 16 rows, and each thread of a warp writes a bank of its own
-)
+# Floats between tokens in the buffer of sums: 16 rows, and each thread of a warp writes a bank of its own.
+SUM_STRIDE = 20
 CODE_BITS = 0x81C081C0  # sign, exponent and mantissa bits that e2m1 has, in both bf16 halves
 LAST_BITS = 0x81808180, 0x00400040  # the same for the register whose mantissa is kept apart
 SCALE_BYTES = 0x1404, 0x3424  # selects two of four scale bytes into the upper bytes of the halves, zeros below
@@ -62,7 +57,7 @@ _MULTIPLY = (
 )
 _SCALES = "{{ .reg .b32 t; prmt.b32 t, $1, 0, {selector:#x}; shr.b32 $0, t, 1; }}"
 
-Scalars = dict[str, Any]  # group, granule, slot (of the granule), start and count (tiles)
+Scalars = dict[str, Any]  # group, granule, slot (of the granule), start and count (units)
 SCALARS = ("group", "granule", "slot", "start", "count")
 
 
@@ -118,14 +113,24 @@ class _Unit:
         return [llvm.extractelement(vector, self.const(i)) for i in range(count)]
 
     def run(self) -> None:
-        if self.cut.by_columns:
-            owners = self.owners(lambda share: self.split(share, layout.ROWS)[0], self.tokens * layout.ROWS)
-            self.add_up(self.product(self.linear((self.warp, self.cut.span // mxfp4.BLOCK))), owners)
+        cut = self.cut
+        if cut.by_columns:
+            owners = self.owners()
+            first_block = self.linear((self.warp, cut.span // mxfp4.BLOCK))
+            for unit in range(cut.units):
+                with self.exists(self.const(unit)) if unit else contextlib.nullcontext():
+                    tile = arith.addi(self.warp, self.const(unit * WARPS))
+                    self.add_up(unit, self.product(tile, first_block), owners)
             return
-        is_mine = arith.cmpi(arith.CmpIPredicate.ult, self.warp, self.values["count"])
-        with utils.when(is_mine):
-            pairs = [self.pair(self.linear((self.quad, 2)), column) for column in self.own_columns()]
-            self.store_rows(self.product(self.const(0)), pairs)
+        pairs = [self.pair(self.linear((self.quad, 2)), column) for column in self.own_columns()]
+        for first in range(0, cut.units, WARPS):
+            unit = arith.addi(self.warp, self.const(first))
+            with self.exists(unit):
+                self.store_rows(unit, self.product(unit, self.const(0)), pairs)
+
+    def exists(self, unit: Any) -> Any:
+        """For `with`: what is inside is done if the slot has so many units."""
+        return utils.when(arith.cmpi(arith.CmpIPredicate.ult, unit, self.values["count"]))
 
     def own_columns(self) -> list[int]:
         """Of the tokens whose sums a thread holds, the distance from twice its quad."""
@@ -135,15 +140,16 @@ class _Unit:
         index = arith.addi(self.linear((self.values["group"], self.tokens)), token)
         return self.load(self.pairs, index, offset, self.i32)[0]
 
-    def owners(self, token_of: Any, results: int) -> list[tuple[Any, Any]]:
-        """For each of a thread's results: its number, and the pair it is for. Loaded long before it is needed."""
-        shares = [arith.addi(self.thread, self.const(first)) for first in range(0, results, WARPS * 32)]
-        return [(share, self.pair(token_of(share), 0)) for share in shares]
+    def owners(self) -> list[tuple[Any, Any]]:
+        """Of each result that a thread adds up: its number, and the pair it is for. Loaded long before it is needed."""
+        firsts = range(0, self.tokens * layout.ROWS, WARPS * 32)
+        numbers = [arith.addi(self.thread, self.const(first)) for first in firsts]
+        return [(number, self.pair(self.split(number, layout.ROWS)[0], 0)) for number in numbers]
 
-    def product(self, first_block: Any) -> list[list[Any]]:
-        """The warp's tile times the tokens, from a block of the page on: for each 8 tokens, the thread's four sums."""
+    def product(self, number: Any, first_block: Any) -> list[list[Any]]:
+        """A tile of the slot times the page from a block on: for each 8 tokens, the thread's four sums."""
         cut, groups = self.cut, self.tokens // COLUMNS
-        tile = self.linear((self.warp, cut.tile_words))
+        tile = self.linear((number, cut.tile_words))
         codes = arith.addi(tile, self.linear((self.lane, 4)))
         scales = arith.addi(tile, self.linear((self.row, 2)))
         tokens = self.linear((first_block, self.tokens * PAIRS), (self.row, PAIRS), (self.quad, 4))
@@ -188,7 +194,7 @@ class _Unit:
         values = [llvm.extractvalue(self.f32, found, [i]) for i in range(len(flat))]
         return [values[i : i + 4] for i in range(0, len(values), 4)]
 
-    def add_up(self, products: list[list[Any]], owners: list[tuple[Any, Any]]) -> None:
+    def add_up(self, unit: int, products: list[list[Any]], owners: list[tuple[Any, Any]]) -> None:
         """Sums the four warps' parts in their order, through shared memory, and stores them."""
         utils.warpgroup_barrier()  # the sums before these have been read
         size = self.tokens * SUM_STRIDE
@@ -198,21 +204,22 @@ class _Unit:
                 offset = (group * COLUMNS + index % 2) * SUM_STRIDE + index // 2 * 8
                 llvm.store(value, self.at(self.sums, own, offset, self.f32), alignment=4)
         utils.warpgroup_barrier()
-        for share, pair in owners:
-            token, row = self.split(share, layout.ROWS)
+        first_row = self.first_row(self.const(unit))
+        for number, pair in owners:
+            token, row = self.split(number, layout.ROWS)
             index = self.linear((token, SUM_STRIDE), (row, 1))
             parts = [self.load(self.sums, index, warp * size, self.f32)[0] for warp in range(WARPS)]
-            total = parts[0]
-            for part in parts[1:]:
-                total = arith.addf(total, part)
-            self.store(total, pair, self.linear((self.values["slot"], layout.ROWS), (row, 1)))
+            self.store(functools.reduce(arith.addf, parts), pair, arith.addi(first_row, row))
 
-    def store_rows(self, products: list[list[Any]], pairs: list[Any]) -> None:
-        first = self.linear((self.values["slot"], WARPS * layout.ROWS), (self.values["start"], layout.ROWS))
-        row = arith.addi(first, self.linear((self.warp, layout.ROWS), (self.row, 1)))
+    def store_rows(self, unit: Any, products: list[list[Any]], pairs: list[Any]) -> None:
+        row = arith.addi(self.first_row(unit), self.row)
         for group, sums in enumerate(products):
             for index, value in enumerate(sums):
                 self.store(value, pairs[2 * group + index % 2], arith.addi(row, self.const(index // 2 * 8)))
+
+    def first_row(self, unit: Any) -> Any:
+        terms = (self.values["slot"], self.cut.units), (self.values["start"], 1), (unit, 1)
+        return self.linear((self.linear(*terms), layout.ROWS))
 
     def store(self, value: Any, pair: Any, row: Any) -> None:
         with utils.when(arith.cmpi(arith.CmpIPredicate.sge, pair, self.const(0))):
@@ -224,58 +231,3 @@ class _Unit:
 def _shifted(asm: str, by: int) -> str:
     """The operands $4 and $5 are numbered behind the outputs."""
     return asm.replace("$5", f"${5 + by}").replace("$4", f"${4 + by}")
-
-
-def plain_unit(cut: Tiling, tokens: int, refs: Sequence[Any], scalars: Scalars) -> None:
-    """`unit` for the interpreter, by the same rotations and masks."""
-    words, page, _, pairs, out = refs
-    found_NCR = _plain_product(words[...], page[...], cut)
-    tiles = found_NCR.shape[1]
-    first = (scalars["slot"] * tiles + scalars["start"]) * layout.ROWS
-    pairs_N = pairs[pl.ds(scalars["group"] * tokens, tokens)]
-
-    def store(number: jax.Array, _: None) -> None:
-        token, tile = number // tiles, number % tiles
-        pair = pairs_N[token]
-
-        @pl.when((pair >= 0) & (tile < scalars["count"]))
-        def store() -> None:
-            out[pair, scalars["granule"], pl.ds(first + tile * layout.ROWS, layout.ROWS)] = found_NCR[token, tile]
-
-    jax.lax.fori_loop(0, tokens * tiles, store, None)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _plain_product(words: jax.Array, page: jax.Array, cut: Tiling) -> jax.Array:
-    weights = decode_tiles(words.reshape(WARPS, cut.tile_words), cut.span)
-    if cut.by_columns:
-        weights = jnp.swapaxes(weights, 0, 1).reshape(1, layout.ROWS, -1)
-    x_NK = jnp.swapaxes(page, 0, 1).reshape(page.shape[1], -1)
-    return jnp.einsum("crk,nk->ncr", weights, x_NK, preferred_element_type=jnp.float32)
-
-
-def decode_tiles(tiles: jax.Array, span: int) -> jax.Array:
-    """int32 [warps, tile words] -> bf16 [warps, 16, span]: what the inline code computes, value by value."""
-    warps = tiles.shape[0]
-    words = tiles[:, : 2 * span].astype(jnp.uint32).reshape(warps, span // 64, 8, 4, 2, 2)
-    registers = []
-    for register, rotation in enumerate(layout.ROTATIONS):
-        bits = _rotate(words, rotation) & np.uint32(CODE_BITS)
-        if register == 3:
-            mantissas = _rotate(words, layout.LAST_MANTISSA) & np.uint32(LAST_BITS[1])
-            bits = bits & np.uint32(LAST_BITS[0]) | mantissas
-        halves = [bits >> 16 * half & 0xFFFF for half in range(2)]
-        registers.append(jnp.stack([half >> 6 & 7 | half >> 12 & 8 for half in halves], axis=-1))
-    # warp, 64, row, thread, block, step, (column pair, row half), column -> warp, row half, row, columns
-    codes = jnp.stack(registers, axis=-2).reshape(warps, span // 64, 8, 4, 2, 2, 2, 2, 2)
-    codes = jnp.transpose(codes, (0, 7, 2, 1, 4, 3, 5, 6, 8)).reshape(warps, layout.ROWS, span)
-    stored = tiles[:, 2 * span :].astype(jnp.uint32).reshape(warps, span // STEP, 8, 2)
-    stored = jnp.stack([stored >> 8 * byte & 255 for byte in range(4)], axis=-1)
-    stored = stored.reshape(warps, span // STEP, 8, 2, 2, 2)  # warp, 128, row, 64, block, row half
-    stored = jnp.transpose(stored, (0, 5, 2, 1, 3, 4)).reshape(warps, layout.ROWS, span // mxfp4.BLOCK)
-    scales = (stored - layout.SCALE_OFFSET & 255).astype(jnp.uint8)
-    return mxfp4.decode(codes.astype(jnp.uint8), scales).astype(jnp.bfloat16)
-
-
-def _rotate(words: jax.Array, by: int) -> jax.Array:
-    return words if by == 0 else words << by | words >> 32 - by

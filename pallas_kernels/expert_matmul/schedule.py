@@ -1,7 +1,7 @@
 """Which experts a block touches, and which processor reads which tiles: the same arithmetic for kernels and for tests.
 
 The tiles of all touched experts form one list, and every processor takes an equal contiguous part. A unit, the least
-that is dealt out, is a slot of four tiles, or a tile where the four warps do not share their columns. What is summed
+that is dealt out, is a row block of a granule: four tiles of gate and up, one of down. What is summed
 in which order is a matter of tiles alone, so it depends neither on a unit's place in the list nor on the list.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from pallas_kernels.expert_matmul.layout import WARPS, Tiling
+from pallas_kernels.expert_matmul.layout import Tiling
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +58,7 @@ def work_list(ids_TX: Int[Array, "T X"], num_experts: int, columns: int) -> Work
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a slot of a processor's part lies: `count` tiles from tile `start` of a slot on."""
+    """Where a slot of a processor's part lies: `count` units from unit `start` of a slot on."""
 
     page: Any
     group: Any
@@ -89,10 +89,11 @@ class Share:
         for later in range(1, deal.most_pages):  # dividing by a number that is not known before takes longer
             page = page + (slot >= (self.first_page + later) * length)
         within = slot - page * length
-        begin = _larger(self.first, slot * deal.units_per_slot)
-        end = _smaller(self.last, (slot + 1) * deal.units_per_slot)
-        start, count = begin - slot * deal.units_per_slot, end - begin
         cut = deal.cut
+        start, count = 0 * slot, 1 + 0 * slot
+        if cut.units > 1:
+            begin, end = _larger(self.first, slot * cut.units), _smaller(self.last, (slot + 1) * cut.units)
+            start, count = begin - slot * cut.units, end - begin
         if cut.by_columns:
             group = _divide(within, cut.slots)
             return Place(page, group, page, within - group * cut.slots, start, count)
@@ -113,12 +114,8 @@ class Shares:
     most_groups: int
 
     @property
-    def units_per_slot(self) -> int:
-        return 1 if self.cut.by_columns else WARPS
-
-    @property
     def unit_bytes(self) -> int:
-        return 4 * self.cut.slot_words // self.units_per_slot
+        return 4 * self.cut.slot_words // self.cut.units
 
     def page_slots(self, groups: Any) -> Any:
         return groups * self.cut.slots if self.cut.by_columns else self.cut.slots
@@ -130,14 +127,14 @@ class Shares:
         return min(pages, -(-pages // self.processors) + 1)
 
     def units(self, groups: Any) -> Any:
-        return groups * (self.cut.granules * self.cut.slots * self.units_per_slot)
+        return groups * (self.cut.granules * self.cut.slots * self.cut.units)
 
     def of(self, processor: Any, groups: Any) -> Share:
         """The part of a processor when there are `groups` experts."""
         units = self.units(groups)
         first, last = (_divide(number * units, self.processors) for number in (processor, processor + 1))
-        first_slot = _divide(first, self.units_per_slot)
-        slots = _divide(last + self.units_per_slot - 1, self.units_per_slot) - first_slot
+        first_slot = _divide(first, self.cut.units)
+        slots = _divide(last + self.cut.units - 1, self.cut.units) - first_slot
         slots = slots * (last > first)
         length = _larger(self.page_slots(groups), 1)
         first_page = _divide(first_slot, length)
