@@ -3,7 +3,7 @@
 A tile is 16 rows by `span` columns. Its codes come as 32-bit words, each the whole A operand of one thread for one
 `mma.m16n8k16` (rows g and g + 8, four columns), with the bits placed so that three rotations and five masks turn
 a word into bf16 numbers. Its scales follow. Four or eight tiles, for the warps of a warpgroup, are one slot of the
-kernel's ring: the four column quarters of one or two row blocks of gate and up, eight row blocks by 256 columns of down.
+kernel's ring: the four column quarters of one or two row blocks of gate and up, or eight row blocks of down.
 
 Words and published bytes (`mxfp4`) are images of each other, bit for bit. Every function takes numpy or JAX arrays.
 """

@@ -67,11 +67,19 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Slots of the ring: what fits beside the pages, a multiple of the consumers."""
-        page_bytes = 2 * self.shares.most_pages * self.cut.page_cols * self.tokens
-        sums_bytes = 4 * self.consumers * self.sums_shape[0] * self.sums_shape[1]
-        fitting = (SHARED_MEMORY - page_bytes - sums_bytes) // (4 * self.cut.slot_words)
+        """Slots of the ring: what fits beside the pages, a multiple of the consumers, each of which has its own."""
+        fitting = (SHARED_MEMORY - self._fixed_bytes) // (4 * self.cut.slot_words)
         return min(fitting, self.most_slots) // self.consumers * self.consumers
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory."""
+        return self._fixed_bytes + 4 * self.cut.slot_words * self.slots
+
+    @property
+    def _fixed_bytes(self) -> int:
+        pages = 2 * self.shares.most_pages * self.cut.page_cols * self.tokens
+        return pages + 4 * self.consumers * self.sums_shape[0] * self.sums_shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
