@@ -115,6 +115,10 @@ def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExpert
         return f"tokens of dtype {x_TD.dtype}, not bfloat16"
     if x_TD.shape[0] <= reference.DECODE_TOKENS and ids_TX.size > MOST_PAIRS:
         return f"{ids_TX.size} (token, expert) pairs in a block of {x_TD.shape[0]}, more than {MOST_PAIRS}"
+    _, hidden, features = experts.sizes
+    for cut in (gate_up_tiling(hidden, features), down_tiling(hidden, features)):
+        if HOPPER.plan(cut, reference.DECODE_TOKENS, MOST_PAIRS).slots < CONSUMERS:
+            return f"experts of {hidden} x {features}, whose tiles and activations do not fit into shared memory"
     return None
 
 

@@ -52,7 +52,7 @@ def invariance() -> None:
 
 CASES = {
     "mixed": lambda: compare(3, "mixed", machine(2, 2)),
-    "one expert": lambda: compare(16, "one expert", machine(1, 2)),
+    "one expert": lambda: compare(16, "one expert", machine(2, 1)),
     "elsewhere, two slices": lambda: compare(3, "some elsewhere", machine(2, 1), 512),
     "invariance": invariance,
 }
