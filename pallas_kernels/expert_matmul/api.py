@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.expert_matmul import mosaic_gpu, reference
+from pallas_kernels.expert_matmul import mosaic_gpu, reference, triton
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
 
 Experts = PackedExperts | TiledExperts
@@ -18,6 +18,7 @@ Experts = PackedExperts | TiledExperts
 BACKENDS: dict[str, tuple[Callable, Callable]] = {
     "reference": (lambda x_TD, ids_TX, experts: None, reference.expert_ffn),
     "mosaic_gpu": (mosaic_gpu.unsupported, mosaic_gpu.expert_ffn),
+    "triton": (triton.unsupported, triton.expert_ffn),
 }
 
 
@@ -65,7 +66,7 @@ def expert_ffn(
 
 def choose(x_TD: Array, ids_TX: Array, experts: Experts) -> str:
     """The fastest backend that serves the call on JAX's default device."""
-    able = (name for name in ("mosaic_gpu",) if BACKENDS[name][0](x_TD, ids_TX, experts) is None)
+    able = (name for name in ("mosaic_gpu", "triton") if BACKENDS[name][0](x_TD, ids_TX, experts) is None)
     return next(able, "reference")
 
 

@@ -84,7 +84,7 @@ def grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, read: Read, num_exper
     pairs = tokens * chosen
     rows = min(GROUP_ROWS, -(-pairs // num_experts))
     blocks = pairs // rows + num_experts  # enough for any imbalance
-    block_expert, slot_of_pair = _assign_slots(ids_TX.reshape(-1), num_experts, rows, blocks)
+    block_expert, slot_of_pair = assign_slots(ids_TX.reshape(-1), num_experts, rows, blocks)
     pair_of_slot = jnp.full(blocks * rows, pairs).at[slot_of_pair].set(jnp.arange(pairs), unique_indices=True)
 
     x_PD = jnp.broadcast_to(x_TD[:, None], (tokens, chosen, x_TD.shape[-1])).reshape(pairs, -1)
@@ -94,7 +94,7 @@ def grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, read: Read, num_exper
     return jnp.sum(y_TXD * weights_TX[..., None], axis=1)
 
 
-def _assign_slots(ids_P: Array, num_experts: int, rows: int, blocks: int) -> tuple[Array, Array]:
+def assign_slots(ids_P: Array, num_experts: int, rows: int, blocks: int) -> tuple[Array, Array]:
     """The expert of each block, and for each pair its row among all blocks' rows; past the last for no expert."""
     order_P = jnp.argsort(ids_P, stable=True)
     counts_E = jnp.bincount(ids_P, length=num_experts)
