@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.expert_matmul import mosaic_gpu, reference, triton
+from pallas_kernels.expert_matmul.devices import capability
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
 
 Experts = PackedExperts | TiledExperts
+# Modules of this package, each with `expert_ffn` and `unsupported`; imported when needed, for Pallas takes its time.
+BACKENDS = ("reference", "mosaic_gpu", "triton")
+FASTEST_FIRST = ("mosaic_gpu", "triton")
 
-# Name -> what keeps a backend from serving a call (None if nothing does), and the backend.
-BACKENDS: dict[str, tuple[Callable, Callable]] = {
-    "reference": (lambda x_TD, ids_TX, experts: None, reference.expert_ffn),
-    "mosaic_gpu": (mosaic_gpu.unsupported, mosaic_gpu.expert_ffn),
-    "triton": (triton.unsupported, triton.expert_ffn),
-}
+
+def backend_of(name: str) -> Any:
+    """The module of a backend; ValueError, with the known names, where there is none."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
+    return importlib.import_module(f"pallas_kernels.expert_matmul.{name}")
 
 
 def expert_ffn(
@@ -53,20 +57,20 @@ def expert_ffn(
         number=jnp.int32(num_experts),
     )
     name = choose(x_TD, ids_TX, experts) if backend is None else backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
-    unsupported, run = BACKENDS[name]
-    reason = unsupported(x_TD, ids_TX, experts)
+    module = backend_of(name)
+    reason = module.unsupported(x_TD, ids_TX, experts)
     if reason is not None:
-        able = [other for other, (lacks, _) in BACKENDS.items() if lacks(x_TD, ids_TX, experts) is None]
+        able = [other for other in BACKENDS if backend_of(other).unsupported(x_TD, ids_TX, experts) is None]
         raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; {', '.join(able)} can")
     ids_TX = jnp.where(is_expert_TX, ids_TX, num_experts)
-    return run(x_TD, ids_TX, weights_TX, experts, layer * num_experts, num_experts)
+    return module.expert_ffn(x_TD, ids_TX, weights_TX, experts, layer * num_experts, num_experts)
 
 
 def choose(x_TD: Array, ids_TX: Array, experts: Experts) -> str:
     """The fastest backend that serves the call on JAX's default device."""
-    able = (name for name in ("mosaic_gpu", "triton") if BACKENDS[name][0](x_TD, ids_TX, experts) is None)
+    if capability() is None:
+        return "reference"
+    able = (name for name in FASTEST_FIRST if backend_of(name).unsupported(x_TD, ids_TX, experts) is None)
     return next(able, "reference")
 
 

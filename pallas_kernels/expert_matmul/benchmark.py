@@ -31,7 +31,7 @@ PEERS = ("vllm", "sglang", "flashinfer", "marlin", "humming")  # that hold W4 ke
 STREAM_BYTES = 4 << 30
 ROUNDS = 32  # of one measurement, each with routing of its own
 
-Run = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Run = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]  # experts, tokens, ids, combine weights
 
 
 def draw_experts(shape: Shape, seed: int = 0) -> PackedExperts:
@@ -52,65 +52,60 @@ def draw_routing(shape: Shape, tokens: int, rounds: int, seed: int = 1) -> np.nd
     return order[..., : shape.chosen].astype(np.int32)
 
 
-def scaled_dot(experts: PackedExperts, num_experts: int) -> Run:
+def scaled_dot(experts: PackedExperts, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """The reference's loop, with `jax.lax.scaled_dot` for its products."""
+    num_experts = experts.sizes[0]
+    touched = jnp.unique(ids, size=min(num_experts, ids.size), fill_value=num_experts)
 
     def product(x: jax.Array, stack: tuple[jax.Array, jax.Array], expert: jax.Array) -> jax.Array:
         codes = jax.lax.bitcast_convert_type(stack[0][expert], jnp.float4_e2m1fn)
-        codes = codes.reshape(codes.shape[0], -1)
         scales = jax.lax.bitcast_convert_type(stack[1][expert], jnp.float8_e8m0fnu)
         return jax.lax.scaled_dot(
             x,
-            codes,
+            codes.reshape(codes.shape[0], -1),
             rhs_scale=scales,
             dimension_numbers=(((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
 
-    def run(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        touched = jnp.unique(ids, size=min(num_experts, ids.size), fill_value=num_experts)
+    def visit(index: jax.Array, y: jax.Array) -> jax.Array:
+        expert = touched[index]
+        hidden = jax.nn.silu(product(x, experts.gate, expert)) * product(x, experts.up, expert)
+        return y + coefficients(ids, weights, expert) * product(hidden.astype(x.dtype), experts.down, expert)
 
-        def visit(index: jax.Array, y: jax.Array) -> jax.Array:
-            expert = touched[index]
-            hidden = jax.nn.silu(product(x, experts.gate, expert)) * product(x, experts.up, expert)
-            return y + coefficients(ids, weights, expert) * product(hidden.astype(x.dtype), experts.down, expert)
-
-        return jax.lax.fori_loop(0, jnp.sum(touched < num_experts), visit, jnp.zeros(x.shape, jnp.float32))
-
-    return run
+    return jax.lax.fori_loop(0, jnp.sum(touched < num_experts), visit, jnp.zeros(x.shape, jnp.float32))
 
 
-def bf16_grouped(experts: PackedExperts, num_experts: int) -> Run:
+def expand(experts: PackedExperts) -> tuple[jax.Array, ...]:
+    """Gate, up and down as bf16 [E, input, output], expert by expert."""
+    read = jax.jit(lambda experts, index: tuple(m.T for m in reader(experts, jnp.bfloat16)(index)))
+    parts = [read(experts, jnp.asarray(index)) for index in range(experts.sizes[0])]
+    return tuple(jnp.stack(matrices) for matrices in zip(*parts))
+
+
+def bf16_grouped(experts: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """XLA's grouped product of expanded experts: 3.8 times the bytes, no decoding."""
-    read = jax.jit(reader(experts, jnp.bfloat16))
-    gate, up, down = (
-        jnp.concatenate([read(jnp.asarray(expert))[which].T[None] for expert in range(num_experts)])
-        for which in range(3)
-    )
+    gate, up, down = experts
+    order = jnp.argsort(ids.reshape(-1))
+    sizes = jnp.bincount(ids.reshape(-1), length=gate.shape[0])
 
-    def run(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        order = jnp.argsort(ids.reshape(-1))
-        sizes = jnp.bincount(ids.reshape(-1), length=num_experts)
+    def grouped(rows: jax.Array, stack: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, stack, sizes, preferred_element_type=jnp.float32)
 
-        def grouped(rows: jax.Array, stack: jax.Array) -> jax.Array:
-            return jax.lax.ragged_dot(rows, stack, sizes, preferred_element_type=jnp.float32)
-
-        rows = x[order // ids.shape[1]]
-        hidden = (jax.nn.silu(grouped(rows, gate)) * grouped(rows, up)).astype(x.dtype)
-        y = jnp.zeros((ids.size, x.shape[1])).at[order].set(grouped(hidden, down))
-        return jnp.sum(y.reshape(*ids.shape, -1) * weights[..., None], axis=1)
-
-    return run
+    rows = x[order // ids.shape[1]]
+    hidden = (jax.nn.silu(grouped(rows, gate)) * grouped(rows, up)).astype(x.dtype)
+    y = jnp.zeros((ids.size, x.shape[1])).at[order].set(grouped(hidden, down))
+    return jnp.sum(y.reshape(*ids.shape, -1) * weights[..., None], axis=1)
 
 
-def prepare(name: str, packed: PackedExperts, shape: Shape) -> Run:
-    """A way to run the op on one layer's experts."""
+def prepare(name: str, packed: PackedExperts) -> tuple[Run, Any]:
+    """A way to run the op, and the experts as it takes them."""
     if name == "scaled_dot":
-        return scaled_dot(packed, shape.experts)
+        return scaled_dot, packed
     if name == "bf16_grouped":
-        return bf16_grouped(packed, shape.experts)
+        return bf16_grouped, expand(packed)
     experts = jax.jit(tile_experts)(packed) if name == "mosaic_gpu" else packed
-    return lambda x, ids, weights: expert_ffn(x, ids, weights, experts, backend=name)
+    return lambda experts, x, ids, weights: expert_ffn(x, ids, weights, experts, backend=name), experts
 
 
 def seconds(function: Callable, *arguments: Any, repeats: int) -> list[float]:
@@ -128,22 +123,24 @@ def rounds_of(run: Run) -> Callable:
     """All rounds in one program, each waiting for the one before."""
 
     @jax.jit
-    def rounds(x: jax.Array, ids_RTX: jax.Array, weights: jax.Array) -> jax.Array:
+    def rounds(experts: Any, x: jax.Array, ids_RTX: jax.Array, weights: jax.Array) -> jax.Array:
         def step(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, None]:
-            y = run(x, ids, weights)
-            return (x + 1e-6 * y).astype(x.dtype), None
+            return (x + 1e-6 * run(experts, x, ids, weights)).astype(x.dtype), None
 
         return jax.lax.scan(step, x, ids_RTX)[0]
 
     return rounds
 
 
-def measure(run: Run, shape: Shape, tokens: int, repeats: int, rounds: int, ids: np.ndarray | None = None) -> dict:
+def measure(
+    run: Run, experts: Any, shape: Shape, tokens: int, args: argparse.Namespace, ids: np.ndarray | None = None
+) -> dict:
     """Microseconds of one round, and the bytes per second of touched experts."""
-    ids = draw_routing(shape, tokens, rounds) if ids is None else ids
+    ids = draw_routing(shape, tokens, args.rounds) if ids is None else ids
     x = jax.random.normal(jax.random.key(2), (tokens, shape.hidden), jnp.bfloat16)
     weights = jnp.full((tokens, shape.chosen), 1 / shape.chosen, jnp.float32)
-    times = [t / rounds for t in seconds(rounds_of(run), x, jnp.asarray(ids), weights, repeats=repeats)]
+    calls = seconds(rounds_of(run), experts, x, jnp.asarray(ids), weights, repeats=args.repeats)
+    times = [call / args.rounds for call in calls]
     distinct = statistics.mean(len(set(block.ravel().tolist())) for block in ids)
     median = statistics.median(times)
     return {
@@ -162,28 +159,28 @@ def streaming_read(repeats: int) -> float:
     return STREAM_BYTES / statistics.median(seconds(jax.jit(jnp.sum), data, repeats=repeats))
 
 
-def check(run: Run, packed: PackedExperts, shape: Shape, tokens: int) -> float:
+def check(run: Run, experts: Any, packed: PackedExperts, shape: Shape, tokens: int) -> float:
     """Relative L2 distance to the reference, in float32, on one block."""
     x = jax.random.normal(jax.random.key(3), (tokens, shape.hidden), jnp.bfloat16)
     ids = jnp.asarray(draw_routing(shape, tokens, 1)[0])
     weights = jnp.full(ids.shape, 1 / shape.chosen, jnp.float32)
 
     @jax.jit
-    def expected(x: jax.Array) -> jax.Array:
+    def expected(packed: PackedExperts, x: jax.Array) -> jax.Array:
         return touched_only(x, ids, weights, reader(packed, jnp.float32), shape.experts)
 
-    found = jax.jit(run)(x, ids, weights)
-    wanted = expected(x.astype(jnp.float32))
+    found, wanted = jax.jit(run)(experts, x, ids, weights), expected(packed, x.astype(jnp.float32))
     return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
 def compare(name: str, packed: PackedExperts, shape: Shape, args: argparse.Namespace, stream: float | None) -> dict:
     """One backend at every number of tokens; what keeps it from running, if something does."""
     try:
-        run = prepare(name, packed, shape)
-        result: dict[str, Any] = {"error": check(run, packed, shape, max(args.tokens)), "rows": []}
+        run, experts = prepare(name, packed)
+        error = check(run, experts, packed, shape, max(args.tokens))
+        result: dict[str, Any] = {"error": error, "rows": []}
         for tokens in args.tokens:
-            row = measure(run, shape, tokens, args.repeats, args.rounds)
+            row = measure(run, experts, shape, tokens, args)
             if stream is not None:
                 row["of_datasheet"] = row["bytes_per_second"] / DATASHEET
                 row["of_stream"] = row["bytes_per_second"] / stream
@@ -193,7 +190,7 @@ def compare(name: str, packed: PackedExperts, shape: Shape, args: argparse.Names
         if name == "mosaic_gpu":
             # Few experts, so that all of them lie in L2: how fast it decodes when memory does not hold it up.
             same = np.broadcast_to(np.arange(shape.chosen, dtype=np.int32), (args.rounds, 8, shape.chosen))
-            result["from_l2"] = measure(run, shape, 8, args.repeats, args.rounds, same)
+            result["from_l2"] = measure(run, experts, shape, 8, args, same)
         return result
     except (NotImplementedError, jax.errors.JaxRuntimeError) as problem:
         print(f"{name:12} cannot: {problem}", flush=True)

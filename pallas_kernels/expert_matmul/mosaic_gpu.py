@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mxfp4
 from pallas_kernels.expert_matmul import mosaic_plain, mosaic_tile, reference
+from pallas_kernels.expert_matmul.devices import on_hopper
 from pallas_kernels.expert_matmul.layout import (
     ROWS,
     WARPS,
@@ -97,18 +98,12 @@ class Machine:
 
 
 HOPPER = Machine()
-CAPABILITY = "9.0"  # of Hopper
-
-
-def on_hopper() -> bool:
-    """Whether JAX's default device is an H100, H200 or the like."""
-    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == CAPABILITY
 
 
 def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExperts) -> str | None:
     """What keeps this backend from serving a call."""
     if not on_hopper():
-        return f"JAX's default device is {jax.devices()[0].device_kind!r}, not a GPU of compute capability {CAPABILITY}"
+        return f"JAX's default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU of compute capability 9.0"
     if isinstance(experts, PackedExperts):
         return "the experts are in the published layout; `layout.tile_experts` turns them into tiles, once, at load"
     if x_TD.dtype != jnp.bfloat16:

@@ -24,6 +24,10 @@ Read = Callable[[Array], tuple[Array, ...]]
 STORED, TURNED = "nk", "kn"  # output and input axes of a matrix
 
 
+def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExperts) -> None:
+    """Nothing is."""
+
+
 def expert_ffn(
     x_TD: Float[Array, "T D"],
     ids_TX: Int[Array, "T X"],

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.expert_matmul.devices import capability
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
 from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, assign_slots
 
@@ -25,7 +26,7 @@ def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExpert
     """What keeps this backend from serving a call."""
     if importlib.util.find_spec("jax_triton") is None:
         return f"jax-triton is not installed (the extra `triton`); JAX's default device is {jax.default_backend()!r}"
-    if jax.default_backend() != "gpu" or _capability() < OLDEST:
+    if (capability() or 0) < OLDEST:
         return f"JAX's default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU from Ampere on"
     if isinstance(experts, TiledExperts):
         return "the experts are in the Hopper kernel's tiles, not in the published layout"
@@ -35,11 +36,6 @@ def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExpert
     if hidden % COLS or features % COLS:
         return f"experts of {hidden} x {features}; both must be multiples of {COLS}"
     return None
-
-
-def _capability() -> int:
-    major, minor = jax.devices()[0].compute_capability.split(".")
-    return 10 * int(major) + int(minor)
 
 
 def expert_ffn(
@@ -63,7 +59,7 @@ def expert_ffn(
     blocks = expert_B.size
     call = functools.partial(
         jax_triton.triton_call,
-        compute_capability=_capability() if compute_capability is None else compute_capability,
+        compute_capability=capability() if compute_capability is None else compute_capability,
         num_warps=4,
         num_stages=3,
         N=columns,

@@ -39,21 +39,23 @@ def compare(tokens: int, case: str, machine: mosaic_gpu.Machine, features: int =
 
 def invariance() -> None:
     """A token's result in a block of 1, 4 and 8, with other neighbours, experts and processors."""
-    experts = on_device(tile_experts(packed_experts()))
+    packed = packed_experts()
+    experts = on_device(tile_experts(packed))
     x, ids, weights = tokens_of(8), routing(8, "mixed"), weights_of(8)
     results = []
-    for first, last, on in ((3, 4, machine(1, 1)), (0, 4, machine(1, 2)), (0, 8, machine(2, 1))):
+    for first, last, on in ((3, 4, machine(1, 1)), (0, 4, machine(1, 1)), (0, 8, machine(2, 1))):
         block = slice(first, last)
         y = mosaic_gpu.expert_ffn(x[block], ids[block], weights[block], experts, 0, EXPERTS, on)
+        assert not gpu_callbacks.get_races().races_found
+        assert relative_error(y, definition(x[block], ids[block], weights[block], packed)) < 1e-3
         results.append(np.asarray(y)[3 - first])
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
 
 
 CASES = {
-    "mixed": lambda: compare(3, "mixed", machine(2, 2)),
     "one expert": lambda: compare(16, "one expert", machine(2, 1)),
-    "elsewhere, two slices": lambda: compare(3, "some elsewhere", machine(2, 1), 512),
+    "elsewhere, two slices": lambda: compare(3, "some elsewhere", machine(1, 2), 512),
     "invariance": invariance,
 }
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.expert_matmul import BACKENDS, expert_ffn, tile_experts
+from pallas_kernels.expert_matmul import expert_ffn, tile_experts
+from pallas_kernels.expert_matmul.api import backend_of
 from tests.kernels.expert_matmul.samples import (
     CASES,
     definition,
@@ -26,8 +27,7 @@ def stacks(backend: str, hidden: int, features: int):
     """Experts in the layout of the backend, or a skip that says why it cannot run here."""
     packed = packed_experts(hidden=hidden, features=features)
     experts = on_device(tile_experts(packed) if backend == "mosaic_gpu" else packed)
-    unsupported, _ = BACKENDS[backend]
-    reason = unsupported(tokens_of(1, hidden=hidden), jnp.zeros((1, 2), jnp.int32), experts)
+    reason = backend_of(backend).unsupported(tokens_of(1, hidden=hidden), jnp.zeros((1, 2), jnp.int32), experts)
     if reason is not None:
         pytest.skip(reason)
     return packed, experts
@@ -64,7 +64,7 @@ def test_the_smallest_and_largest_scales():
     packed, _ = stacks("mosaic_gpu", 512, 256)
     rng = np.random.default_rng(0)
     spread = jax.tree.map(np.copy, packed)
-    for codes, scales in (spread.gate, spread.up, spread.down):
+    for _, scales in (spread.gate, spread.up, spread.down):
         scales[:] = rng.choice(np.array([68, 100, 127, 128], np.uint8), scales.shape, p=(0.2, 0.4, 0.39, 0.01))
     x, ids, weights = tokens_of(4), routing(4, "mixed"), weights_of(4)
     experts = on_device(tile_experts(spread))
