@@ -119,5 +119,5 @@ $(VENV)/compile.stamp: $(VENV)/dev.stamp
 	@touch $@
 
 $(VENV)/gpu.stamp: pyproject.toml $(VENV)/dev.stamp
-	$(PIP) -e '.[dev,cuda]'
+	$(PIP) -e '.[dev,cuda,triton]'
 	@touch $@
