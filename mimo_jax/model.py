@@ -83,7 +83,9 @@ def load(
     if unpack:
         config, params = unpack_params(config, params)
     elif config.storage == "mxfp4":
-        config, params = tile_params(dataclasses.replace(config, expert_backend=expert_backend), params, mesh)
+        config, params = tile_params(
+            dataclasses.replace(config, expert_backend=expert_backend), params, mesh, consume=True
+        )
     defaults = _generation_defaults(directory / "generation_config.json")
     stop_ids = defaults.get("eos_token_id", config.eos_token_id)
     stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
@@ -135,8 +137,8 @@ def dense_params(params: Params) -> Params:
 
 def load_dense(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
     """A checkpoint as training wants it: plain float32 arrays, expert stacks whole, activations of `dtype`."""
-    model = load(directory, unpack=False, draft=False)
-    config = dataclasses.replace(model.config, storage="dense", dtype=dtype, param_dtype="float32")
+    model = load(directory, unpack=False, draft=False, expert_backend="reference")  # which leaves experts as they lie
+    config = dataclasses.replace(model.config, storage="dense", dtype=dtype, param_dtype="float32", expert_backend=None)
     params = dense_params(model.params)
     if mesh is not None:
         check_fits(config, mesh)

@@ -19,10 +19,13 @@ KERNEL = "mosaic_gpu"
 STACKS = ("gate", "up", "down")
 
 
-def tile_params(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+def tile_params(
+    config: ModelConfig, params: Params, mesh: Mesh | None = None, consume: bool = False
+) -> tuple[ModelConfig, Params]:
     """Parameters of storage "mxfp4" as storage "tiled", if that kernel is to multiply the experts; else as they are.
 
     It is when `config.expert_backend` names it, or names none on a Hopper GPU whose kernel can serve the model.
+    `consume` frees each packed stack once its tiles are there: a GPU does not hold all experts of a large model twice.
     """
     backend = config.expert_backend
     if backend is not None and backend not in BACKENDS:
@@ -35,7 +38,7 @@ def tile_params(config: ModelConfig, params: Params, mesh: Mesh | None = None) -
         if backend is None:
             return config, params
         raise UserError(f"experts: backend {KERNEL!r} cannot serve this model: {error}") from None
-    tiled = jax.tree.map(partial(_tiled, mesh=mesh), params, is_leaf=_is_moe)
+    tiled = jax.tree.map(partial(_tiled, mesh=mesh, consume=consume), params, is_leaf=_is_moe)
     return dataclasses.replace(config, storage="tiled"), tiled
 
 
@@ -54,7 +57,7 @@ def _check(config: ModelConfig, params: Params, mesh: Mesh | None) -> None:
                 layout.check_scales(node[name].scales, name)
 
 
-def _tiled(node: Any, mesh: Mesh | None) -> Any:
+def _tiled(node: Any, mesh: Mesh | None, consume: bool) -> Any:
     """A layer of experts with its three stacks as tiles, where they are; anything else as it is."""
     if not _is_moe(node):
         return node
@@ -62,5 +65,9 @@ def _tiled(node: Any, mesh: Mesh | None) -> Any:
     if mesh is not None:
         places = TiledExperts(*(NamedSharding(mesh, spec_of(axes)) for axes in TILED_EXPERTS.values()))
     packed = PackedExperts(*((node[name].codes, node[name].scales) for name in STACKS))
-    tiles = jax.jit(tile_experts, out_shardings=places)(packed)
+    tiles = jax.block_until_ready(jax.jit(tile_experts, out_shardings=places)(packed))
+    if consume:
+        for leaf in jax.tree.leaves(packed):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
     return {name: leaf for name, leaf in node.items() if name not in STACKS} | {"tiles": tiles}

@@ -15,6 +15,7 @@ import sys
 import time
 
 from mimo_jax.cli import add_drafter_options, main_guard, named_folders
+from mimo_jax.tiles import tile_params
 
 
 def decode_command(args: argparse.Namespace) -> dict:
@@ -144,7 +145,8 @@ def slice_command(args: argparse.Namespace) -> dict:
     drafter = one_share.drafter_share(whole.drafter, args.tp, layers)
     plan = Plan(config, drafter, Layout(), cache_itemsize=2)
     on_gpu = jax.default_backend() == "gpu"
-    weights = decoding.Weights(one_share.random_weights(config), one_share.random_drafter(drafter))
+    config, params = tile_params(config, one_share.random_weights(config), consume=True)
+    weights = decoding.Weights(params, one_share.random_drafter(drafter))
     reached = one_share.streaming_read((8 << 30) if on_gpu else (256 << 20), args.repeats)
     record: dict = {"device": jax.devices()[0].device_kind, "layers": layers, "tp": args.tp, "streaming_read": reached}
     record["rows"] = []

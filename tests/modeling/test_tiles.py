@@ -70,7 +70,9 @@ def test_tiles_on_a_mesh(layout, tokens):
     """Each device tiles and multiplies its own experts or features; together they are one device within 1e-5."""
     tokens = np.random.default_rng(0).integers(0, 256, (1, tokens))
     mesh = make_mesh(layout)
-    config, tiled = on_cpu(tile_params(CONFIG, place(PARAMS, mesh), mesh))
+    placed = place(PARAMS, mesh)
+    config, tiled = on_cpu(tile_params(CONFIG, placed, mesh, consume=True))
+    assert placed["layers_1"]["moe"]["gate"].codes.is_deleted()
     for leaf in jax.tree.leaves(tiled["layers_1"]["moe"]["tiles"]):
         assert leaf.addressable_shards[0].data.size == leaf.size // layout.devices
     one = logits_of(dataclasses.replace(CONFIG, expert_backend=None), PARAMS, tokens)
