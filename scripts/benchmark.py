@@ -15,7 +15,6 @@ import sys
 import time
 
 from mimo_jax.cli import add_drafter_options, main_guard, named_folders
-from mimo_jax.tiles import tile_params
 
 
 def decode_command(args: argparse.Namespace) -> dict:
@@ -138,6 +137,7 @@ def slice_command(args: argparse.Namespace) -> dict:
     from mimo_jax.planning.machines import GPUS
     from mimo_jax.planning.traffic import Plan, round_reads
     from mimo_jax.sharding import Layout
+    from mimo_jax.tiles import tile_params
 
     whole = Plan(preset(args.preset), drafter_preset(args.preset), Layout(tensor=args.tp), cache_itemsize=2)
     config = one_share.share(whole.config, args.tp, args.layers)
