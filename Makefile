@@ -25,8 +25,8 @@ LONG := --data runs/corpus --batch 16 --length 512
 generate: $(VENV)/core.stamp
 	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
 
-test: lint
-	$(BIN)/python -m pytest -q -m "not gpu"
+test: lint $(VENV)/compile.stamp
+	PYTHONPATH=$(CURDIR)/$(COMPILE) $(BIN)/python -m pytest -q -m "not gpu"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -111,6 +111,16 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	$(PIP) torch==2.13.0 -e '.[dev,oracle]'
 	@touch $@ $(VENV)/core.stamp
 
+# What compiles for GPUs that are not here, in a folder of its own: beside the CUDA plugin but without CUDA's libraries, JAX
+# complains at every start. The plugin must be of JAX's own version.
+COMPILE := $(VENV)/compile
+$(VENV)/compile.stamp: $(VENV)/dev.stamp
+	@echo "installing the GPU compilers into $(COMPILE) (once; 1.7 GB)" >&2
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(PIP) --no-deps --upgrade --target $(COMPILE) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm triton jax-triton
+	@touch $@
+
 $(VENV)/gpu.stamp: pyproject.toml $(VENV)/dev.stamp
-	$(PIP) -e '.[dev,cuda]'
+	$(PIP) -e '.[dev,cuda,triton]'
 	@touch $@

@@ -18,6 +18,7 @@ STORAGE_FORMATS = {
     "dense": ("dense", "dense", "dense"),  # plain arrays of `param_dtype`: training, bf16 checkpoints
     "fp8": ("fp8", "fp8", "dense"),  # the published FP8 checkpoints
     "mxfp4": ("fp8", "mxfp4", "dense"),  # the published FP4-DFlash checkpoint
+    "tiled": ("fp8", "tiled", "dense"),  # the same bits as "mxfp4", in the order in which the Hopper kernel reads them
     "unpacked": ("turned", "unpacked", "turned"),  # a turned array per expert, never sliced: fastest under XLA on CPU
 }
 
@@ -53,6 +54,7 @@ class ModelConfig:
     storage: str = "dense"
     dtype: str = "bfloat16"  # of activations
     param_dtype: str = "bfloat16"  # of weights that are neither quantised nor the router's
+    expert_backend: str | None = None  # of `pallas_kernels.expert_matmul.BACKENDS`; None: what the device runs fastest
     init_range: float = 0.02
     architecture: str = "MiMoV2ForCausalLM"
     bos_token_id: int | None = None
@@ -100,7 +102,7 @@ class ModelConfig:
                 f"{self.rotary_dim} rotary dimensions; an even number within head_dim is needed"
             )
         for field in ("hidden_size", "moe_intermediate_size"):
-            if self.expert_format == "mxfp4" and getattr(self, field) % 32:
+            if self.expert_format in ("mxfp4", "tiled") and getattr(self, field) % 32:
                 raise UserError(f"config: {field}={getattr(self, field)} must be a multiple of the MXFP4 block, 32")
         if self.storage == "unpacked" and not any(self.moe_pattern):
             raise UserError("config: storage='unpacked' needs at least one layer of experts")

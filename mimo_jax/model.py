@@ -21,6 +21,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import Params, is_expert, is_matrix
 from mimo_jax.quantization import dequantize, turn
 from mimo_jax.sharding import check_fits, parameter_sharding, place
+from mimo_jax.tiles import tile_params
 from mimo_jax.tokenizer import Tokenizer
 
 _MAX_JSON_BYTES = 4_000_000
@@ -51,14 +52,19 @@ class Model:
 
 
 def load(
-    directory: str | Path = BUNDLED, unpack: bool | None = None, draft: bool = True, mesh: Mesh | None = None
+    directory: str | Path = BUNDLED,
+    unpack: bool | None = None,
+    draft: bool = True,
+    mesh: Mesh | None = None,
+    expert_backend: str | None = None,
 ) -> Model:
     """Reads a Hugging Face or an Orbax checkpoint directory.
 
     `unpack` expands packed weights to one plain float32 array each, which is what XLA on CPU decodes fastest from;
     by default that is done on one CPU only. Everywhere else packed weights stay packed. `draft` decides whether the
     drafter in the folder `dflash/`, if there is one, speeds up decoding; it never changes what is generated. On a
-    `mesh` (`sharding.make_mesh`) every device gets its own part of the weights.
+    `mesh` (`sharding.make_mesh`) every device gets its own part of the weights. `expert_backend` names what multiplies
+    packed experts (`pallas_kernels.expert_matmul.BACKENDS`); by default that is the fastest that the device runs.
     """
     from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
     from mimo_jax.checkpoint.huggingface import read_any, read_hf_config
@@ -73,9 +79,13 @@ def load(
         check_fits(read_hf_config(directory), mesh)
     config, params = read_any(directory, partial(parameter_sharding, mesh=mesh) if mesh is not None else None)
     if unpack is None:
-        unpack = mesh is None and jax.default_backend() == "cpu"
+        unpack = mesh is None and jax.default_backend() == "cpu" and expert_backend is None
     if unpack:
         config, params = unpack_params(config, params)
+    elif config.storage == "mxfp4":
+        config, params = tile_params(
+            dataclasses.replace(config, expert_backend=expert_backend), params, mesh, consume=True
+        )
     defaults = _generation_defaults(directory / "generation_config.json")
     stop_ids = defaults.get("eos_token_id", config.eos_token_id)
     stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
@@ -127,8 +137,8 @@ def dense_params(params: Params) -> Params:
 
 def load_dense(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
     """A checkpoint as training wants it: plain float32 arrays, expert stacks whole, activations of `dtype`."""
-    model = load(directory, unpack=False, draft=False)
-    config = dataclasses.replace(model.config, storage="dense", dtype=dtype, param_dtype="float32")
+    model = load(directory, unpack=False, draft=False, expert_backend="reference")  # which leaves experts as they lie
+    config = dataclasses.replace(model.config, storage="dense", dtype=dtype, param_dtype="float32", expert_backend=None)
     params = dense_params(model.params)
     if mesh is not None:
         check_fits(config, mesh)

@@ -64,6 +64,11 @@ EXPERTS: dict[str, tuple[str | None, ...]] = {
     "up": ("experts", "expert_features", None),
     "down": ("experts", None, "expert_features"),
 }
+# The same in the tiles of `pallas_kernels.expert_matmul`, whose axes are [experts, granules, slots, words].
+TILED_EXPERTS: dict[str, tuple[str | None, ...]] = {
+    "gate_up": ("experts", None, "expert_features", None),
+    "down": ("experts", "expert_features", None, None),
+}
 PACKED_FIELDS = ("codes", "scales")
 AnyMesh = Mesh | AbstractMesh
 CACHE = ("batch", "heads", None, None)
@@ -134,6 +139,8 @@ def spec_of(axes: Sequence[str | None]) -> P:
 def parameter_axes(path: Sequence[str]) -> tuple[str | None, ...]:
     """Logical axes of the parameter at a path of names, which may end with the field of a packed tensor."""
     *above, name = path[:-1] if path[-1] in PACKED_FIELDS else path
+    if above[-2:] == ["moe", "tiles"]:
+        return TILED_EXPERTS[name]
     table = EXPERTS if above[-1:] == ["moe"] and name in EXPERTS else PARAMETERS
     return table.get(name, ())
 

@@ -137,6 +137,7 @@ def slice_command(args: argparse.Namespace) -> dict:
     from mimo_jax.planning.machines import GPUS
     from mimo_jax.planning.traffic import Plan, round_reads
     from mimo_jax.sharding import Layout
+    from mimo_jax.tiles import tile_params
 
     whole = Plan(preset(args.preset), drafter_preset(args.preset), Layout(tensor=args.tp), cache_itemsize=2)
     config = one_share.share(whole.config, args.tp, args.layers)
@@ -144,7 +145,8 @@ def slice_command(args: argparse.Namespace) -> dict:
     drafter = one_share.drafter_share(whole.drafter, args.tp, layers)
     plan = Plan(config, drafter, Layout(), cache_itemsize=2)
     on_gpu = jax.default_backend() == "gpu"
-    weights = decoding.Weights(one_share.random_weights(config), one_share.random_drafter(drafter))
+    config, params = tile_params(config, one_share.random_weights(config), consume=True)
+    weights = decoding.Weights(params, one_share.random_drafter(drafter))
     reached = one_share.streaming_read((8 << 30) if on_gpu else (256 << 20), args.repeats)
     record: dict = {"device": jax.devices()[0].device_kind, "layers": layers, "tp": args.tp, "streaming_read": reached}
     record["rows"] = []

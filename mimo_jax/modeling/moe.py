@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 from mimo_jax.config import ModelConfig
 from mimo_jax.modeling.experts import routed_ffn
 from mimo_jax.modeling.layers import weight_init
+from mimo_jax.quantization import quantize_mx
 from mimo_jax.sharding import gathered
+from pallas_kernels.expert_matmul import PackedExperts, TiledExperts, tile_experts
 
 
 def route(
@@ -37,14 +39,17 @@ class MoE(nn.Module):
         num_experts, hidden, features = config.num_experts, config.hidden_size, config.moe_intermediate_size
         router_ED = self.param("router", nn.initializers.normal(config.init_range), (num_experts, hidden), jnp.float32)
         bias_E = self.param("router_bias", nn.initializers.zeros, (num_experts,), jnp.float32)
-        experts = (
-            self._expert_weights("gate", features, hidden),
-            self._expert_weights("up", features, hidden),
-            self._expert_weights("down", hidden, features),
-        )
+        if config.expert_format == "tiled":
+            experts = self.param("tiles", self._tiles)
+        else:
+            experts = (
+                self._expert_weights("gate", features, hidden),
+                self._expert_weights("up", features, hidden),
+                self._expert_weights("down", hidden, features),
+            )
         x_TD = x_BTD.reshape(-1, hidden)
         ids_TX, weights_TX = route(x_TD, router_ED, bias_E, config.experts_per_token)
-        y_TD = routed_ffn(x_TD, ids_TX, weights_TX, experts)
+        y_TD = routed_ffn(x_TD, ids_TX, weights_TX, experts, config.expert_backend)
         return y_TD.reshape(x_BTD.shape), jnp.bincount(ids_TX.reshape(-1), length=num_experts)
 
     def _expert_weights(self, name: str, rows: int, cols: int):
@@ -54,3 +59,11 @@ class MoE(nn.Module):
             return self.param(name, weight_init(config.expert_format, shape, config.init_range, config.param_dtype))
         one = weight_init("dense", (cols, rows), config.init_range, config.param_dtype)
         return self.param(name, lambda key: tuple(one(k) for k in jax.random.split(key, config.num_experts)))
+
+    def _tiles(self, key: Array) -> TiledExperts:
+        config = self.config
+        wide = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
+        shapes = (wide, wide, (wide[0], wide[2], wide[1]))
+        draws = (jax.random.normal(one, shape) for one, shape in zip(jax.random.split(key, 3), shapes))
+        stacks = (quantize_mx(config.init_range * draw) for draw in draws)
+        return tile_experts(PackedExperts(*((stack.codes, stack.scales) for stack in stacks)))

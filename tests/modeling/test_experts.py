@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimo_jax.modeling.experts import DECODE_TOKENS, _grouped, routed_ffn
+from mimo_jax.modeling.experts import DECODE_TOKENS, routed_ffn
 from mimo_jax.modeling.moe import route
 from mimo_jax.quantization import dequantize, quantize_mx
 
@@ -77,7 +77,7 @@ def test_gradients_of_the_grouped_path(case):
     def loss(function):
         return lambda x, weights, experts: jnp.sum(function(x, ids, weights, experts) * cotangent)
 
-    found = jax.jit(jax.grad(loss(_grouped), argnums=(0, 1, 2)))(x, weights, experts)
+    found = jax.jit(jax.grad(loss(routed_ffn), argnums=(0, 1, 2)))(x, weights, experts)
     expected = jax.jit(jax.grad(loss(naive), argnums=(0, 1, 2)))(x, weights, experts)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         # float32 sums over up to 40 tokens; gradients of scale 10.

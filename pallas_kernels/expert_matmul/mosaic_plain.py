@@ -1,0 +1,74 @@
+"""The twin of `mosaic_tile` in plain JAX, for the interpreter, which runs neither inline code nor warp-level products.
+
+It decodes with the same rotations and masks, so that both stand or fall by the layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from pallas_kernels import mxfp4
+from pallas_kernels.expert_matmul import layout, mosaic_tile
+from pallas_kernels.expert_matmul.layout import STEP, Tiling
+
+
+def unit(cut: Tiling, tokens: int, refs: Sequence[Any], scalars: mosaic_tile.Scalars) -> None:
+    """`mosaic_tile.unit`, by the same rotations and masks."""
+    words, page, _, pairs, out = refs
+    found_NCR = _plain_product(words[...], page[...], cut)
+    units = cut.units
+    first = (scalars["slot"] * units + scalars["start"]) * layout.ROWS
+    pairs_N = pairs[pl.ds(scalars["group"] * tokens, tokens)]
+
+    def store(number: jax.Array, _: None) -> None:
+        token, unit = number // units, number % units
+        pair = pairs_N[token]
+
+        @pl.when((pair >= 0) & (unit < scalars["count"]))
+        def store() -> None:
+            out[pair, scalars["granule"], pl.ds(first + unit * layout.ROWS, layout.ROWS)] = found_NCR[token, unit]
+
+    jax.lax.fori_loop(0, tokens * units, store, None)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _plain_product(words: jax.Array, page: jax.Array, cut: Tiling) -> jax.Array:
+    weights = decode_tiles(words.reshape(cut.slot_tiles, cut.tile_words), cut.span)
+    weights = weights.reshape(cut.units, cut.unit_tiles, layout.ROWS, cut.span)
+    weights = jnp.swapaxes(weights, 1, 2).reshape(cut.units, layout.ROWS, cut.page_cols)
+    x_NK = jnp.swapaxes(page, 0, 1).reshape(page.shape[1], -1)
+    return jnp.einsum("crk,nk->ncr", weights, x_NK, preferred_element_type=jnp.float32)
+
+
+def decode_tiles(tiles: jax.Array, span: int) -> jax.Array:
+    """int32 [warps, tile words] -> bf16 [warps, 16, span]: what the inline code computes, value by value."""
+    warps = tiles.shape[0]
+    words = tiles[:, : 2 * span].astype(jnp.uint32).reshape(warps, span // 64, 8, 4, 2, 2)
+    registers = []
+    for register, rotation in enumerate(layout.ROTATIONS):
+        bits = _rotate(words, rotation) & np.uint32(mosaic_tile.CODE_BITS)
+        if register == 3:
+            mantissas = _rotate(words, layout.LAST_MANTISSA) & np.uint32(mosaic_tile.LAST_BITS[1])
+            bits = bits & np.uint32(mosaic_tile.LAST_BITS[0]) | mantissas
+        halves = [bits >> 16 * half & 0xFFFF for half in range(2)]
+        registers.append(jnp.stack([half >> 6 & 7 | half >> 12 & 8 for half in halves], axis=-1))
+    # warp, 64, row, thread, block, step, (column pair, row half), column -> warp, row half, row, columns
+    codes = jnp.stack(registers, axis=-2).reshape(warps, span // 64, 8, 4, 2, 2, 2, 2, 2)
+    codes = jnp.transpose(codes, (0, 7, 2, 1, 4, 3, 5, 6, 8)).reshape(warps, layout.ROWS, span)
+    stored = tiles[:, 2 * span :].astype(jnp.uint32).reshape(warps, span // STEP, 8, 2)
+    stored = jnp.stack([stored >> 8 * byte & 255 for byte in range(4)], axis=-1)
+    stored = stored.reshape(warps, span // STEP, 8, 2, 2, 2)  # warp, 128, row, 64, block, row half
+    stored = jnp.transpose(stored, (0, 5, 2, 1, 3, 4)).reshape(warps, layout.ROWS, span // mxfp4.BLOCK)
+    scales = (stored - layout.SCALE_OFFSET & 255).astype(jnp.uint8)
+    return mxfp4.decode(codes.astype(jnp.uint8), scales).astype(jnp.bfloat16)
+
+
+def _rotate(words: jax.Array, by: int) -> jax.Array:
+    return words if by == 0 else words << by | words >> 32 - by

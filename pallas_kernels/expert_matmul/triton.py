@@ -1,0 +1,109 @@
+"""The experts through Triton, for GPUs from Ampere to Blackwell: published layout, nothing but loads, shifts and dots.
+
+Pairs of tokens and experts are sorted into blocks of one expert; a program takes one block and some rows of a matrix,
+so a block's weights are read once however many tokens share them. Needs jax-triton, which is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.expert_matmul.devices import capability
+from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
+from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, assign_slots
+
+DECODE_COLUMNS, PREFILL_COLUMNS = 16, 64  # pairs of a block; `dot` takes 16 at least
+ROWS, COLS = 64, 128  # of a matrix, per step of a program
+OLDEST = 80  # compute capability, ten times: Ampere
+
+
+def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExperts) -> str | None:
+    """What keeps this backend from serving a call."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return f"jax-triton is not installed (the extra `triton`); JAX's default device is {jax.default_backend()!r}"
+    if (capability() or 0) < OLDEST:
+        return f"JAX's default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU from Ampere on"
+    if isinstance(experts, TiledExperts):
+        return "the experts are in the Hopper kernel's tiles, not in the published layout"
+    if x_TD.dtype != jnp.bfloat16:
+        return f"tokens of dtype {x_TD.dtype}, not bfloat16"
+    _, hidden, features = experts.sizes
+    if hidden % COLS or features % COLS:
+        return f"experts of {hidden} x {features}; both must be multiples of {COLS}"
+    return None
+
+
+def expert_ffn(
+    x_TD: Float[Array, "T D"],
+    ids_TX: Int[Array, "T X"],
+    weights_TX: Float[Array, "T X"],
+    experts: PackedExperts,
+    first: int,
+    num_experts: int,
+    compute_capability: int | None = None,
+) -> Float[Array, "T D"]:
+    """`api.expert_ffn` on rows `first` and following of the stacks, for a GPU that may be named instead of present."""
+    import jax_triton
+
+    from pallas_kernels.expert_matmul import triton_kernels
+
+    tokens, chosen = ids_TX.shape
+    _, hidden, features = experts.sizes
+    columns = DECODE_COLUMNS if tokens <= DECODE_TOKENS else PREFILL_COLUMNS
+    expert_B, pair_S, slot_P = blocks_of(ids_TX, num_experts, columns)
+    blocks = expert_B.size
+    call = functools.partial(
+        jax_triton.triton_call,
+        compute_capability=capability() if compute_capability is None else compute_capability,
+        num_warps=4,
+        num_stages=3,
+        N=columns,
+        ROWS=ROWS,
+        COLS=COLS,
+    )
+    tables = (expert_B + first, pair_S)
+    hidden_SF = call(
+        x_TD,
+        *experts.gate,
+        *experts.up,
+        *tables,
+        kernel=triton_kernels.gate_up,
+        out_shape=jax.ShapeDtypeStruct((blocks * columns, features), x_TD.dtype),
+        grid=(blocks, features // ROWS),
+        K=hidden,
+        F=features,
+        X=chosen,
+    )
+    y_SD = call(
+        hidden_SF,
+        *experts.down,
+        *tables,
+        kernel=triton_kernels.down,
+        out_shape=jax.ShapeDtypeStruct((blocks * columns, hidden), jnp.float32),
+        grid=(blocks, hidden // ROWS),
+        K=features,
+        D=hidden,
+    )
+    return combine(y_SD, slot_P, weights_TX)
+
+
+def blocks_of(ids_TX: Array, num_experts: int, columns: int) -> tuple[Array, Array, Array]:
+    """The expert of each block of `columns` slots, the pair in each slot (-1 for none), the slot of each pair."""
+    # Enough for any imbalance: full blocks, and one that is not for each expert that has any pair.
+    blocks = min(ids_TX.size, ids_TX.size // columns + num_experts)
+    expert_B, slot_P = assign_slots(ids_TX.reshape(-1), num_experts, columns, blocks)
+    pair_S = jnp.full(blocks * columns, -1, jnp.int32)
+    pair_S = pair_S.at[slot_P].set(jnp.arange(ids_TX.size, dtype=jnp.int32), mode="drop", unique_indices=True)
+    return expert_B.astype(jnp.int32), pair_S, slot_P
+
+
+def combine(y_SD: Array, slot_P: Array, weights_TX: Array) -> Array:
+    """Sums the choices of each token; slots past the last one are choices of no expert."""
+    y_PD = jnp.take(y_SD, slot_P, axis=0, mode="fill", fill_value=0)
+    y_TXD = y_PD.reshape(*weights_TX.shape, y_SD.shape[1])
+    return jnp.sum(y_TXD * weights_TX[..., None].astype(jnp.float32), axis=1)

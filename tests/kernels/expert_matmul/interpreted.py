@@ -1,0 +1,57 @@
+"""Runs the Hopper kernels in Pallas' interpreter and compares; a process of its own, because failures can hang.
+
+python -m tests.kernels.expert_matmul.interpreted CASE
+"""
+
+import sys
+
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels.expert_matmul import mosaic_gpu, tile_experts
+from tests.kernels.expert_matmul.samples import (
+    EXPERTS,
+    definition,
+    on_device,
+    packed_experts,
+    relative_error,
+    routing,
+    tokens_of,
+    weights_of,
+)
+
+
+def machine(processors: int, consumers: int) -> mosaic_gpu.Machine:
+    """With a ring of two slots for each warpgroup that computes, so that each slot is used again and again."""
+    return mosaic_gpu.Machine(processors, consumers, 2 * consumers, InterpretGPUParams(detect_races=True))
+
+
+def block(tokens: slice, case: str, features: int, machine: mosaic_gpu.Machine) -> np.ndarray:
+    """Results of some of 16 tokens, checked against the definition."""
+    packed = packed_experts(features=features)
+    experts = on_device(tile_experts(packed))
+    x, ids, weights = (array[tokens] for array in (tokens_of(16), routing(16, case), weights_of(16)))
+    found = mosaic_gpu.expert_ffn(x, ids, weights, experts, 0, EXPERTS, machine)
+    assert not gpu_callbacks.get_races().races_found
+    assert relative_error(found, definition(x, ids, weights, packed)) < 1e-3  # the bound on W4A16
+    return np.asarray(found)
+
+
+def invariance() -> None:
+    """A token's result in a block of 1, 4 and 8, with other neighbours, experts and processors; two slices of down."""
+    runs = (slice(3, 4), machine(1, 1)), (slice(0, 4), machine(1, 2)), (slice(0, 8), machine(2, 1))
+    blocks = [block(tokens, "some elsewhere", 512, on)[3 - tokens.start] for tokens, on in runs]
+    assert blocks[0].any()
+    for result in blocks[1:]:
+        np.testing.assert_array_equal(result, blocks[0])
+
+
+CASES = {
+    "a long block": lambda: block(slice(0, 9), "one expert", 256, machine(1, 1)),
+    "invariance": invariance,
+}
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]]()
+    print("agreed")

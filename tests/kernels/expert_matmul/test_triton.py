@@ -1,0 +1,55 @@
+"""The Triton backend without a GPU: numbers in Triton's interpreter, machine code for three generations."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from mimo_jax.planning import compiled
+from mimo_jax.planning.machines import parse_target
+from pallas_kernels.expert_matmul import PackedExperts
+from pallas_kernels.expert_matmul.shapes import PRO_TP8
+
+ROOT = Path(__file__).resolve().parents[3]
+NO_TRITON = importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None
+pytestmark = pytest.mark.skipif(NO_TRITON, reason="jax-triton or triton is not installed (the extra `triton`)")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="Triton's interpreter takes torch tensors")
+def test_interpreted_kernels_agree():
+    """Decode and prefill blocks, all on one expert and some on none, within float32's rounding of the definition."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.expert_matmul.interpreted_triton"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.strip().endswith("agreed"), done.stderr[-2000:]
+
+
+@pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+@pytest.mark.parametrize(("target", "capability"), [("1xh200", 80), ("1xh200", 90), ("1xb200", 100)])
+def test_it_compiles_for_each_generation(target, capability):
+    """Code of Ampere, Hopper and Blackwell for Pro at TP8, with no such GPU here; nothing copies a stack."""
+    from pallas_kernels.expert_matmul import triton
+
+    sharding = SingleDeviceSharding(compiled.topology(parse_target(target))[0])
+    tokens, shape = 8, PRO_TP8
+
+    def argument(dims, dtype):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    def stack(rows: int, cols: int):
+        return tuple(argument((shape.experts, rows, cols // part), jnp.uint8) for part in (2, 32))
+
+    wide = stack(shape.features, shape.hidden)
+    experts = PackedExperts(wide, wide, stack(shape.hidden, shape.features))
+    x = argument((tokens, shape.hidden), jnp.bfloat16)
+    ids, weights = (argument((tokens, shape.chosen), dtype) for dtype in (jnp.int32, jnp.float32))
+    lowered = jax.jit(triton.expert_ffn, static_argnums=(4, 5, 6)).lower(
+        x, ids, weights, experts, 0, shape.experts, capability
+    )
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 64e6  # a stack has 302 MB
