@@ -27,19 +27,33 @@ def tile_params(
     It is when `config.expert_backend` names it, or names none on a Hopper GPU whose kernel can serve the model.
     `consume` frees each packed stack once its tiles are there: a GPU does not hold all experts of a large model twice.
     """
-    backend = config.expert_backend
-    if backend is not None and backend not in BACKENDS:
-        raise UserError(f"experts: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
-    if not (on_hopper() if backend is None else backend == KERNEL):
+    if not wants_tiles(config):
         return config, params
     try:
         _check(config, params, mesh)
     except ValueError as error:
-        if backend is None:
+        if config.expert_backend is None:
             return config, params
         raise UserError(f"experts: backend {KERNEL!r} cannot serve this model: {error}") from None
     tiled = jax.tree.map(partial(_tiled, mesh=mesh, consume=consume), params, is_leaf=_is_moe)
     return dataclasses.replace(config, storage="tiled"), tiled
+
+
+def wants_tiles(config: ModelConfig) -> bool:
+    """Whether the kernel that reads tiles is named, or none is and the device has it."""
+    backend = config.expert_backend
+    if backend is not None and backend not in BACKENDS:
+        raise UserError(f"experts: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+    return on_hopper() if backend is None else backend == KERNEL
+
+
+def abstract_tiled(params: Params) -> Params:
+    """The tree of `tile_params` for a tree of shapes and dtypes, without shardings."""
+
+    def tiled(node: Any) -> Any:
+        return jax.eval_shape(partial(_tiled, mesh=None, consume=False), node) if _is_moe(node) else node
+
+    return jax.tree.map(tiled, params, is_leaf=_is_moe)
 
 
 def _is_moe(node: Any) -> bool:

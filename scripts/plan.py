@@ -7,12 +7,14 @@ scripts/plan.py --target 16xb200 --expert-parallel 2 --context 1048576     # ano
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from mimo_jax.cli import main_guard, need_matplotlib
 from mimo_jax.errors import UserError
+from pallas_kernels.expert_matmul.api import BACKENDS
 
 
 def main(argv: list[str]) -> None:
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"plan: --expert-parallel {groups} must divide the {target.count} devices of {target}")
     if not 0 < args.context <= config.max_position:
         raise UserError(f"plan: --context {args.context} must lie in 1..{config.max_position}")
+    config = dataclasses.replace(config, expert_backend=args.expert_backend)
     plan = Plan(config, drafter_preset(args.preset), layout_for(config, target.count, groups), cache_itemsize=2)
     programs, reason = {}, None if args.no_compile else compiled.missing()
     if not args.no_compile and reason is None:
@@ -51,6 +54,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--target", default="8xh200", help="COUNTxGPU: 1 to 16 of h100, h200, b200")
     parser.add_argument("--expert-parallel", type=int, default=1, help="groups that experts are dealt out over")
     parser.add_argument("--context", type=int, default=131_072, help="cached tokens of the row that decodes")
+    parser.add_argument(
+        "--expert-backend", choices=BACKENDS, help="what multiplies the experts (default: the fastest for the target)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
     parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
     parser.add_argument("--plot", help="PNG file to write")

@@ -30,7 +30,9 @@ from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes
 from mimo_jax.planning.machines import Target, target_description
 from mimo_jax.planning.traffic import Plan, distinct_experts
 from mimo_jax.sampling import Greedy
-from mimo_jax.sharding import CACHE, make_mesh, parameter_sharding, parameter_shardings, spec_of
+from mimo_jax.sharding import CACHE, make_mesh, parameter_shardings, spec_of
+from mimo_jax.tiles import abstract_tiled, wants_tiles
+from pallas_kernels.expert_matmul.devices import compiling_for
 
 PACKAGES = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}
 INSTALL = "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm"
@@ -68,12 +70,14 @@ def topology(target: Target) -> list[Any]:
 
 def compile_programs(plan: Plan, target: Target, context: int) -> dict[str, Program]:
     """The prefill of a chunk and a drafted round, behind a cache of `context` tokens."""
-    inputs = _Inputs(plan, make_mesh(plan.layout, topology(target)), context)
+    mesh = make_mesh(plan.layout, topology(target))
     # name -> (tokens, loops around what counts, the program): rounds are the body of the decoding loop.
-    lowered = {
-        "prefill": (PREFILL_TOKENS, 0, inputs.lower_prefill()),
-        "drafted round": (plan.drafter.block_size, 1, inputs.lower_decode()),
-    }
+    with compiling_for(10 * target.gpu.capability):
+        inputs = _Inputs(plan, mesh, context)
+        lowered = {
+            "prefill": (PREFILL_TOKENS, 0, inputs.lower_prefill()),
+            "drafted round": (plan.drafter.block_size, 1, inputs.lower_decode()),
+        }
     with ThreadPoolExecutor() as pool:  # XLA compiles each on one core
         programs = {name: pool.submit(_compiled, plan, context, *entry) for name, entry in lowered.items()}
         return {name: program.result() for name, program in programs.items()}
@@ -85,8 +89,11 @@ class _Inputs:
     def __init__(self, plan: Plan, mesh: Mesh, context: int) -> None:
         drafter = BlockDrafter(plan.drafter)
         self.mesh, self.rows = mesh, plan.layout.data  # one row decodes on every copy of the model
-        self.engine = decoding.Engine(decoding.FlaxStep(plan.config, drafter.taps, mesh), drafter)
-        target = abstract_tree(plan.config, lambda path, shape: parameter_sharding(path, shape, mesh))
+        config, target = plan.config, abstract_tree(plan.config)
+        if wants_tiles(config):
+            config, target = dataclasses.replace(config, storage="tiled"), abstract_tiled(target)
+        target = self._placed(target, parameter_shardings(target, mesh))
+        self.engine = decoding.Engine(decoding.FlaxStep(config, drafter.taps, mesh), drafter)
         own = abstract_drafter(plan.drafter)
         self.weights = decoding.Weights(target, self._placed(own, parameter_shardings(own, mesh)))
         self.cache = self._on_mesh(jax.eval_shape(lambda: init_cache(plan.config, self.rows, context)))
