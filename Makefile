@@ -26,7 +26,7 @@ generate: $(VENV)/core.stamp
 	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
 
 test: lint $(VENV)/compile.stamp
-	PYTHONPATH=$(CURDIR)/$(COMPILE) $(BIN)/python -m pytest -q -m "not gpu"
+	PYTHONPATH=$(CURDIR)/$(COMPILE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

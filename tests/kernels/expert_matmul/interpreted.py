@@ -48,6 +48,7 @@ def invariance() -> None:
 
 
 CASES = {
+    "random routing": lambda: block(slice(0, 8), "mixed", 256, machine(2, 1)),
     "a long block": lambda: block(slice(0, 9), "one expert", 256, machine(1, 1)),
     "invariance": invariance,
 }

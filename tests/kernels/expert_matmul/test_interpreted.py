@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT = 240  # seconds, on a busy machine; a process that hangs is a failure
 
 
-@pytest.mark.parametrize("case", ["a long block", "invariance"])
+@pytest.mark.parametrize("case", ["random routing", "a long block", "invariance"])
 def test_interpreted_kernels_agree(case):
     """The definition within the bound on W4A16, no race; a token's bits are the same in a block of 1, 4 and 8."""
     command = [sys.executable, "-m", "tests.kernels.expert_matmul.interpreted", case]

@@ -1,0 +1,36 @@
+"""The real programs, compiled for eight H200 that are not there."""
+
+import dataclasses
+
+import pytest
+
+from mimo_jax.config import preset
+from mimo_jax.drafter_config import drafter_preset
+from mimo_jax.planning.compiled import compile_programs, missing
+from mimo_jax.planning.machines import parse_target
+from mimo_jax.planning.traffic import Plan, resident_weights
+from mimo_jax.sharding import Layout
+
+LAYERS = 2  # a global one with a dense MLP, a sliding one with experts
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_drafted_round_moves_what_it_should(backend):
+    """Two sums per layer, no gathered weight; experts are expanded by the plain path only, and the plan says so."""
+    config = dataclasses.replace(
+        preset("mimo-v2.5-pro"), layer_pattern=(0, 1), moe_pattern=(0, 1), mtp_layers=0, expert_backend=backend
+    )
+    drafter = dataclasses.replace(
+        drafter_preset("mimo-v2.5-pro"), num_layers=1, num_target_layers=LAYERS, target_layer_ids=(0, 1)
+    )
+    plan = Plan(config, drafter, Layout(tensor=8), cache_itemsize=2)
+    program = compile_programs(plan, parse_target("8xh200"), context=16_384)["drafted round"]
+    block = {"f32[8,6144]", "f32[6144,8]", "bf16[1,8,6144]"}
+    sums = sum(count for kind, (count, _) in program.collectives.items() if kind.split()[-1] in block)
+    assert sums == 2 * LAYERS + 1 + 2 + 1  # the embedding's rows; the drafter's layer, and its projection of features
+    gathered = [kind for kind in program.collectives if kind.startswith("all-gather")]
+    assert gathered == ["all-gather (f32[8,48], f32[8,384])"]  # the router's scores
+    assert program.arguments == pytest.approx(sum(resident_weights(plan).values()), rel=0.02)
+    expanded = sum(nbytes for place, nbytes in program.expansions.items() if "/moe/" in place)
+    assert expanded > 5e8 if backend == "reference" else expanded < 5e6
