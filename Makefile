@@ -90,7 +90,8 @@ controls: $(VENV)/dev.stamp
 	$(TRAIN) drafter $(CONTROL) --run runs/c_adamw2 --bias-rank 64 --optimizer adamw --rate 2e-3
 	$(TRAIN) drafter $(CONTROL) --run runs/c_layers1 --bias-rank 64 --layers 1
 	$(TRAIN) drafter $(CONTROL) --run runs/c_layers3 --bias-rank 64 --layers 3
-	for run in base chain nobias nofeatures full adamw5 adamw2 layers1 layers3; do \
+	$(TRAIN) drafter $(CONTROL) --run runs/c_lookup --bias-rank 64 --lookup 256
+	for run in base lookup chain nobias nofeatures full adamw5 adamw2 layers1 layers3; do \
 	  $(TRAIN) export-drafter --run runs/c_$$run --out runs/d_$$run || exit 1; done
 
 clean:

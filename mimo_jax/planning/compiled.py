@@ -63,6 +63,7 @@ def topology(target: Target) -> list[Any]:
     from jax.experimental import topologies
 
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back from it
     description = target_description(target.gpu)
     described = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{target.count}")
     return list(described.devices)
