@@ -137,7 +137,7 @@ _RULES = {
     ),
     "has_sink": (lambda value: isinstance(value, bool), "true or false"),
     "bias_rank": (lambda value: _is_whole(value, 0), "0 or a rank"),
-    "lookup": (lambda value: _is_whole(value, 0), "0 or a number of tokens"),
+    "lookup": (lambda value: _is_whole(value, 0, 1 << 20), "0 or a number of tokens below 2^20"),
 }
 
 # The published drafters, by the preset of their target.

@@ -26,7 +26,7 @@ from mimo_jax.drafting import BlockDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.attention import CHUNK
 from mimo_jax.modeling.drafter import abstract_drafter
-from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes
+from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes, result_shape
 from mimo_jax.planning.machines import Target, target_description
 from mimo_jax.planning.traffic import Plan, distinct_experts
 from mimo_jax.sampling import Greedy
@@ -161,7 +161,7 @@ def _moved(
         if len(step.loops) > depth:
             times = chunks if "/attention/" in instruction.source else visits
         if is_collective(instruction):
-            key = f"{instruction.opcode.removesuffix('-start')} {instruction.shape}"
+            key = f"{instruction.opcode.removesuffix('-start')} {result_shape(instruction)}"
             count, nbytes = collectives[key]
             collectives[key] = count + times, nbytes + times * instruction.nbytes
         elif instruction.source.endswith("scatter") and instruction.shape in carried:

@@ -85,6 +85,13 @@ def is_collective(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start") in COLLECTIVES
 
 
+def result_shape(instruction: Instruction) -> str:
+    """The shape of what it makes; one that only starts has a pair (inputs, output)."""
+    if not instruction.opcode.endswith("-start") or not instruction.shape.startswith("("):
+        return instruction.shape
+    return [match[0] for match in _ARRAY.finditer(instruction.shape)][-1]
+
+
 def parameter_shapes(text: str) -> set[str]:
     """Shapes of the arrays that the program is given."""
     computations, entry = parse(text)

@@ -298,6 +298,7 @@ def _consume(plan: Plan, share, warpgroup, pairs, out, ring, held, sums, full, e
         scalars = {name: getattr(place, name) for name in mosaic_tile.SCALARS}
         refs = (ring.at[slot], held.at[page], sums.at[warpgroup], pairs, out)
         unit(plan.cut, plan.tokens, refs, scalars)
+        plgpu.commit_smem()  # the next copy into the slot goes through another proxy than these reads
         plgpu.barrier_arrive(empty.at[slot])
         following = slot + plan.consumers
         return jnp.where(following >= plan.slots, warpgroup, following), page + 1

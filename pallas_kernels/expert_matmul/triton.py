@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +68,14 @@ def expert_ffn(
         COLS=COLS,
     )
     tables = (expert_B + first, pair_S)
+    result = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
     hidden_SF = call(
         x_TD,
         *experts.gate,
         *experts.up,
         *tables,
         kernel=triton_kernels.gate_up,
-        out_shape=jax.ShapeDtypeStruct((blocks * columns, features), x_TD.dtype),
+        **{result: jax.ShapeDtypeStruct((blocks * columns, features), x_TD.dtype)},
         grid=(blocks, features // ROWS),
         K=hidden,
         F=features,
@@ -84,7 +86,7 @@ def expert_ffn(
         *experts.down,
         *tables,
         kernel=triton_kernels.down,
-        out_shape=jax.ShapeDtypeStruct((blocks * columns, hidden), jnp.float32),
+        **{result: jax.ShapeDtypeStruct((blocks * columns, hidden), jnp.float32)},
         grid=(blocks, hidden // ROWS),
         K=features,
         D=hidden,

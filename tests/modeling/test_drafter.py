@@ -299,7 +299,7 @@ def test_a_drafter_of_another_target_is_refused(field, value, named):
         ("head_dim", 2),
         ("value_scale", -1.0),
         ("bias_rank", -1),
-        ("lookup", -1),
+        ("lookup", 1 << 20),
         ("dtype", "float16"),
     ],
 )

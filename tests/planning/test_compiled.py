@@ -30,7 +30,7 @@ def test_a_drafted_round_moves_what_it_should(backend):
     sums = sum(count for kind, (count, _) in program.collectives.items() if kind.split()[-1] in block)
     assert sums == 2 * LAYERS + 1 + 2 + 1  # the embedding's rows; the drafter's layer, and its projection of features
     gathered = [kind for kind in program.collectives if kind.startswith("all-gather")]
-    assert gathered == ["all-gather (f32[8,48], f32[8,384])"]  # the router's scores
+    assert gathered == ["all-gather f32[8,384]"]  # the router's scores
     assert program.arguments == pytest.approx(sum(resident_weights(plan).values()), rel=0.02)
     expanded = sum(nbytes for place, nbytes in program.expansions.items() if "/moe/" in place)
     assert expanded > 5e8 if backend == "reference" else expanded < 5e6

@@ -31,6 +31,7 @@ def test_interpreted_kernels_agree():
 
 
 @pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # jax-triton 0.4 leaves it to Triton
 @pytest.mark.parametrize(("target", "capability"), [("1xh200", 80), ("1xh200", 90), ("1xb200", 100)])
 def test_it_compiles_for_each_generation(target, capability):
     """Code of Ampere, Hopper and Blackwell for Pro at TP8, with no such GPU here; nothing copies a stack."""
