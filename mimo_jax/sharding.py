@@ -210,14 +210,24 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
 
 def place_cache(cache: Any, mesh: Mesh | None) -> Any:
     """A cache of any kind on the mesh: keys and values by heads, the rest replicated. Without a mesh, unchanged."""
-    if mesh is None:
-        return cache
-    by_heads, replicated = NamedSharding(mesh, spec_of(CACHE)), NamedSharding(mesh, P())
+    return cache if mesh is None else jax.device_put(cache, cache_shardings(cache, mesh))
 
-    def put(node: Any) -> Any:
-        return jax.device_put(node, by_heads if isinstance(node, LayerCache) else replicated)
 
-    return jax.tree.map(put, cache, is_leaf=lambda node: isinstance(node, LayerCache))
+def cache_shardings(cache: Any, mesh: AnyMesh) -> Any:
+    """The tree of a cache (arrays or shapes, or a state of decoding that holds one) with a sharding for every array."""
+
+    def of(node: Any) -> Any:
+        sharding = NamedSharding(mesh, spec_of(CACHE if isinstance(node, LayerCache) else ()))
+        return jax.tree.map(lambda leaf: sharding, node)
+
+    return jax.tree.map(of, cache, is_leaf=lambda node: isinstance(node, LayerCache))
+
+
+def shapes_on(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `tree` as they would lie: what programs are lowered for and checkpoints restored to."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )
 
 
 @contextmanager

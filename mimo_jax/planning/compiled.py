@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mimo_jax import decoding
-from mimo_jax.cache import LayerCache, init_cache
+from mimo_jax.cache import init_cache
 from mimo_jax.checkpoint.orbax import abstract_tree
 from mimo_jax.drafting import BlockDrafter
 from mimo_jax.errors import UserError
@@ -30,7 +30,7 @@ from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes, res
 from mimo_jax.planning.machines import Target, target_description
 from mimo_jax.planning.traffic import Plan, distinct_experts
 from mimo_jax.sampling import Greedy
-from mimo_jax.sharding import CACHE, make_mesh, parameter_shardings, spec_of
+from mimo_jax.sharding import cache_shardings, make_mesh, parameter_shardings, shapes_on
 from mimo_jax.tiles import abstract_tiled, wants_tiles
 from pallas_kernels.expert_matmul.devices import compiling_for
 
@@ -93,27 +93,17 @@ class _Inputs:
         config, target = plan.config, abstract_tree(plan.config)
         if wants_tiles(config):
             config, target = dataclasses.replace(config, storage="tiled"), abstract_tiled(target)
-        target = self._placed(target, parameter_shardings(target, mesh))
+        target = shapes_on(target, parameter_shardings(target, mesh))
         self.engine = decoding.Engine(decoding.FlaxStep(config, drafter.taps, mesh), drafter)
         own = abstract_drafter(plan.drafter)
-        self.weights = decoding.Weights(target, self._placed(own, parameter_shardings(own, mesh)))
+        self.weights = decoding.Weights(target, shapes_on(own, parameter_shardings(own, mesh)))
         self.cache = self._on_mesh(jax.eval_shape(lambda: init_cache(plan.config, self.rows, context)))
         self.draft_cache = self._on_mesh(jax.eval_shape(lambda: drafter.init_cache(self.rows, context)))
         self.logits = self._on_mesh(jax.ShapeDtypeStruct((self.rows, plan.config.vocab_size), jnp.float32))
 
-    def _placed(self, tree: Any, shardings: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
-        )
-
     def _on_mesh(self, tree: Any) -> Any:
         """Caches by heads, everything else on every device."""
-
-        def place(node: Any) -> Any:
-            sharding = NamedSharding(self.mesh, spec_of(CACHE if isinstance(node, LayerCache) else ()))
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), node)
-
-        return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, LayerCache))
+        return shapes_on(tree, cache_shardings(tree, self.mesh))
 
     def lower_prefill(self) -> Any:
         tokens = np.zeros((self.rows, PREFILL_TOKENS), np.int32)

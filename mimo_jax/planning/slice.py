@@ -20,7 +20,7 @@ from mimo_jax.cache import init_cache
 from mimo_jax.checkpoint.orbax import abstract_tree
 from mimo_jax.config import ModelConfig
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.drafting import Draft, Proposer
+from mimo_jax.drafting import Draft, NoDrafter, Proposer
 from mimo_jax.modeling.drafter import abstract_drafter
 from mimo_jax.sampling import Greedy
 from mimo_jax.sharding import Layout
@@ -29,18 +29,10 @@ SCALE = 119  # E8M0: 2^-8, so that sums of thousands of products stay near 1
 
 
 @dataclasses.dataclass(frozen=True)
-class BlankDrafter:
+class BlankDrafter(NoDrafter):
     """Drafts nothing of value and takes no time: a round is what verifying a block takes."""
 
     block_size: int = 8
-    taps: tuple[int, ...] = ()
-    expected: float | None = None
-
-    def init_cache(self, batch: int, capacity: int) -> tuple:
-        return ()
-
-    def absorb(self, params, target, cache, tokens_BT, features, lengths_B, counts_B) -> tuple:
-        return ()
 
     def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B) -> Draft:
         # Ids that differ, so that they are routed differently.

@@ -22,7 +22,7 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 from mimo_jax.progress import progress
-from mimo_jax.sharding import parameter_shardings, place_batch
+from mimo_jax.sharding import parameter_shardings, place_batch, shapes_on
 from mimo_jax.training.corpus import batch_at
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
 from mimo_jax.training.qat import QatState, init_qat, qat_step
@@ -39,10 +39,7 @@ def restore(run: Path, fresh_state: Callable[[], State], mesh: Mesh | None = Non
     """The newest complete state of a run, in the form of the one that `fresh_state` would make, on `mesh`."""
     abstract: Any = jax.eval_shape(fresh_state)
     if mesh is not None:
-        shardings = parameter_shardings(abstract, mesh)
-        abstract = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, shardings
-        )
+        abstract = shapes_on(abstract, parameter_shardings(abstract, mesh))
     return orbax.restore_latest(run / "checkpoints", abstract)
 
 
