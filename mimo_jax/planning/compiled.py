@@ -32,7 +32,7 @@ from mimo_jax.planning.traffic import Plan, distinct_experts
 from mimo_jax.sampling import Greedy
 from mimo_jax.sharding import cache_shardings, make_mesh, parameter_shardings, shapes_on
 from mimo_jax.tiles import abstract_tiled, wants_tiles
-from pallas_kernels.expert_matmul.devices import compiling_for
+from pallas_kernels.devices import compiling_for
 
 PACKAGES = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}
 INSTALL = "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm"

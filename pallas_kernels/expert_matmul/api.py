@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.expert_matmul.devices import capability
+from pallas_kernels.devices import capability
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
 
 Experts = PackedExperts | TiledExperts

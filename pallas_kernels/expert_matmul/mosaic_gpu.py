@@ -19,8 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mxfp4
+from pallas_kernels.devices import on_hopper
 from pallas_kernels.expert_matmul import mosaic_plain, mosaic_tile, reference
-from pallas_kernels.expert_matmul.devices import on_hopper
 from pallas_kernels.expert_matmul.layout import (
     ROWS,
     WARPS,

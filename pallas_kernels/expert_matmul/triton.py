@@ -1,34 +1,29 @@
 """The experts through Triton, for GPUs from Ampere to Blackwell: published layout, nothing but loads, shifts and dots.
 
 Pairs of tokens and experts are sorted into blocks of one expert; a program takes one block and some rows of a matrix,
-so a block's weights are read once however many tokens share them. Needs jax-triton, which is imported when it is used.
+so a block's weights are read once however many tokens share them.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.expert_matmul.devices import capability
+from pallas_kernels import triton_call
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
 from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, assign_slots
 
 DECODE_COLUMNS, PREFILL_COLUMNS = 16, 64  # pairs of a block; `dot` takes 16 at least
 ROWS, COLS = 64, 128  # of a matrix, per step of a program
-OLDEST = 80  # compute capability, ten times: Ampere
 
 
 def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExperts) -> str | None:
     """What keeps this backend from serving a call."""
-    if importlib.util.find_spec("jax_triton") is None:
-        return f"jax-triton is not installed (the extra `triton`); JAX's default device is {jax.default_backend()!r}"
-    if (capability() or 0) < OLDEST:
-        return f"JAX's default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU from Ampere on"
+    if (reason := triton_call.missing()) is not None:
+        return reason
     if isinstance(experts, TiledExperts):
         return "the experts are in the Hopper kernel's tiles, not in the published layout"
     if x_TD.dtype != jnp.bfloat16:
@@ -46,11 +41,8 @@ def expert_ffn(
     experts: PackedExperts,
     first: int,
     num_experts: int,
-    compute_capability: int | None = None,
 ) -> Float[Array, "T D"]:
-    """`api.expert_ffn` on rows `first` and following of the stacks, for a GPU that may be named instead of present."""
-    import jax_triton
-
+    """`api.expert_ffn` on rows `first` and following of the stacks."""
     from pallas_kernels.expert_matmul import triton_kernels
 
     tokens, chosen = ids_TX.shape
@@ -58,35 +50,26 @@ def expert_ffn(
     columns = DECODE_COLUMNS if tokens <= DECODE_TOKENS else PREFILL_COLUMNS
     expert_B, pair_S, slot_P = blocks_of(ids_TX, num_experts, columns)
     blocks = expert_B.size
-    call = functools.partial(
-        jax_triton.triton_call,
-        compute_capability=capability() if compute_capability is None else compute_capability,
-        num_warps=4,
-        num_stages=3,
-        N=columns,
-        ROWS=ROWS,
-        COLS=COLS,
-    )
+    call = functools.partial(triton_call.call, N=columns, ROWS=ROWS, COLS=COLS)
     tables = (expert_B + first, pair_S)
-    result = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
     hidden_SF = call(
+        triton_kernels.gate_up,
         x_TD,
         *experts.gate,
         *experts.up,
         *tables,
-        kernel=triton_kernels.gate_up,
-        **{result: jax.ShapeDtypeStruct((blocks * columns, features), x_TD.dtype)},
+        out=jax.ShapeDtypeStruct((blocks * columns, features), x_TD.dtype),
         grid=(blocks, features // ROWS),
         K=hidden,
         F=features,
         X=chosen,
     )
     y_SD = call(
+        triton_kernels.down,
         hidden_SF,
         *experts.down,
         *tables,
-        kernel=triton_kernels.down,
-        **{result: jax.ShapeDtypeStruct((blocks * columns, hidden), jnp.float32)},
+        out=jax.ShapeDtypeStruct((blocks * columns, hidden), jnp.float32),
         grid=(blocks, hidden // ROWS),
         K=features,
         D=hidden,

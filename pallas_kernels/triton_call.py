@@ -1,0 +1,48 @@
+"""Calls kernels in Triton's language through jax-triton, which is imported when it is used."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import jax
+
+from pallas_kernels.devices import capability
+
+OLDEST = 80  # compute capability, ten times: Ampere
+
+
+def missing() -> str | None:
+    """What keeps Triton kernels from running here, or from being compiled for `compiling_for`'s GPU."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return f"jax-triton is not installed (the extra `triton`); JAX's default device is {jax.default_backend()!r}"
+    if (capability() or 0) < OLDEST:
+        return f"JAX's default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU from Ampere on"
+    return None
+
+
+def call(
+    kernel: Any,
+    *arrays: jax.Array,
+    out: Any,
+    grid: tuple[int, ...],
+    warps: int = 4,
+    stages: int = 3,
+    **constants: int,
+) -> Any:
+    """Arrays of the shapes and dtypes `out`, which the kernel takes as its last pointers; for `devices.capability`."""
+    import jax_triton
+
+    # jax-triton 0.4 renamed it.
+    result = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        grid=grid,
+        compute_capability=capability(),
+        num_warps=warps,
+        num_stages=stages,
+        **{result: out},
+        **constants,
+    )
