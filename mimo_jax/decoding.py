@@ -46,12 +46,21 @@ class FlaxStep:
         counts_B: Int[Array, "B"],
         logits: Literal["all", "last"] = "all",
     ) -> tuple[Float[Array, "B T C"], Features, Cache]:
+        if self.mesh is None:
+            return self._read(params, tokens_BT, cache, counts_B, logits)
+        steps = tokens_BT.shape[1]
+        # No product has fewer rows than a block: sums are added up in one order, and a token gets the same logits
+        # alone as in a block.
+        padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, max(MAX_BLOCK - steps, 0))))
         with using(self.mesh):
-            backbone = Backbone(self.config, self.taps)
-            logits_BTC, features, cache = backbone.apply({"params": params}, tokens_BT, cache, counts_B, logits)
+            logits_BTC, features, cache = self._read(params, padded_BT, cache, counts_B, logits)
             # Whole on every device: else what reads the features decides how the residual stream is split.
-            whole = {"hidden": gathered(features.hidden), "taps": gathered(features.taps)}
-            return logits_BTC, dataclasses.replace(features, **whole), cache
+            whole = {name: gathered(getattr(features, name)[:, :steps]) for name in ("hidden", "taps")}
+            return logits_BTC[:, :steps], dataclasses.replace(features, **whole), cache
+
+    def _read(self, params, tokens_BT, cache, counts_B, logits) -> tuple[Array, Features, Cache]:
+        backbone = Backbone(self.config, self.taps)
+        return backbone.apply({"params": params}, tokens_BT, cache, counts_B, logits)
 
 
 @dataclasses.dataclass(frozen=True)

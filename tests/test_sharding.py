@@ -124,21 +124,22 @@ def test_generation_is_that_of_one_device(layout, drafter, strategy):
     assert [row.acceptance for row in many] == [row.acceptance for row in one]
 
 
-def test_a_token_has_the_same_logits_alone_and_in_a_block():
-    """Behind one cache, a block of 8 and its tokens one by one agree within 1e-5; repeated, each bit for bit."""
-    model, tokens = model_of("mxfp4", LAYOUTS["TP8"]), np.random.default_rng(0).integers(0, 256, (1, 20))
+@pytest.mark.parametrize(("layout", "storage"), [("TP8", "mxfp4"), ("EP2xTP4", "dense"), ("EP8", "mxfp4")])
+@pytest.mark.parametrize("sizes", [[1] * 8, [3, 5]])
+def test_a_token_has_the_same_logits_alone_and_in_a_block(layout, storage, sizes):
+    """Behind one cache, a block of 8 and its tokens in smaller blocks, bit for bit; and again when repeated."""
+    model, tokens = model_of(storage, LAYOUTS[layout]), np.random.default_rng(0).integers(0, 256, (1, 20))
     step = jax.jit(FlaxStep(model.config, (), model.mesh))
     empty = place_cache(init_cache(model.config, 1, 256), model.mesh)
     prompt = step(model.params, tokens[:, :12], empty, jnp.array([12]))[2]
     block = [np.asarray(step(model.params, tokens[:, 12:], prompt, jnp.array([8]))[0]) for _ in range(2)]
-    cache, alone = prompt, []
-    for index in range(12, 20):
-        again, _, _ = step(model.params, tokens[:, index : index + 1], cache, jnp.array([1]))
-        logits, _, cache = step(model.params, tokens[:, index : index + 1], cache, jnp.array([1]))
-        np.testing.assert_array_equal(logits, again)
-        alone.append(logits)
     np.testing.assert_array_equal(*block)
-    np.testing.assert_allclose(np.concatenate(alone, axis=1), block[0], atol=1e-5)
+    cache, parts, start = prompt, [], 12
+    for size in sizes:
+        logits, _, cache = step(model.params, tokens[:, start : start + size], cache, jnp.array([size]))
+        parts.append(np.asarray(logits))
+        start += size
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), block[0])
 
 
 def test_chunk_g_of_the_fused_projection_lies_on_device_g():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache, append, row_positions
-from mimo_jax.config import SLIDING, ModelConfig
+from mimo_jax.config import GLOBAL, MAX_BLOCK, SLIDING, ModelConfig
 from mimo_jax.modeling.layers import linear, matrix_init, rotate, weight_init
 from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, multiply_fp8, suits_fp8
 
@@ -164,7 +164,7 @@ class Attention(nn.Module):
     def _attend_cached(self, q, k, v, sink_H, window, cache, lengths_B, counts_B):
         query_BT = lengths_B[:, None] + jnp.arange(q.shape[1])
         updated = append(cache, k, v, lengths_B, counts_B, self.kind)
-        if self.kind == SLIDING:
+        if self.kind == SLIDING and q.shape[1] > MAX_BLOCK:
             # The ring as it was, then the new tokens: a long chunk overwrites rows its first queries still need.
             keys = jnp.concatenate([cache.keys, heads_first(k)], axis=2)
             values = jnp.concatenate([cache.values, heads_first(v)], axis=2)
@@ -172,8 +172,9 @@ class Attention(nn.Module):
             key_BS = jnp.concatenate([held_BS, query_BT], axis=1)
         else:
             keys, values = updated.keys, updated.values
-            if keys.shape[2] > CHUNK:
+            if self.kind == GLOBAL and keys.shape[2] > CHUNK:
                 return attend_in_chunks(q, keys, values, query_BT, sink_H, CHUNK), updated
+            # In the order of the cache's rows, which is the same for a token that is read alone or in a block.
             key_BS = row_positions(self.kind, keys.shape[2], lengths_B + counts_B)
         return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated
 

@@ -59,7 +59,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + y_BTD
         if not self.has_experts:
             return x_BTD + self.mlp(self.post_norm(x_BTD)), None, cache
-        y_BTD, expert_counts_E = self.moe(self.post_norm(x_BTD))
+        y_BTD, expert_counts_E = self.moe(self.post_norm(x_BTD), counts_B)
         return x_BTD + y_BTD, expert_counts_E, cache
 
 

@@ -29,12 +29,14 @@ def route(
 
 
 class MoE(nn.Module):
-    """Returns the layer's output and how many tokens chose each expert."""
+    """Returns the layer's output and how many tokens chose each expert; padding chooses none."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Int[Array, "E"]]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], counts_B: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "E"]]:
         config = self.config
         num_experts, hidden, features = config.num_experts, config.hidden_size, config.moe_intermediate_size
         router_ED = self.param("router", nn.initializers.normal(config.init_range), (num_experts, hidden), jnp.float32)
@@ -49,6 +51,8 @@ class MoE(nn.Module):
             )
         x_TD = x_BTD.reshape(-1, hidden)
         ids_TX, weights_TX = route(x_TD, router_ED, bias_E, config.experts_per_token)
+        is_real_BT = jnp.arange(x_BTD.shape[1]) < counts_B[:, None]
+        ids_TX = jnp.where(is_real_BT.reshape(-1, 1), ids_TX, num_experts)
         y_TD = routed_ffn(x_TD, ids_TX, weights_TX, experts, config.expert_backend)
         return y_TD.reshape(x_BTD.shape), jnp.bincount(ids_TX.reshape(-1), length=num_experts)
 
