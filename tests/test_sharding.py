@@ -15,13 +15,14 @@ import pytest
 from mimo_jax import sharding
 from mimo_jax.cache import init_cache
 from mimo_jax.config import preset
-from mimo_jax.decoding import FlaxStep
+from mimo_jax.decoding import FlaxStep, as_stops, decode, prefill, row_keys, start
 from mimo_jax.drafting import PLAIN, BlockDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.generation import generate_batch
 from mimo_jax.model import Model
 from mimo_jax.modeling.backbone import Backbone, init_params
 from mimo_jax.modeling.drafter import init_drafter
+from mimo_jax.planning.hlo import executed, is_collective, result_shape
 from mimo_jax.sampling import Greedy, Sampled
 from mimo_jax.sharding import (
     Layout,
@@ -223,6 +224,22 @@ def test_a_step_reduces_twice_per_layer_and_moves_no_weight(layout):
         ("f32", 8 * 64, "all-reduce"): 1 + len(model.config.moe_pattern) + dense + routed,
         ("f32", 8 * 8, "all-gather"): routed,
     }
+
+
+def test_sampling_never_brings_the_vocabulary_together():
+    """A drafted round with every filter: what devices exchange of the logits are sums and maxima of rows, no row."""
+    model = model_of("mxfp4", LAYOUTS["TP8"], drafter=DFLASH)
+    strategy, stops, limits = Sampled(0.8, top_k=20, top_p=0.9, min_p=0.01), as_stops([]), np.array([9], np.int32)
+    cache, draft_cache, logits = prefill(model.engine, model.weights, [[1, 2, 3]], 256)
+    state = start(model.engine, cache, draft_cache, logits, limits, row_keys([0]), stops, strategy)
+    text = decode.lower(model.engine, model.weights, state, stops, strategy, np.int32(1)).compile().as_text()
+    moved = [step.instruction for step in executed(text) if is_collective(step.instruction)]
+    assert len(moved) > 50
+    # Router scores of 8 tokens; candidates and their ids, one per device and row.
+    assert {result_shape(one) for one in moved if one.opcode == "all-gather"} == {"f32[8,8]", "f32[1,8]", "s32[1,8]"}
+    assert all(
+        one.opcode in ("all-gather", "all-reduce") and str(model.config.vocab_size) not in one.shape for one in moved
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,28 @@ def test_filters_keep_the_documented_sets(temperature, filters):
     np.testing.assert_allclose(found, want, atol=2e-6)  # float32 softmax against float64
 
 
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 1}, 2),  # equal probabilities are never told apart
+        ({"top_k": 3}, 4),
+        ({"top_k": 99}, 6),
+        ({"top_p": 1.0}, 5),  # but what has no probability at all
+        ({"top_p": 0.5}, 2),
+        ({"top_p": 1e-9}, 2),
+        ({"top_k": 3, "top_p": 1.0}, 4),
+    ],
+)
+def test_filters_at_their_edges(filters, kept):
+    """Ties at a threshold are kept together, a filter wider than the vocabulary keeps it all."""
+    p = np.array([[0.3, 0.15, 0.3, 0.15, 0.1, 0.0]])
+    with np.errstate(divide="ignore"):
+        found = probabilities(Sampled(1.0, **filters), jnp.asarray(np.log(p), jnp.float32))
+    largest = np.sort(p[0])[::-1][:kept]
+    assert np.count_nonzero(found) == np.count_nonzero(largest)
+    np.testing.assert_allclose(np.sort(found[0])[::-1][:kept], largest / largest.sum(), atol=1e-6)
+
+
 def test_greedy_is_a_point_mass():
     """Greedy puts everything on the most likely token."""
     np.testing.assert_array_equal(np.argmax(probabilities(Greedy(), LOGITS), -1), LOGITS.argmax(-1))
