@@ -15,6 +15,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.memory import peak_memory
 from mimo_jax.model import Model
 from mimo_jax.sampling import Greedy, Strategy
+from mimo_jax.sharding import check_rows
 
 Prompt = str | Sequence[int]
 
@@ -150,6 +151,7 @@ def _generate(
     prompt_ids = [encode_prompt(model, prompt) for prompt in prompts]
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     _check_request(prompt_ids, max_tokens, seeds, stop)
+    check_rows(len(prompts), model.mesh, "prompts")
     longest = max(len(ids) for ids in prompt_ids)
     limits = np.array([min(max_tokens, model.config.max_position - len(ids)) for ids in prompt_ids], np.int32)
     capacity = decoding.capacity_for(min(longest + max_tokens, model.config.max_position))

@@ -192,6 +192,13 @@ def check_fits(config: ModelConfig, mesh: Mesh) -> None:
         )
 
 
+def check_rows(rows: int, mesh: Mesh | None, what: str) -> None:
+    """Raises unless every copy of the model on the mesh gets as many of the `rows` of a batch."""
+    copies = 1 if mesh is None else layout_of(mesh).data
+    if rows % copies:
+        raise UserError(f"mesh: {rows} {what} cannot be shared equally by data={copies} copies of the model")
+
+
 def device_memory(mesh: Mesh) -> int | None:
     """Bytes that the smallest of this process's devices can hold; None where a device does not say."""
     stats = [device.memory_stats() or {} for device in mesh.local_devices]

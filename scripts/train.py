@@ -108,6 +108,7 @@ def selfgen_command(args: argparse.Namespace) -> dict:
 
 def drafter_command(args: argparse.Namespace) -> dict:
     from mimo_jax.model import load_dense, load_drafter
+    from mimo_jax.sharding import check_rows
     from mimo_jax.training import corpus, drafter, run, selfgen
 
     mesh = mesh_of(args)
@@ -134,6 +135,7 @@ def drafter_command(args: argparse.Namespace) -> dict:
         human_share=args.human_share,
         seed=args.seed,
     )
+    check_rows(train.batch, mesh, "sequences of a batch")
     update = drafter.training_update(texts, corpus.load_tokens(Path(args.data), "train"), model, config, train)
     tokens_per_step = args.batch * texts.tokens.shape[1]
     settings = run.settings_of(config, train, start=args.start)
@@ -163,11 +165,13 @@ def plot_command(args: argparse.Namespace) -> dict:
 
 
 def _pretrain(args, config, train, fresh_state, settings, mesh) -> dict:
-    from mimo_jax.sharding import layout_of
+    from mimo_jax.sharding import check_rows, layout_of
     from mimo_jax.training import corpus, run
 
     if mesh is not None:
         layout_of(mesh).check_divides(config)
+    check_rows(train.batch, mesh, "sequences of a batch")
+    check_rows(train.mtp_rows, mesh, "sequences of a batch that train the MTP layers")
     update = run.pretraining_update(corpus.load_tokens(Path(args.data), "train"), config, train, mesh)
     return _train(args, settings, fresh_state, update, train.batch * train.length, mesh)
 

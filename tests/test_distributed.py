@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mimo_jax.checkpoint.convert import to_orbax
@@ -51,6 +52,22 @@ def test_two_processes_are_one_machine(tmp_path):
         assert 0 < replicated < 0.02 * total
         assert process["orbax_same"] and abs(process["orbax_read"] - process["read"]) < 0.01 * total
         assert process["read"] < 0.52 * total
+
+
+def test_two_processes_train_as_one_device(tmp_path):
+    """The same command, cut over two processes of four devices each: one log, and one device's loss and gradient."""
+    np.random.default_rng(0).integers(0, 4096, 4000).astype(np.uint16).tofile(tmp_path / "train.bin")
+    command = [str(ROOT / "scripts" / "train.py"), "pretrain", "--data", str(tmp_path), "--steps", "1"]
+    command += ["--batch", "8", "--length", "16", "--run"]
+    cut = ["--data-parallel", "2", "--tensor-parallel", "4", "--num-processes", "2", "--coordinator", free_port()]
+    together = [start([*command, str(tmp_path / "two"), *cut, "--process-id", str(index)], 4) for index in range(2)]
+    outputs = [process.communicate(timeout=START) for process in together]
+    alone = start([*command, str(tmp_path / "one")], 1)
+    outputs.append(alone.communicate(timeout=START))
+    assert [process.returncode for process in (*together, alone)] == [0, 0, 0], outputs
+    two, one = (json.loads((tmp_path / run / "log.jsonl").read_text()) for run in ("two", "one"))
+    for metric in ("loss", "mtp_loss", "gradient_norm"):
+        assert two[metric] == pytest.approx(one[metric], rel=1e-4)
 
 
 def test_when_one_process_dies_the_other_stops():

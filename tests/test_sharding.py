@@ -279,6 +279,12 @@ def test_weights_that_do_not_fit_are_counted_before_anything_is_read(monkeypatch
         check_fits(config, make_mesh(Layout(tensor=4)))
 
 
+def test_a_batch_that_copies_cannot_share_is_counted():
+    """One prompt for two copies of the model is an error with both numbers, before anything runs."""
+    with pytest.raises(UserError, match=r"mesh: 1 prompts cannot be shared equally by data=2 copies"):
+        generate_batch(model_of("dense", LAYOUTS["data 2 x TP4"], Text()), PROMPTS[:1], max_tokens=2)
+
+
 def test_too_few_devices_are_counted():
     """A layout for more devices than there are says how many are needed and found."""
     with pytest.raises(UserError, match=r"tensor=16 needs 16 devices; 8 found"):

@@ -36,7 +36,8 @@ from pallas_kernels.devices import compiling_for
 
 PACKAGES = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}
 INSTALL = "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm"
-LARGE = 1_000_000  # bytes: smaller results stay in the caches of the chip
+LARGE = 1_000_000  # bytes: smaller results are not worth a line
+L2_SHARE = 4  # of the L2 cache, the part that one result may take to be read from there by what follows
 PREFILL_TOKENS = decoding.PREFILL_BUCKETS[-1]
 
 
@@ -48,7 +49,9 @@ class Program:
     arguments: int
     temporaries: int
     collectives: dict[str, tuple[float, float]]  # kind and shape -> (how often, bytes in all)
-    expansions: dict[str, float]  # where in the model -> bytes written beyond what the formulas know
+    # Where in the model -> bytes of large results that the formulas do not know: written to memory, or passed on in L2.
+    expansions: dict[str, float]
+    cached: dict[str, float]
 
 
 def missing() -> str | None:
@@ -80,7 +83,9 @@ def compile_programs(plan: Plan, target: Target, context: int) -> dict[str, Prog
             "drafted round": (plan.drafter.block_size, 1, inputs.lower_decode()),
         }
     with ThreadPoolExecutor() as pool:  # XLA compiles each on one core
-        programs = {name: pool.submit(_compiled, plan, context, *entry) for name, entry in lowered.items()}
+        programs = {
+            name: pool.submit(_compiled, plan, target.gpu.l2, context, *entry) for name, entry in lowered.items()
+        }
         return {name: program.result() for name, program in programs.items()}
 
 
@@ -120,7 +125,7 @@ class _Inputs:
         return decoding.decode.lower(self.engine, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
 
 
-def _compiled(plan: Plan, context: int, tokens: int, depth: int, lowered: Any) -> Program:
+def _compiled(plan: Plan, l2: int, context: int, tokens: int, depth: int, lowered: Any) -> Program:
     started = time.perf_counter()
     try:
         program = lowered.compile()
@@ -128,14 +133,14 @@ def _compiled(plan: Plan, context: int, tokens: int, depth: int, lowered: Any) -
         raise UserError(f"plan: the compiler refused the program ({str(error).splitlines()[0][:300]})") from None
     seconds = time.perf_counter() - started
     memory = program.memory_analysis()
-    collectives, expansions = _moved(plan, context, tokens, depth, program.as_text())
-    return Program(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, collectives, expansions)
+    moved = _moved(plan, context, tokens, depth, program.as_text(), l2 // L2_SHARE)
+    return Program(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, *moved)
 
 
 def _moved(
-    plan: Plan, context: int, tokens: int, depth: int, text: str
-) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """Collectives, and large intermediate results, of what runs `depth` loops deep.
+    plan: Plan, context: int, tokens: int, depth: int, text: str, limit: int
+) -> tuple[dict[str, tuple[float, float]], dict[str, float], dict[str, float]]:
+    """Collectives, and large intermediate results above and below `limit`, of what runs `depth` loops deep.
 
     Loops further in visit experts, or chunks of a long cache.
     """
@@ -144,6 +149,7 @@ def _moved(
     carried = parameter_shapes(text)
     collectives: dict[str, tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
     expansions: dict[str, float] = collections.defaultdict(float)
+    cached: dict[str, float] = collections.defaultdict(float)
     for step in executed(text):
         if len(step.loops) < depth:
             continue
@@ -157,8 +163,9 @@ def _moved(
         elif instruction.source.endswith("scatter") and instruction.shape in carried:
             continue  # a few rows of a cache, in place
         elif instruction.nbytes >= LARGE and not instruction.opcode.endswith("-done"):
-            expansions[_place(instruction.source)] += times * instruction.nbytes
-    return dict(collectives), dict(expansions)
+            found = expansions if instruction.nbytes > limit else cached
+            found[_place(instruction.source)] += times * instruction.nbytes
+    return dict(collectives), dict(expansions), dict(cached)
 
 
 def _place(source: str) -> str:

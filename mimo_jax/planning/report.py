@@ -91,8 +91,9 @@ def _program_lines(name: str, program: dict[str, Any]) -> list[str]:
     ]
     for kind, (count, nbytes) in sorted(program["collectives"].items()):
         lines.append(f"  {count:6.0f} x {kind} = {nbytes / 1e6:.2f} MB")
-    for place, nbytes in sorted(program["expansions"].items(), key=lambda row: -row[1])[:8]:
-        lines.append(f"  {nbytes / 1e9:8.3f} GB written beyond the formulas by {place}")
+    for kind, verb in (("expansions", "written beyond the formulas by"), ("cached", "passed on within L2 by")):
+        for place, nbytes in sorted(program[kind].items(), key=lambda row: -row[1])[:8]:
+            lines.append(f"  {nbytes / 1e9:8.3f} GB {verb} {place}")
     return lines
 
 

@@ -47,6 +47,11 @@ class TrainConfig:
             raise UserError(f"training: decay_steps={self.decay_steps}, warmup={self.warmup} must not be negative")
 
     @property
+    def mtp_rows(self) -> int:
+        """Sequences of a batch that the MTP layers learn from."""
+        return max(1, self.batch // self.mtp_share)
+
+    @property
     def schedule(self) -> optax.Schedule:
         return learning_rate(self.peak_rate, self.warmup, self.decay_start, self.decay_steps)
 
@@ -78,7 +83,7 @@ def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig,
     tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
     logits_BTC, features, _ = apply({"params": params}, tokens_BT)
     loss = jnp.mean(cross_entropy(logits_BTC, targets_BT))
-    rows = max(1, train.batch // train.mtp_share)
+    rows = train.mtp_rows
     hidden_BTD, targets_BT = features.hidden[:rows], targets_BT[:rows]
     ahead = apply({"params": params}, hidden_BTD, tokens_BT[:rows], method="predict_ahead")
     mtp_loss = jnp.float32(0)
