@@ -23,6 +23,7 @@ SMALL_STAGES = 2
 SMALL = (86, 89, 120, 121)  # capabilities of GPUs whose programs share 99 KB only
 PARTS_AT_ONCE = 16  # that are merged
 NARROWEST = 16  # `dot` takes no less
+WIDEST_KEY, WIDEST_VALUE = 192, 128  # of the real models; more would not fit the shared memory of every GPU
 MOST = 2**31 - 1  # elements of a head, which the kernel counts in 32 bits
 
 
@@ -36,6 +37,8 @@ def unsupported(q_BTHQ: Array, k_BKSQ: Array, v_BKSV: Array) -> str | None:
     capacity, width, v_width = k_BKSQ.shape[2], k_BKSQ.shape[3], v_BKSV.shape[3]
     if capacity * max(width, v_width) > MOST:
         return f"{capacity} rows of {max(width, v_width)}, of which a head may hold {MOST} elements"
+    if width > WIDEST_KEY or v_width > WIDEST_VALUE:
+        return f"keys of width {width} and values of width {v_width}, of at most {WIDEST_KEY} and {WIDEST_VALUE}"
     if not all(_is_wide_power(part) for part in (low_columns(width), width - low_columns(width))):
         return f"keys of width {width}, not the sum of two powers of two from {NARROWEST} on"
     if not _is_wide_power(v_width):

@@ -46,7 +46,7 @@ def attend_part(
     """ROWS (token, head of the group) pairs over every PARTS-th block of KEYS keys.
 
     Writes their weighted values, and the maximum (in base 2) and the sum that these are relative to; where there is
-    no block to read, the maximum alone, which is too low for anything to weigh.
+    no block to read, a maximum alone, so low that `merge` reads nothing else.
     """
     tiles: tl.constexpr = (T * G + ROWS - 1) // ROWS
     head = tl.program_id(0) // tiles  # of all rows of the batch
