@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import jax
 
 HOPPER = 90
-_absent: ContextVar[int | None] = ContextVar("capability of a GPU that is not here", default=None)
+# Capability of a GPU that is not here. JAX keeps what was traced for each apart; a ContextVar's value it would not see.
+_absent = jax.make_user_context()
 
 
 @contextmanager
 def compiling_for(capability: int) -> Iterator[None]:
     """Programs lowered inside are for GPUs of this kind (90 for Hopper), which need not be here."""
-    token = _absent.set(capability)
-    try:
+    with _absent(capability):
         yield
-    finally:
-        _absent.reset(token)
 
 
 def capability() -> int | None:
     """Ten times the compute capability of JAX's default device, if it is an NVIDIA GPU, or of `compiling_for`'s."""
-    if (absent := _absent.get()) is not None:
+    if (absent := _absent.value) is not None:
         return absent
     if jax.default_backend() != "gpu":
         return None

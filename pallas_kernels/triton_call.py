@@ -29,7 +29,7 @@ def call(
     grid: tuple[int, ...],
     warps: int = 4,
     stages: int = 3,
-    **constants: int,
+    **constants: float,
 ) -> Any:
     """Arrays of the shapes and dtypes `out`, which the kernel takes as its last pointers; for `devices.capability`."""
     import jax_triton

@@ -11,9 +11,9 @@ from mimo_jax.cache import LayerCache, append, row_positions
 from mimo_jax.config import GLOBAL, MAX_BLOCK, SLIDING, ModelConfig
 from mimo_jax.modeling.layers import linear, matrix_init, rotate, weight_init
 from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, multiply_fp8, suits_fp8
-
-_MASKED = -1e30  # finite: a row of padding may have nothing visible at all
-CHUNK = 8192  # keys of a long cache that are attended to at a time: the scores of more would not stay in a GPU's caches
+from mimo_jax.sharding import CACHE, current_mesh, spec_of
+from pallas_kernels.attention import attend_long
+from pallas_kernels.attention.reference import CHUNK, scores
 
 
 def attend(
@@ -26,7 +26,7 @@ def attend(
     """Softmax attention in float32; the sink joins the denominator as one more logit that has no value vector."""
     batch, steps, heads = q_BTHQ.shape[:3]
     kv_heads = k_BKSQ.shape[1]
-    s_BKGTS = _scores(q_BTHQ, k_BKSQ, visible_BTS)
+    s_BKGTS = scores(q_BTHQ, k_BKSQ, visible_BTS)
     top = jnp.max(s_BKGTS, axis=-1, keepdims=True)
     sink_KG = None
     if sink_H is not None:
@@ -41,52 +41,20 @@ def attend(
     return jnp.einsum("bkgts,bksv->btkgv", p_BKGTS, v_BKSV).reshape(batch, steps, heads, -1)
 
 
-def _scores(q_BTHQ: Array, k_BKSQ: Array, visible_BTS: Array) -> Float[Array, "B K G T S"]:
-    batch, steps, _, dim = q_BTHQ.shape
-    q_BTKGQ = q_BTHQ.reshape(batch, steps, k_BKSQ.shape[1], -1, dim)
-    s_BKGTS = jnp.einsum("btkgq,bksq->bkgts", q_BTKGQ, k_BKSQ, preferred_element_type=jnp.float32) * dim**-0.5
-    return jnp.where(visible_BTS[:, None, None], s_BKGTS, _MASKED)
-
-
-def attend_in_chunks(
+def attend_rows(
     q_BTHQ: Float[Array, "B T H Q"],
-    k_BKSQ: Float[Array, "B K S Q"],
-    v_BKSV: Float[Array, "B K S V"],
+    layer: LayerCache,
     query_BT: Int[Array, "B T"],
     sink_H: Float[Array, "H"] | None,
-    chunk: int,
 ) -> Float[Array, "B T H V"]:
-    """What `attend` gives for keys whose row is their position, `chunk` of them at a time.
-
-    Rows behind the last query are not read. The softmax is kept as a running maximum, sum and weighted values
-    (arXiv 1805.02867). Has no gradient.
-    """
-    batch, steps, heads = q_BTHQ.shape[:3]
-    kv_heads, rows = k_BKSQ.shape[1:3]
-
-    def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        before, total, out = carry
-        start = jnp.minimum(index * chunk, rows - chunk)
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=2) for x in (k_BKSQ, v_BKSV))
-        key_S = start + jnp.arange(chunk)
-        key_S = jnp.where(key_S >= index * chunk, key_S, -1)  # the last chunk may start among the keys before it
-        visible_BTS = visibility(query_BT, jnp.broadcast_to(key_S, (batch, chunk)), None)
-        s_BKGTS = _scores(q_BTHQ, keys, visible_BTS)
-        top = jnp.maximum(before, jnp.max(s_BKGTS, axis=-1, keepdims=True))
-        e_BKGTS, kept = jnp.exp(s_BKGTS - top), jnp.exp(before - top)
-        seen = jnp.einsum("bkgts,bksv->bkgtv", e_BKGTS.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return top, total * kept + jnp.sum(e_BKGTS, axis=-1, keepdims=True), out * kept + seen
-
-    shape = (batch, kv_heads, heads // kv_heads, steps)
-    top, total = jnp.full((*shape, 1), _MASKED), jnp.zeros((*shape, 1))
-    if sink_H is not None:
-        sink_KG = sink_H.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
-        top, total = jnp.maximum(top, sink_KG), total + 1.0
-    out = jnp.zeros((*shape, v_BKSV.shape[-1]))
-    count = jnp.minimum(jnp.max(query_BT) // chunk + 1, -(-rows // chunk))
-    _, total, out = jax.lax.fori_loop(0, count, visit, (top, total, out))
-    out_BTKGV = jnp.moveaxis(out / total, 3, 1).astype(v_BKSV.dtype)
-    return out_BTKGV.reshape(batch, steps, heads, -1)
+    """What `attend` gives for a cache whose rows are positions; those behind the last query are not read."""
+    if current_mesh() is None:
+        return attend_long(q_BTHQ, layer.keys, layer.values, query_BT, sink_H)
+    # By hand: the compiler cannot cut a kernel by heads.
+    queries, rows, heads = spec_of(("batch", None, "heads", None)), spec_of(CACHE), spec_of(("heads",))
+    in_specs = (queries, rows, rows, spec_of(("batch", None)), None if sink_H is None else heads)
+    per_device = jax.shard_map(attend_long, in_specs=in_specs, out_specs=queries, check_vma=False)
+    return per_device(q_BTHQ, layer.keys, layer.values, query_BT, sink_H)
 
 
 def heads_first(x_BTKQ: Float[Array, "B T K Q"]) -> Float[Array, "B K T Q"]:
@@ -173,7 +141,7 @@ class Attention(nn.Module):
         else:
             keys, values = updated.keys, updated.values
             if self.kind == GLOBAL and keys.shape[2] > CHUNK:
-                return attend_in_chunks(q, keys, values, query_BT, sink_H, CHUNK), updated
+                return attend_rows(q, updated, query_BT, sink_H), updated
             # In the order of the cache's rows, which is the same for a token that is read alone or in a block.
             key_BS = row_positions(self.kind, keys.shape[2], lengths_B + counts_B)
         return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated

@@ -24,7 +24,6 @@ from mimo_jax.cache import init_cache
 from mimo_jax.checkpoint.orbax import abstract_tree
 from mimo_jax.drafting import BlockDrafter
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.attention import CHUNK
 from mimo_jax.modeling.drafter import abstract_drafter
 from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes, result_shape
 from mimo_jax.planning.machines import Target, target_description
@@ -32,6 +31,7 @@ from mimo_jax.planning.traffic import Plan, distinct_experts
 from mimo_jax.sampling import Greedy
 from mimo_jax.sharding import cache_shardings, make_mesh, parameter_shardings, shapes_on
 from mimo_jax.tiles import abstract_tiled, wants_tiles
+from pallas_kernels.attention.reference import CHUNK
 from pallas_kernels.devices import compiling_for
 
 PACKAGES = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mimo_jax.cache import LayerCache
 from mimo_jax.config import GLOBAL, SLIDING
-from mimo_jax.modeling.attention import Attention, attend, attend_banded, attend_in_chunks, heads_first, visibility
+from mimo_jax.modeling.attention import Attention, attend, attend_banded, attend_rows, heads_first, visibility
 from mimo_jax.modeling.layers import rotary_table
+from mimo_jax.sharding import Layout, make_mesh, place_cache, using
 from tests.tiny import random_params, tiny_config
 
 
@@ -29,21 +31,23 @@ def test_band_equals_mask(length, with_sink):
     np.testing.assert_allclose(banded(q, k, v, window, sink), dense, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [24, 29])
 @pytest.mark.parametrize("with_sink", [False, True])
-def test_chunks_equal_the_whole_cache(rows, with_sink):
-    """A long cache read in chunks, a ragged last one too, gives what reading it at once gives; the rest is not read."""
-    heads, steps, chunk = 4, 3, 8
-    q, k, v = random((2, steps, heads, 12), 0), random((2, 2, rows, 12), 1), random((2, 2, rows, 8), 2)
+def test_a_mesh_cuts_a_long_cache_by_heads(with_sink):
+    """Rows that are positions, as `attend` sees them, on one device and with batch and heads dealt out over eight."""
+    heads, rows, steps = 8, 20, 3
+    q, layer = random((2, steps, heads, 12), 0), LayerCache(random((2, 4, rows, 12), 1), random((2, 4, rows, 8), 2))
     sink = random((heads,), 3) if with_sink else None
-    chunked = jax.jit(attend_in_chunks, static_argnums=5)
-    for lengths in ([0, 5], [7, 13], [16, 9], [21, 20]):
-        query = jnp.array(lengths)[:, None] + jnp.arange(steps)
-        visible = visibility(query, jnp.broadcast_to(jnp.arange(rows), (2, rows)), None)
-        dense = jax.jit(attend)(q, k, v, visible, sink)
-        read = (max(lengths) + steps - 1) // chunk * chunk + chunk
-        rest = jnp.where(jnp.arange(rows) < read, 0.0, jnp.nan)[:, None] if read + chunk <= rows else 0.0
-        np.testing.assert_allclose(chunked(q, k + rest, v + rest, query, sink, chunk), dense, atol=1e-6)
+    query = jnp.array([[4], [17]]) + jnp.arange(steps)
+    visible = visibility(query, jnp.broadcast_to(jnp.arange(rows), (2, rows)), None)
+    dense = jax.jit(attend)(q, layer.keys, layer.values, visible, sink)
+    for mesh in (None, make_mesh(Layout(data=2, tensor=4))):
+
+        def run(q, layer, query, sink, mesh=mesh):
+            with using(mesh):
+                return attend_rows(q, layer, query, sink)
+
+        found = jax.jit(run)(q, place_cache(layer, mesh), query, sink)
+        np.testing.assert_allclose(found, dense, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 4, None])
