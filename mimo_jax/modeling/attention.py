@@ -132,6 +132,8 @@ class Attention(nn.Module):
     def _attend_cached(self, q, k, v, sink_H, window, cache, lengths_B, counts_B):
         query_BT = lengths_B[:, None] + jnp.arange(q.shape[1])
         updated = append(cache, k, v, lengths_B, counts_B, self.kind)
+        if self.kind == GLOBAL and updated.keys.shape[2] > CHUNK:
+            return attend_rows(q, updated, query_BT, sink_H), updated
         if self.kind == SLIDING and q.shape[1] > MAX_BLOCK:
             # The ring as it was, then the new tokens: a long chunk overwrites rows its first queries still need.
             keys = jnp.concatenate([cache.keys, heads_first(k)], axis=2)
@@ -139,10 +141,8 @@ class Attention(nn.Module):
             held_BS = row_positions(self.kind, cache.keys.shape[2], lengths_B)
             key_BS = jnp.concatenate([held_BS, query_BT], axis=1)
         else:
-            keys, values = updated.keys, updated.values
-            if self.kind == GLOBAL and keys.shape[2] > CHUNK:
-                return attend_rows(q, updated, query_BT, sink_H), updated
             # In the order of the cache's rows, which is the same for a token that is read alone or in a block.
+            keys, values = updated.keys, updated.values
             key_BS = row_positions(self.kind, keys.shape[2], lengths_B + counts_B)
         return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated
 
