@@ -1,7 +1,7 @@
 """Where every array lives on a mesh: one table from parameter names to logical axes, one from those to mesh axes.
 
 Parameters and caches are placed by their names and shapes, and the compiler follows. Where it would move more than it
-must, modules call `rows_of` and `gathered`, or take the mesh in hand (`experts.routed_ffn`); without a mesh all that is
+must, modules call `rows_of` and `gathered`, or take the mesh in hand (`experts.routed_ffn`, `fp8_linear`); without a mesh all that is
 nothing (docs/LOG.md says what each of them avoids).
 
 A mesh has three axes. "data" splits the batch. The devices of one replica are "expert" x "tensor": routed experts are
