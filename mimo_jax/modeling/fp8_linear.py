@@ -21,8 +21,8 @@ def fp8_linear(x: Float[Array, "... K"], weight: Weight, axes: Axes) -> Float[Ar
     """
     if not isinstance(weight, BlockFp8Tensor):
         return None
-    backend = choose(x, weight.codes) if _can_be_cut(weight, axes) else "reference"
-    if backend != "reference":
+    backend = choose(x, weight.codes)
+    if backend != "reference" and _can_be_cut(weight, axes):
         return on_each_device(x, weight, axes, backend)
     return multiply_fp8(x, weight) if suits_fp8(weight, x) else None
 
@@ -41,7 +41,7 @@ def _can_be_cut(weight: BlockFp8Tensor, axes: Axes) -> bool:
 def on_each_device(
     x: Float[Array, "B ... K"], weight: BlockFp8Tensor, axes: Axes, backend: str
 ) -> Float[Array, "B ... *N"]:
-    """`multiply_fp8` of what each device of the mesh holds, for the compiler cannot partition a kernel."""
+    """`multiply_fp8` of what each device of the mesh holds; by hand, for the compiler cannot partition a kernel."""
     if current_mesh() is None:
         return multiply_fp8(x, weight, backend)
     *rows, cols = axes
