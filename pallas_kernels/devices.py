@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import jax
 
 HOPPER = 90
-_absent: ContextVar[int | None] = ContextVar("capability of a GPU that is not here", default=None)
+# The capability of a GPU that is not here. Not a ContextVar, which jit does not see: it would find traces for another.
+_absent = jax.make_user_context(default_value=None)
 
 
 @contextmanager
 def compiling_for(capability: int) -> Iterator[None]:
     """Programs lowered inside are for GPUs of this kind (90 for Hopper), which need not be here."""
-    token = _absent.set(capability)
-    try:
+    with _absent(capability):
         yield
-    finally:
-        _absent.reset(token)
 
 
 def capability() -> int | None:
     """Ten times the compute capability of JAX's default device, if it is an NVIDIA GPU, or of `compiling_for`'s."""
-    if (absent := _absent.get()) is not None:
+    if (absent := _absent.value) is not None:
         return absent
     if jax.default_backend() != "gpu":
         return None

@@ -48,9 +48,9 @@ def test_it_compiles_for_each_generation(target, capability):
             scales = argument((shape.chunks, -(-shape.rows // 128), shape.cols // 128), jnp.float32)
             with compiling_for(capability):
                 assert choose(x, codes) == "triton"
-                # A function of its own: jit would find the trace for the other GPU again.
-                lowered = jax.jit(lambda *inputs: fp8_matmul(*inputs)).lower(x, codes, scales)
-            program = lowered.compile()
+                traced = jax.jit(fp8_matmul).trace(x, codes, scales)
+                program = traced.lower().compile()
+            assert f"compute_capability={capability}" in str(traced.jaxpr)
             assert program.memory_analysis().temp_size_in_bytes < 1e5
             assert " copy(" not in program.as_text()
 
