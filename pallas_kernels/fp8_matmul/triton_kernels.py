@@ -16,7 +16,7 @@ def few(
     T: tl.constexpr, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a chunk times all tokens; each warp sums every BLOCKS-th block of columns, and adds to the others.
+    """ROWS rows of a chunk times all tokens; each warp takes every BLOCKS-th block of columns, and their sums add up.
 
     A product of so few rows and tokens is a chain of dependent instructions; several chains hide each other's latency.
     """
@@ -24,23 +24,26 @@ def few(
     chunk = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = tl.arange(0, TOKENS)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCKS * BLOCK)[None, :]
     blocks = tl.arange(0, BLOCKS)[:, None, None]
-    codes_ptr += (chunk * N + rows[None, :, None]) * K + columns[None, None, :]
-    scales_ptr += (chunk * tl.cdiv(N, BLOCK) + row_block) * (K // BLOCK)
-    x_ptr += tokens[None, None, :] * K + columns[None, :, None]
-    is_row = (rows < N)[None, :, None]
-    is_token = (tokens < T)[None, None, :]
+    is_row = (rows < N)[:, None]
+    is_token = (tokens < T)[:, None]
+    codes_ptr += (chunk * N + rows[:, None]) * K + columns
+    scales_ptr += (chunk * tl.cdiv(N, BLOCK) + row_block) * (K // BLOCK) + blocks
+    x_ptr += tokens[:, None] * K + columns
     y = tl.zeros((BLOCKS, ROWS, TOKENS), tl.float32)
     # One step ahead by hand: Triton pipelines what a product reads, and would wait for these.
-    scale = tl.load(scales_ptr + blocks, mask=blocks < K // BLOCK, other=0.0)
-    for step in range(tl.cdiv(K // BLOCK, BLOCKS)):
-        block = step * BLOCKS + blocks
-        is_block = block < K // BLOCK
-        codes = tl.load(codes_ptr + block * BLOCK, mask=is_block & is_row, other=0.0)
-        x = tl.load(x_ptr + block * BLOCK, mask=is_block & is_token, other=0.0)
-        next_scale = tl.load(scales_ptr + block + BLOCKS, mask=block + BLOCKS < K // BLOCK, other=0.0)
-        y += scale * tl.dot(_decode(codes, x.dtype), x)
+    scale = tl.load(scales_ptr, mask=blocks < K // BLOCK, other=0.0)
+    for start in range(0, K // BLOCK, BLOCKS):
+        is_column = start * BLOCK + columns < K
+        # As rows of memory, and cut into blocks afterwards: loaded as blocks, they would lie in few banks.
+        codes = tl.load(codes_ptr + start * BLOCK, mask=is_column & is_row, other=0.0)
+        x = tl.load(x_ptr + start * BLOCK, mask=is_column & is_token, other=0.0)
+        left = tl.permute(tl.reshape(_decode(codes, x.dtype), (ROWS, BLOCKS, BLOCK)), (1, 0, 2))
+        right = tl.permute(tl.reshape(x, (TOKENS, BLOCKS, BLOCK)), (1, 2, 0))
+        ahead = start + BLOCKS
+        next_scale = tl.load(scales_ptr + ahead, mask=ahead + blocks < K // BLOCK, other=0.0)
+        y += scale * tl.dot(left, right)
         scale = next_scale
     where = y_ptr + tokens[None, :] * (G * N) + chunk * N + rows[:, None]
     tl.store(where, tl.sum(y, axis=0), mask=(rows < N)[:, None] & (tokens < T)[None, :])
