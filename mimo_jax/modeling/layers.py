@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config import ModelConfig
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.modeling.fp8_linear import fp8_linear
+from mimo_jax.modeling.fp8_linear import Axes, fp8_linear
 from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, quantize_fp8, quantize_mx, turn
 from mimo_jax.sharding import PARAMETERS
 
@@ -32,9 +32,7 @@ def weight_init(fmt: str, shape: tuple[int, ...], scale: float, dtype: str) -> C
     return init
 
 
-def linear(
-    x: Float[Array, "... K"], weight: Weight, out_dtype=None, axes: tuple[str | None, ...] = ()
-) -> Float[Array, "... N"]:
+def linear(x: Float[Array, "... K"], weight: Weight, out_dtype=None, axes: Axes = ()) -> Float[Array, "... N"]:
     """x W^T for a stored weight [N, K], accumulated in float32; `axes` as for `fp8_linear`."""
     if isinstance(weight, TurnedMatrix):
         y = jnp.einsum("...k,kn->...n", x, weight.matrix.astype(x.dtype), preferred_element_type=jnp.float32)
