@@ -1,8 +1,8 @@
 """Where every array lives on a mesh: one table from parameter names to logical axes, one from those to mesh axes.
 
 Parameters and caches are placed by their names and shapes, and the compiler follows. Where it would move more than it
-must, modules call `rows_of` and `gathered`, or take the mesh in hand (`experts.routed_ffn`); without a mesh all that is
-nothing (docs/LOG.md says what each of them avoids).
+must, modules call `rows_of` and `gathered`, or take the mesh in hand (`experts.routed_ffn`, `fp8_linear`); without a
+mesh all that is nothing (docs/LOG.md says what each of them avoids).
 
 A mesh has three axes. "data" splits the batch. The devices of one replica are "expert" x "tensor": routed experts are
 dealt out over the first and cut over the second, everything else is cut over both. Tensor parallel over 8 is 1 x 8.

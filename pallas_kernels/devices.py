@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import jax
 
 HOPPER = 90
-# Capability of a GPU that is not here. JAX keeps what was traced for each apart; a ContextVar's value it would not see.
-_absent = jax.make_user_context()
+# The capability of a GPU that is not here. Not a ContextVar, which jit does not see: it would find traces for another.
+_absent = jax.make_user_context(default_value=None)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.cache import LayerCache, append, row_positions
 from mimo_jax.config import GLOBAL, MAX_BLOCK, SLIDING, ModelConfig
+from mimo_jax.modeling.fp8_linear import fp8_linear
 from mimo_jax.modeling.layers import linear, matrix_init, rotate, weight_init
-from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, multiply_fp8, suits_fp8
-from mimo_jax.sharding import CACHE, current_mesh, spec_of
+from mimo_jax.quantization import TurnedMatrix, Weight, dequantize
+from mimo_jax.sharding import CACHE, PARAMETERS, current_mesh, spec_of
 from pallas_kernels.attention import attend_long
 from pallas_kernels.attention.reference import CHUNK, scores
 
@@ -157,7 +158,10 @@ class Attention(nn.Module):
 
         lead = x_BTD.shape[:2]
         if config.qkv_layout == "split":
-            parts = [linear(x_BTD, weight(name, (size, config.hidden_size))) for name, size in zip("qkv", sizes)]
+            parts = [
+                linear(x_BTD, weight(name, (size, config.hidden_size)), axes=PARAMETERS[name])
+                for name, size in zip("qkv", sizes)
+            ]
         else:
             chunks = config.qkv_chunks
             rows = [size // chunks for size in sizes]
@@ -174,8 +178,8 @@ class Attention(nn.Module):
 
 def linear_chunked(x_BTD: Float[Array, "B T D"], weight: Weight, chunks: int) -> Float[Array, "B T G M"]:
     """x W^T for a weight stored as [G chunks, M rows, D]; the chunk axis is kept."""
-    if suits_fp8(weight, x_BTD):
-        return multiply_fp8(x_BTD, weight).astype(x_BTD.dtype)
+    if (y_BTGM := fp8_linear(x_BTD, weight, PARAMETERS["qkv"])) is not None:
+        return y_BTGM.astype(x_BTD.dtype)
     # As one flat matrix: contracted with three axes, XLA on CPU transposes the whole weight at every step.
     if not isinstance(weight, TurnedMatrix):
         weight = dequantize(weight, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])

@@ -13,16 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config import ModelConfig
 from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.quantization import (
-    TurnedMatrix,
-    Weight,
-    dequantize,
-    multiply_fp8,
-    quantize_fp8,
-    quantize_mx,
-    suits_fp8,
-    turn,
-)
+from mimo_jax.modeling.fp8_linear import Axes, fp8_linear
+from mimo_jax.quantization import TurnedMatrix, Weight, dequantize, quantize_fp8, quantize_mx, turn
+from mimo_jax.sharding import PARAMETERS
 
 Params = dict[str, Any]  # a parameter tree
 
@@ -39,13 +32,11 @@ def weight_init(fmt: str, shape: tuple[int, ...], scale: float, dtype: str) -> C
     return init
 
 
-def linear(x: Float[Array, "... K"], weight: Weight, out_dtype=None) -> Float[Array, "... N"]:
-    """x W^T for a stored weight [N, K], accumulated in float32."""
+def linear(x: Float[Array, "... K"], weight: Weight, out_dtype=None, axes: Axes = ()) -> Float[Array, "... N"]:
+    """x W^T for a stored weight [N, K], accumulated in float32; `axes` as for `fp8_linear`."""
     if isinstance(weight, TurnedMatrix):
         y = jnp.einsum("...k,kn->...n", x, weight.matrix.astype(x.dtype), preferred_element_type=jnp.float32)
-    elif suits_fp8(weight, x):
-        y = multiply_fp8(x, weight)
-    else:
+    elif (y := fp8_linear(x, weight, axes)) is None:
         y = jnp.einsum("...k,nk->...n", x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
     return y.astype(out_dtype or x.dtype)
 
@@ -107,4 +98,5 @@ class DenseMlp(nn.Module):
             self.param(name, weight_init(self.fmt, shape, self.init_range, self.param_dtype))
             for name, shape in shapes.items()
         )
-        return linear(nn.silu(linear(x, gate)) * linear(x, up), down)
+        hidden = nn.silu(linear(x, gate, axes=PARAMETERS["gate"])) * linear(x, up, axes=PARAMETERS["up"])
+        return linear(hidden, down, axes=PARAMETERS["down"])

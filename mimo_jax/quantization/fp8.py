@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
-BLOCK = 128
+from pallas_kernels.fp8_matmul import BLOCK, fp8_matmul
+
 E4M3_MAX = 448.0
 FEW_ROWS = 16  # the sums of 8 rows take an eighth of the bytes of expanded weights; those of 64 rows take as many
 
@@ -71,18 +72,16 @@ def suits_fp8(weights: object, x: Float[Array, "*B K"]) -> TypeGuard[BlockFp8Ten
     return weights.shape[-1] % BLOCK == 0 and x.size <= FEW_ROWS * x.shape[-1]
 
 
-def multiply_fp8(x: Float[Array, "*B K"], weights: BlockFp8Tensor) -> Float[Array, "*B N"]:
+def multiply_fp8(x: Float[Array, "*B K"], weights: BlockFp8Tensor, backend: str = "reference") -> Float[Array, "*B N"]:
     """x W^T for weights [..., N, K], accumulated in float32, as [..., N] behind the leading axes of `x`.
 
-    Every block of 128 columns is multiplied as codes, and its sums are scaled: XLA on GPU fuses a plain conversion into
-    its matrix product, but writes scaled weights to memory first. Needs K in whole blocks.
+    `backend` is one of `pallas_kernels.fp8_matmul.BACKENDS`. Needs K in whole blocks.
     """
-    *lead, rows, cols = weights.shape
-    codes_GNbk = weights.codes.astype(x.dtype).reshape(-1, rows, cols // BLOCK, BLOCK)
-    scales_GNb = jnp.repeat(weights.scales, BLOCK, axis=-2)[..., :rows, :].reshape(-1, rows, cols // BLOCK)
-    x_Tbk = x.reshape(-1, cols // BLOCK, BLOCK)
-    sums_bTGN = jnp.einsum("tbk,gnbk->btgn", x_Tbk, codes_GNbk, preferred_element_type=jnp.float32)
-    return jnp.einsum("btgn,gnb->tgn", sums_bTGN, scales_GNb).reshape(*x.shape[:-1], *lead, rows)
+    codes_GNK, scales_Gnk = (
+        jnp.asarray(part).reshape(-1, *part.shape[-2:]) for part in (weights.codes, weights.scales)
+    )
+    y_TGN = fp8_matmul(x.reshape(-1, x.shape[-1]), codes_GNK, scales_Gnk, backend=backend)
+    return y_TGN.reshape(*x.shape[:-1], *weights.shape[:-1])
 
 
 def dequantize_fp8(weights: BlockFp8Tensor, dtype=jnp.float32) -> Float[Array, "*N K"]:

@@ -52,5 +52,6 @@ def test_it_compiles_for_each_generation(target, capability):
     x = argument((tokens, shape.hidden), jnp.bfloat16)
     ids, weights = (argument((tokens, shape.chosen), dtype) for dtype in (jnp.int32, jnp.float32))
     with compiling_for(capability):
-        lowered = jax.jit(triton.expert_ffn, static_argnums=(4, 5)).lower(x, ids, weights, experts, 0, shape.experts)
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 64e6  # a stack has 302 MB
+        traced = jax.jit(triton.expert_ffn, static_argnums=(4, 5)).trace(x, ids, weights, experts, 0, shape.experts)
+    assert f"compute_capability={capability}" in str(traced.jaxpr)
+    assert traced.lower().compile().memory_analysis().temp_size_in_bytes < 64e6  # a stack has 302 MB

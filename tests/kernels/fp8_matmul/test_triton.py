@@ -1,0 +1,74 @@
+"""The Triton backend without a GPU: numbers in Triton's interpreter, machine code for two generations."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from mimo_jax.planning import compiled
+from mimo_jax.planning.machines import parse_target
+from pallas_kernels.devices import compiling_for
+from pallas_kernels.fp8_matmul import choose, fp8_matmul
+from pallas_kernels.fp8_matmul.shapes import DOWN, GATE, QKV
+
+ROOT = Path(__file__).resolve().parents[3]
+NO_TRITON = importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None
+pytestmark = pytest.mark.skipif(NO_TRITON, reason="jax-triton or triton is not installed (the extra `triton`)")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="Triton's interpreter takes torch tensors")
+def test_interpreted_kernels_agree():
+    """Both kernels, all finite codes, two chunks that end in a short block: within float32's rounding of float64."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.fp8_matmul.interpreted_triton"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.strip().endswith("agreed"), done.stderr[-2000:]
+
+
+@pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # jax-triton 0.4 leaves it to Triton
+@pytest.mark.parametrize(("target", "capability"), [("1xh200", 90), ("1xb200", 100)])
+def test_it_compiles_for_each_generation(target, capability):
+    """Pro at TP8, decoding and prefill, with no such GPU here: nothing is written but the products."""
+    sharding = SingleDeviceSharding(compiled.topology(parse_target(target))[0])
+
+    def argument(dims, dtype):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    for shape in (QKV, GATE, DOWN):
+        for tokens in (8, 256):
+            x = argument((tokens, shape.cols), jnp.bfloat16)
+            codes = argument((shape.chunks, shape.rows, shape.cols), jnp.float8_e4m3fn)
+            scales = argument((shape.chunks, -(-shape.rows // 128), shape.cols // 128), jnp.float32)
+            with compiling_for(capability):
+                assert choose(x, codes) == "triton"
+                traced = jax.jit(fp8_matmul).trace(x, codes, scales)
+                program = traced.lower().compile()
+            assert f"compute_capability={capability}" in str(traced.jaxpr)
+            assert program.memory_analysis().temp_size_in_bytes < 1e5
+            assert " copy(" not in program.as_text()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rows", "reason"),
+    [
+        (80, jnp.bfloat16, 200, "compute capability 8.0; E4M3 came with 8.9"),
+        (90, jnp.float32, 200, "tokens of dtype float32"),
+        (90, jnp.bfloat16, 2**24, "an array of 2147483648 elements"),
+    ],
+)
+def test_what_it_does_not_serve_is_named(capability, dtype, rows, reason):
+    """The reference takes such calls, and asking for Triton by name is an error that says why it does not."""
+    x = jax.ShapeDtypeStruct((2, 128), dtype)
+    codes = jax.ShapeDtypeStruct((1, rows, 128), jnp.float8_e4m3fn)
+    scales = jax.ShapeDtypeStruct((1, -(-rows // 128), 1), jnp.float32)
+    with compiling_for(capability):
+        assert choose(x, codes) == "reference"
+        with pytest.raises(NotImplementedError, match=reason):
+            jax.eval_shape(lambda *inputs: fp8_matmul(*inputs, backend="triton"), x, codes, scales)
