@@ -27,7 +27,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.modeling.drafter import abstract_drafter
 from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes, result_shape
 from mimo_jax.planning.machines import Target, target_description
-from mimo_jax.planning.traffic import Plan, distinct_experts
+from mimo_jax.planning.traffic import Plan, distinct_experts, round_reads
 from mimo_jax.sampling import Greedy
 from mimo_jax.sharding import cache_shardings, make_mesh, parameter_shardings, shapes_on
 from mimo_jax.tiles import abstract_tiled, wants_tiles
@@ -36,8 +36,8 @@ from pallas_kernels.devices import compiling_for
 
 PACKAGES = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}
 INSTALL = "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm"
-LARGE = 1_000_000  # bytes: smaller results are not worth a line
-L2_SHARE = 4  # of the L2 cache, the part that one result may take to be read from there by what follows
+LARGE = 1_000_000  # bytes: smaller results stay in the caches of the chip
+NEGLIGIBLE = 0.01  # of the bytes that a program needs
 PREFILL_TOKENS = decoding.PREFILL_BUCKETS[-1]
 
 
@@ -49,9 +49,13 @@ class Program:
     arguments: int
     temporaries: int
     collectives: dict[str, tuple[float, float]]  # kind and shape -> (how often, bytes in all)
-    # Where in the model -> bytes of large results that the formulas do not know: written to memory, or passed on in L2.
-    expansions: dict[str, float]
-    cached: dict[str, float]
+    expansions: dict[str, float]  # where in the model -> bytes written beyond what the formulas know
+    needed: float  # bytes read, by the formulas
+
+    @property
+    def beyond(self) -> dict[str, float]:
+        """The expansions that matter."""
+        return {place: nbytes for place, nbytes in self.expansions.items() if nbytes > NEGLIGIBLE * self.needed}
 
 
 def missing() -> str | None:
@@ -83,9 +87,7 @@ def compile_programs(plan: Plan, target: Target, context: int) -> dict[str, Prog
             "drafted round": (plan.drafter.block_size, 1, inputs.lower_decode()),
         }
     with ThreadPoolExecutor() as pool:  # XLA compiles each on one core
-        programs = {
-            name: pool.submit(_compiled, plan, target.gpu.l2, context, *entry) for name, entry in lowered.items()
-        }
+        programs = {name: pool.submit(_compiled, plan, context, *entry) for name, entry in lowered.items()}
         return {name: program.result() for name, program in programs.items()}
 
 
@@ -125,7 +127,7 @@ class _Inputs:
         return decoding.decode.lower(self.engine, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
 
 
-def _compiled(plan: Plan, l2: int, context: int, tokens: int, depth: int, lowered: Any) -> Program:
+def _compiled(plan: Plan, context: int, tokens: int, depth: int, lowered: Any) -> Program:
     started = time.perf_counter()
     try:
         program = lowered.compile()
@@ -133,14 +135,15 @@ def _compiled(plan: Plan, l2: int, context: int, tokens: int, depth: int, lowere
         raise UserError(f"plan: the compiler refused the program ({str(error).splitlines()[0][:300]})") from None
     seconds = time.perf_counter() - started
     memory = program.memory_analysis()
-    moved = _moved(plan, context, tokens, depth, program.as_text(), l2 // L2_SHARE)
-    return Program(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, *moved)
+    collectives, expansions = _moved(plan, context, tokens, depth, program.as_text())
+    needed = sum(round_reads(plan, tokens, context, draft=depth > 0).values())
+    return Program(seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes, collectives, expansions, needed)
 
 
 def _moved(
-    plan: Plan, context: int, tokens: int, depth: int, text: str, limit: int
-) -> tuple[dict[str, tuple[float, float]], dict[str, float], dict[str, float]]:
-    """Collectives, and large intermediate results above and below `limit`, of what runs `depth` loops deep.
+    plan: Plan, context: int, tokens: int, depth: int, text: str
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """Collectives, and large intermediate results, of what runs `depth` loops deep.
 
     Loops further in visit experts, or chunks of a long cache.
     """
@@ -149,7 +152,6 @@ def _moved(
     carried = parameter_shapes(text)
     collectives: dict[str, tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
     expansions: dict[str, float] = collections.defaultdict(float)
-    cached: dict[str, float] = collections.defaultdict(float)
     for step in executed(text):
         if len(step.loops) < depth:
             continue
@@ -163,9 +165,8 @@ def _moved(
         elif instruction.source.endswith("scatter") and instruction.shape in carried:
             continue  # a few rows of a cache, in place
         elif instruction.nbytes >= LARGE and not instruction.opcode.endswith("-done"):
-            found = expansions if instruction.nbytes > limit else cached
-            found[_place(instruction.source)] += times * instruction.nbytes
-    return dict(collectives), dict(expansions), dict(cached)
+            expansions[_place(instruction.source)] += times * instruction.nbytes
+    return dict(collectives), dict(expansions)
 
 
 def _place(source: str) -> str:

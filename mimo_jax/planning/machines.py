@@ -10,21 +10,20 @@ from mimo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Per device: bytes of memory, bytes per second from it, bytes of L2 cache, dense BF16 operations per second."""
+    """Per device: bytes of memory, bytes per second from it, dense BF16 operations per second."""
 
     name: str
     memory: float
     bandwidth: float
-    l2: int
     flops: float
     cores: int
     capability: int  # major version of the compute capability
 
 
 GPUS = {
-    "h100": Gpu("h100", 80e9, 3.35e12, 50 * 2**20, 989e12, 132, 9),
-    "h200": Gpu("h200", 141e9, 4.8e12, 50 * 2**20, 989e12, 132, 9),
-    "b200": Gpu("b200", 180e9, 8.0e12, 126 * 2**20, 2250e12, 148, 10),
+    "h100": Gpu("h100", 80e9, 3.35e12, 989e12, 132, 9),
+    "h200": Gpu("h200", 141e9, 4.8e12, 989e12, 132, 9),
+    "b200": Gpu("b200", 180e9, 8.0e12, 2250e12, 148, 10),
 }
 MOST = 16
 # What XLA asks of a machine that it compiles for; a target description as its compile-only topologies read it.
@@ -34,7 +33,7 @@ _DESCRIPTION = """gpu_device_info {{
   core_count: {cores} fpus_per_core: 128 clock_rate_ghz: 1.98
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory:.0f} l2_cache_size: {l2}
+  memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory:.0f} l2_cache_size: 52428800
   cuda_compute_capability {{ major: {capability} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true

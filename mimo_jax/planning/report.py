@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.planning.compiled import Program
+from mimo_jax.planning.compiled import NEGLIGIBLE, Program
 from mimo_jax.planning.forecast import ACCEPTANCES, BOUNDS, all_reduces, roofline_seconds, tokens_per_second
 from mimo_jax.planning.machines import Target
 from mimo_jax.planning.traffic import Plan, cache_bytes, resident_weights, round_flops, round_reads
@@ -42,7 +42,9 @@ def record_of(plan: Plan, target: Target, context: int, programs: dict[str, Prog
             for accepted in ACCEPTANCES
         },
         "assumptions": {name: dataclasses.asdict(assumed) for name, assumed in BOUNDS.items()},
-        "programs": {name: dataclasses.asdict(program) for name, program in programs.items()},
+        "programs": {
+            name: dataclasses.asdict(program) | {"beyond": program.beyond} for name, program in programs.items()
+        },
     }
 
 
@@ -91,9 +93,12 @@ def _program_lines(name: str, program: dict[str, Any]) -> list[str]:
     ]
     for kind, (count, nbytes) in sorted(program["collectives"].items()):
         lines.append(f"  {count:6.0f} x {kind} = {nbytes / 1e6:.2f} MB")
-    for kind, verb in (("expansions", "written beyond the formulas by"), ("cached", "passed on within L2 by")):
-        for place, nbytes in sorted(program[kind].items(), key=lambda row: -row[1])[:8]:
-            lines.append(f"  {nbytes / 1e9:8.3f} GB {verb} {place}")
+    for place, nbytes in sorted(program["beyond"].items(), key=lambda row: -row[1]):
+        lines.append(f"  {nbytes / 1e9:8.3f} GB written beyond the formulas by {place}")
+    rest = sum(program["expansions"].values()) - sum(program["beyond"].values())
+    lines.append(
+        f"  {rest / 1e9:8.3f} GB in all by others, each below {NEGLIGIBLE:.0%} of {program['needed'] / 1e9:.1f} GB read"
+    )
     return lines
 
 
