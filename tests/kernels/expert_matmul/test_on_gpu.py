@@ -34,7 +34,7 @@ def stacks(backend: str, hidden: int, features: int):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tokens", [1, 8, 16, 60])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 256, 300])
 @pytest.mark.parametrize(("hidden", "features"), SIZES)
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
 def test_the_op_is_its_definition(backend, hidden, features, tokens, case):
