@@ -2,9 +2,10 @@
 
 python -m pallas_kernels.expert_matmul.benchmark [--shape pro-tp8] [--tokens 1 ... 256] [--backends ...] [--repeats 7]
 
-Up to 16 tokens are blocks of decoding, 256 a chunk of a prompt. Each token draws its experts uniformly without replacement, anew in every round; stacks are larger than the L2 cache.
-Fractions are bytes of the touched experts' codes and scales over time, against the datasheet and against a streaming
-read measured in the same run. Without a GPU: a small shape, the reference alone, and no fraction of anything.
+Up to 16 tokens are blocks of decoding, 256 a chunk of a prompt. Each token draws its experts uniformly without
+replacement, anew in every round; stacks are larger than the L2 cache. Fractions are bytes of the touched experts' codes
+and scales over time, against the datasheet and against a streaming read measured in the same run. Without a GPU: a
+small shape, the reference alone, and no fraction of anything.
 """
 
 from __future__ import annotations

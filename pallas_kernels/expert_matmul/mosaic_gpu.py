@@ -35,7 +35,7 @@ from pallas_kernels.expert_matmul.schedule import Shares, sorted_work_list, work
 CONSUMERS = 4  # warpgroups that compute: four warps for each of the four schedulers of a processor
 SHARED_MEMORY = 226 * 1024  # bytes that a Hopper processor gives one block, but for barriers
 MOST_SLOTS = 16
-MOST_PAGES = 2  # a page has more slots than the ring, so the page before the last one is free when one is needed
+MOST_PAGES = 2  # of a chunk, in shared memory; a page has more slots than the ring, so one of two is free in time
 PROCESSORS = 132  # of an H100 or H200 (SXM)
 MOST_PAIRS = 128  # of a block, for its list of work compares all with all
 GROUP_COLUMNS = 16  # of a group when tokens are many
@@ -49,6 +49,7 @@ class Plan:
     shares: Shares
     columns: int  # 8 or 16
     pairs: int  # rows of the result
+    pages: int  # that shared memory holds at a time
     consumers: int = CONSUMERS
     most_slots: int = MOST_SLOTS
     interpret: Any = None
@@ -56,11 +57,6 @@ class Plan:
     @property
     def cut(self) -> Tiling:
         return self.shares.cut
-
-    @property
-    def pages(self) -> int:
-        """Buffers for pages."""
-        return min(self.shares.most_pages, MOST_PAGES)
 
     @property
     def are_pages_reused(self) -> bool:
@@ -106,7 +102,8 @@ class Machine:
         columns = -(-tokens // mosaic_tile.COLUMNS) * mosaic_tile.COLUMNS if is_block else GROUP_COLUMNS
         groups = pairs if is_block else reference.most_blocks(pairs, num_experts, columns)
         shares = Shares(cut, self.processors, groups, is_block and cut.by_columns)
-        return Plan(shares, columns, pairs, self.consumers, self.most_slots, self.interpret)
+        pages = shares.most_pages if is_block else min(shares.most_pages, MOST_PAGES)
+        return Plan(shares, columns, pairs, pages, self.consumers, self.most_slots, self.interpret)
 
 
 HOPPER = Machine()
@@ -123,8 +120,9 @@ def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExpert
     if x_TD.shape[0] <= reference.DECODE_TOKENS and ids_TX.size > MOST_PAIRS:
         return f"{ids_TX.size} (token, expert) pairs in a block of {x_TD.shape[0]}, more than {MOST_PAIRS}"
     _, hidden, features = experts.sizes
+    tokens, chosen = ids_TX.shape
     for cut in (gate_up_tiling(hidden, features), down_tiling(hidden, features)):
-        if HOPPER.plan(cut, CHUNK_TOKENS, ids_TX.shape[1], experts.sizes[0]).slots < CONSUMERS:
+        if HOPPER.plan(cut, min(tokens, CHUNK_TOKENS), chosen, experts.sizes[0]).slots < CONSUMERS:
             return f"experts of {hidden} x {features}, whose tiles and activations do not fit into shared memory"
     return None
 
@@ -311,9 +309,10 @@ def _load_page(plan: Plan, place, page, x, rows, held, page_full, page_empty) ->
     # All rows are read before the first copy, or each copy would wait for a read of its own.
     found = [rows[place.group * plan.columns + column] for column in range(plan.columns)]
 
-    @pl.when(page >= plan.pages)
-    def reuse() -> None:
-        if plan.are_pages_reused:
+    if plan.are_pages_reused:
+
+        @pl.when(page >= plan.pages)
+        def reuse() -> None:
             plgpu.barrier_wait(page_empty.at[buffer])
 
     for column, row in enumerate(found):
