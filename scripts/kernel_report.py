@@ -68,7 +68,7 @@ def balance(deal: schedule.Shares, groups: int) -> tuple[float, float]:
 
 
 def expected_groups(shape: Shape, tokens: int) -> int:
-    """Distinct experts of a block whose tokens choose independently and uniformly."""
+    """Distinct experts of tokens that choose independently and uniformly; few have more pairs than a group holds."""
     return round(shape.experts * (1 - (1 - shape.chosen / shape.experts) ** tokens))
 
 

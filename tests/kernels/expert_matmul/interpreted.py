@@ -50,7 +50,7 @@ def invariance() -> None:
 def chunk_invariance() -> None:
     """A token's result in a chunk of 40, who all choose one expert beside another, and in a chunk of 17 of them."""
     whole = block(slice(0, 40), "one expert", 256, machine(1, 2))
-    part = block(slice(20, 37), "one expert", 256, machine(2, 1))
+    part = block(slice(20, 37), "one expert", 256, machine(1, 1))
     np.testing.assert_array_equal(part, whole[20:37])
 
 
