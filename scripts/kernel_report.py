@@ -1,6 +1,6 @@
 """What the expert kernels cost, without a GPU: compiled for an H200 that is not there, taken apart, counted.
 
-scripts/kernel_report.py [--shapes pro-tp8 flash-tp8] [--tokens 1 8 16]
+scripts/kernel_report.py [--shapes pro-tp8 flash-tp8] [--tokens 1 8 16 256]
 
 Needs the CUDA plugin and nvdisasm: `pip install --no-deps` what `mimo_jax.planning.compiled.INSTALL` names, and
 nvidia-cuda-nvdisasm.
@@ -49,7 +49,7 @@ def compile_op(shape: Shape, tokens: int, device: jax.Device) -> tuple[list[sass
         program = lowered.compile()
         # Gate and up come first, and are numbered first.
         dumped = sorted(Path(folder).glob("*.ptx"), key=lambda path: int(path.stem.split("_")[-1]))
-        costs = [sass.cost_of(path, -(-tokens // 8)) for path in dumped]
+        costs = [sass.cost_of(path, min(-(-tokens // 8), 2)) for path in dumped]
     memory, text = program.memory_analysis(), program.as_text()
     assert memory is not None and text is not None
     return costs, memory.temp_size_in_bytes, text.count(" copy(%experts")
@@ -59,24 +59,23 @@ def _cuts(shape: Shape) -> tuple[Tiling, Tiling]:
     return gate_up_tiling(shape.hidden, shape.features), down_tiling(shape.hidden, shape.features)
 
 
-def balance(cut: Tiling, groups: int, pairs: int) -> tuple[float, float]:
-    """The largest part over the mean; bytes of weights requested over those needed, for `groups` distinct experts."""
-    deal = schedule.Shares(cut, mosaic_gpu.PROCESSORS, pairs)
+def balance(deal: schedule.Shares, groups: int) -> tuple[float, float]:
+    """The largest part over the mean; bytes of weights requested over those needed, for so many groups."""
     parts = [deal.of(processor, groups) for processor in range(deal.processors)]
     counts = np.array([sum(part.place(index).count for index in range(part.slots)) for part in parts])
-    needed = groups * cut.rows * cut.cols * 17 // 32
+    needed = groups * deal.cut.rows * deal.cut.cols * 17 // 32
     return float(counts.max() / counts.mean()), float(counts.sum() * deal.unit_bytes / needed)
 
 
 def expected_groups(shape: Shape, tokens: int) -> int:
-    """Distinct experts of a block whose tokens choose independently and uniformly."""
+    """Distinct experts of tokens that choose independently and uniformly; few have more pairs than a group holds."""
     return round(shape.experts * (1 - (1 - shape.chosen / shape.experts) ** tokens))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["pro-tp8", "flash-tp8"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 256])
     args = parser.parse_args()
     problem = compiled.missing() or (None if sass.tool("nvdisasm") else "nvdisasm is missing: nvidia-cuda-nvdisasm")
     if problem:
@@ -88,10 +87,10 @@ def main() -> None:
         shape = SHAPES[name]
         for tokens in args.tokens:
             costs, temporaries, copies = compile_op(shape, tokens, device)
-            groups, pairs = expected_groups(shape, tokens), tokens * shape.chosen
+            groups = expected_groups(shape, tokens)
             for kernel, cut, cost in zip(("gate_up", "down"), _cuts(shape), costs):
-                plan = mosaic_gpu.HOPPER.plan(cut, -(-tokens // 8) * 8, pairs)
-                largest, requested = balance(cut, groups, pairs)
+                plan = mosaic_gpu.HOPPER.plan(cut, tokens, shape.chosen, shape.experts)
+                largest, requested = balance(plan.shares, groups)
                 row = {"shape": name, "tokens": tokens, "kernel": kernel, "groups": groups, **dataclasses.asdict(cost)}
                 row |= {"shared_bytes": plan.shared_bytes, "slots": plan.slots, "max/mean": largest}
                 rows.append(row | {"requested/needed": requested, "temporaries": temporaries, "copies": copies})

@@ -1,10 +1,11 @@
 """How much of the memory's bandwidth the experts reach, beside other ways to multiply them, in one run.
 
-python -m pallas_kernels.expert_matmul.benchmark [--shape pro-tp8] [--tokens 1 2 4 8 16] [--backends ...] [--repeats 7]
+python -m pallas_kernels.expert_matmul.benchmark [--shape pro-tp8] [--tokens 1 ... 256] [--backends ...] [--repeats 7]
 
-Each token draws its experts uniformly without replacement, anew in every round; stacks are larger than the L2 cache.
-Fractions are bytes of the touched experts' codes and scales over time, against the datasheet and against a streaming
-read measured in the same run. Without a GPU: a small shape, the reference alone, and no fraction of anything.
+Up to 16 tokens are blocks of decoding, 256 a chunk of a prompt. Each token draws its experts uniformly without
+replacement, anew in every round; stacks are larger than the L2 cache. Fractions are bytes of the touched experts' codes
+and scales over time, against the datasheet and against a streaming read measured in the same run. Without a GPU: a
+small shape, the reference alone, and no fraction of anything.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def main() -> None:
     has_gpu = jax.default_backend() == "gpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="pro-tp8" if has_gpu else "small")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 256])
     names = [*BACKENDS, *OTHERS]
     parser.add_argument("--backends", nargs="+", choices=names, default=names if has_gpu else ["reference"])
     parser.add_argument("--repeats", type=int, default=7)

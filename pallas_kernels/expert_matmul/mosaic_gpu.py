@@ -1,8 +1,9 @@
 """The experts on Hopper: one persistent kernel for gate and up, one for down; packed weights go straight to registers.
 
-Every processor takes an equal, contiguous part of a list of (expert, tile) that the routing decides. One warp keeps a
-ring of slots in shared memory full by bulk copies; four warpgroups take the slots in turn (`mosaic_tile`). What a slot
-needs of the activations is a page; there are few pages in one processor's part, so two or three buffers do.
+Every processor takes an equal, contiguous part of a list of (group, tile) that the routing decides; a group is an
+expert with up to 16 columns of activations. One warp keeps a ring of slots in shared memory full by bulk copies; four
+warpgroups take the slots in turn (`mosaic_tile`). What a slot needs of the activations is a page, and pages have a
+ring of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mxfp4
 from pallas_kernels.devices import on_hopper
 from pallas_kernels.expert_matmul import mosaic_plain, mosaic_tile, reference
 from pallas_kernels.expert_matmul.layout import (
@@ -30,13 +30,16 @@ from pallas_kernels.expert_matmul.layout import (
     down_tiling,
     gate_up_tiling,
 )
-from pallas_kernels.expert_matmul.schedule import Shares, work_list
+from pallas_kernels.expert_matmul.schedule import Shares, sorted_work_list, work_list
 
 CONSUMERS = 4  # warpgroups that compute: four warps for each of the four schedulers of a processor
 SHARED_MEMORY = 226 * 1024  # bytes that a Hopper processor gives one block, but for barriers
 MOST_SLOTS = 16
+MOST_PAGES = 2  # of a chunk, in shared memory; a page has more slots than the ring, so one of two is free in time
 PROCESSORS = 132  # of an H100 or H200 (SXM)
-MOST_PAIRS = 128  # that a block may have: one processor's part then sees two experts at most
+MOST_PAIRS = 128  # of a block, for its list of work compares all with all
+GROUP_COLUMNS = 16  # of a group when tokens are many
+CHUNK_TOKENS = 256  # at a time, for the results of all pairs lie in memory before they are added up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Plan:
     """What a kernel is compiled for."""
 
     shares: Shares
-    tokens: int  # 8 or 16 columns
+    columns: int  # 8 or 16
+    pairs: int  # rows of the result
+    pages: int  # that shared memory holds at a time
     consumers: int = CONSUMERS
     most_slots: int = MOST_SLOTS
     interpret: Any = None
@@ -54,17 +59,16 @@ class Plan:
         return self.shares.cut
 
     @property
-    def pairs(self) -> int:
-        """Rows of the result, and at most so many groups."""
-        return self.shares.most_groups
+    def are_pages_reused(self) -> bool:
+        return self.pages < self.shares.most_pages
 
     @property
-    def page_shape(self) -> tuple[int, int, int]:
-        return self.cut.page_cols // mxfp4.BLOCK, self.tokens, mxfp4.BLOCK
+    def page_shape(self) -> tuple[int, int]:
+        return self.columns, self.cut.page_cols + mosaic_tile.PAGE_GAP
 
     @property
     def sums_shape(self) -> tuple[int, int]:
-        return WARPS, self.tokens * mosaic_tile.SUM_STRIDE
+        return WARPS, self.columns * mosaic_tile.SUM_STRIDE
 
     @property
     def slots(self) -> int:
@@ -79,7 +83,7 @@ class Plan:
 
     @property
     def _fixed_bytes(self) -> int:
-        pages = 2 * self.shares.most_pages * self.cut.page_cols * self.tokens
+        pages = 2 * self.pages * self.page_shape[0] * self.page_shape[1]
         return pages + 4 * self.consumers * self.sums_shape[0] * self.sums_shape[1]
 
 
@@ -92,9 +96,14 @@ class Machine:
     most_slots: int = MOST_SLOTS
     interpret: Any = None
 
-    def plan(self, cut: Tiling, tokens: int, pairs: int) -> Plan:
-        """For blocks of so many (padded) tokens and (token, expert) pairs."""
-        return Plan(Shares(cut, self.processors, pairs), tokens, self.consumers, self.most_slots, self.interpret)
+    def plan(self, cut: Tiling, tokens: int, chosen: int, num_experts: int) -> Plan:
+        """For so many tokens at once, each of which chooses some of so many experts."""
+        pairs, is_block = tokens * chosen, tokens <= reference.DECODE_TOKENS
+        columns = -(-tokens // mosaic_tile.COLUMNS) * mosaic_tile.COLUMNS if is_block else GROUP_COLUMNS
+        groups = pairs if is_block else reference.most_blocks(pairs, num_experts, columns)
+        shares = Shares(cut, self.processors, groups, is_block and cut.by_columns)
+        pages = shares.most_pages if is_block else min(shares.most_pages, MOST_PAGES)
+        return Plan(shares, columns, pairs, pages, self.consumers, self.most_slots, self.interpret)
 
 
 HOPPER = Machine()
@@ -111,8 +120,9 @@ def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExpert
     if x_TD.shape[0] <= reference.DECODE_TOKENS and ids_TX.size > MOST_PAIRS:
         return f"{ids_TX.size} (token, expert) pairs in a block of {x_TD.shape[0]}, more than {MOST_PAIRS}"
     _, hidden, features = experts.sizes
+    tokens, chosen = ids_TX.shape
     for cut in (gate_up_tiling(hidden, features), down_tiling(hidden, features)):
-        if HOPPER.plan(cut, reference.DECODE_TOKENS, MOST_PAIRS).slots < CONSUMERS:
+        if HOPPER.plan(cut, min(tokens, CHUNK_TOKENS), chosen, experts.sizes[0]).slots < CONSUMERS:
             return f"experts of {hidden} x {features}, whose tiles and activations do not fit into shared memory"
     return None
 
@@ -126,40 +136,39 @@ def expert_ffn(
     num_experts: int,
     machine: Machine = HOPPER,
 ) -> Float[Array, "T D"]:
-    """`api.expert_ffn` on rows `first` and following of the stacks.
-
-    More tokens than a block of decoding are a matter of arithmetic, not of bytes: those go through XLA's products, by
-    experts, from the same tiles.
-    """
-    tokens = x_TD.shape[0]
-    if tokens > reference.DECODE_TOKENS:
-        return reference.expert_ffn(x_TD, ids_TX, weights_TX, experts, first, num_experts)
+    """`api.expert_ffn` on rows `first` and following of the stacks."""
+    tokens, chosen = ids_TX.shape
+    if tokens > CHUNK_TOKENS:
+        return _by_chunks(x_TD, ids_TX, weights_TX, experts, first, num_experts, machine)
     _, hidden, features = experts.sizes
-    columns = -(-tokens // mosaic_tile.COLUMNS) * mosaic_tile.COLUMNS
-    work = work_list(ids_TX, num_experts, columns)
+    plan = machine.plan(gate_up_tiling(hidden, features), tokens, chosen, num_experts)
+    list_work = work_list if tokens <= reference.DECODE_TOKENS else sorted_work_list
+    work = list_work(ids_TX, num_experts, plan.columns)
     tables = (work.experts + first, work.pairs.reshape(-1), work.count)
-
-    plan = machine.plan(gate_up_tiling(hidden, features), columns, ids_TX.size)
-    sums_PGR = matmul(plan, _shared_pages(plan, x_TD), experts.gate_up, *tables)
+    sums_PGR = matmul(plan, x_TD, work.tokens.reshape(-1), experts.gate_up, *tables)
     hidden_PF = _activate(sums_PGR).astype(x_TD.dtype)
 
-    plan = machine.plan(down_tiling(hidden, features), columns, ids_TX.size)
-    sums_PGD = matmul(plan, _own_pages(plan, hidden_PF, work.pairs), experts.down, *tables)
+    plan = machine.plan(down_tiling(hidden, features), tokens, chosen, num_experts)
+    sums_PGD = matmul(plan, hidden_PF, jnp.maximum(work.pairs, 0).reshape(-1), experts.down, *tables)
     return _combine(_total(sums_PGD), work.own_pair, weights_TX)
 
 
-def _shared_pages(plan: Plan, x_TD: Array) -> Array:
-    """[granules, blocks of 32 columns, tokens, 32]."""
-    x_ND = jnp.pad(x_TD, ((0, plan.tokens - x_TD.shape[0]), (0, 0)))
-    pages = x_ND.reshape(plan.tokens, plan.cut.granules, -1, mxfp4.BLOCK)
-    return jnp.transpose(pages, (1, 2, 0, 3))
+def _by_chunks(x_TD: Array, ids_TX: Array, weights_TX: Array, experts, first, num_experts, machine) -> Array:
+    """One chunk of tokens after the other, of equal lengths."""
+    tokens = x_TD.shape[0]
+    chunks = -(-tokens // CHUNK_TOKENS)
+    length = -(-tokens // chunks)
 
+    def cut(rows: Array, value: int) -> Array:
+        padded = jnp.pad(rows, ((0, chunks * length - tokens), (0, 0)), constant_values=value)
+        return padded.reshape(chunks, length, -1)
 
-def _own_pages(plan: Plan, hidden_PF: Array, pairs_GN: Array) -> Array:
-    """[groups * granules, blocks of 32 columns, tokens, 32]; zeros where a token did not choose a group's expert."""
-    hidden_GNF = jnp.where((pairs_GN >= 0)[..., None], hidden_PF[jnp.maximum(pairs_GN, 0)], 0)
-    pages = hidden_GNF.reshape(plan.pairs, plan.tokens, plan.cut.granules, -1, mxfp4.BLOCK)
-    return jnp.transpose(pages, (0, 2, 3, 1, 4)).reshape(-1, *plan.page_shape)
+    def run(chunk: tuple[Array, Array, Array]) -> Array:
+        x, ids, weights = chunk
+        return expert_ffn(x, ids, weights, experts, first, num_experts, machine)
+
+    y_CTD = jax.lax.map(run, (cut(x_TD, 0), cut(ids_TX, num_experts), cut(weights_TX, 0)))
+    return y_CTD.reshape(-1, x_TD.shape[1])[:tokens]
 
 
 def _total(sums_PGR: Array) -> Array:
@@ -187,12 +196,19 @@ def _combine(y_PD: Array, own_TX: Array, weights_TX: Array) -> Array:
     return y_TD
 
 
-def matmul(plan: Plan, pages: jax.Array, words: jax.Array, experts: jax.Array, pairs: jax.Array, count: jax.Array):
-    """The products of each group's expert with its tokens, one row per pair: float32 [pairs, granules, rows].
+def matmul(
+    plan: Plan,
+    x_RK: Float[Array, "R K"],
+    rows_C: Int[Array, "C"],
+    words: Int[Array, "S granules slots words"],
+    experts_G: Int[Array, "G"],
+    pairs_C: Int[Array, "C"],
+    count: Int[Array, "1"],
+) -> Float[Array, "P granules rows"]:
+    """The products of each group's expert with its columns, one row per pair.
 
-    pages: bf16 [pages, page_cols / 32, tokens, 32]; words: int32 [S, granules, slots, words]; experts: int32 [groups];
-    pairs: int32 [groups * tokens]; count: int32 [1], groups that there are. Rows of pairs that do not occur stay
-    undefined.
+    C runs over the columns of all groups: `rows_C` says which row of `x_RK` a column is, `pairs_C` which pair it is for
+    (-1: none). `count` groups exist. Rows of pairs that do not occur stay undefined.
     """
     cut = plan.cut
     kernel = plgpu.kernel(
@@ -204,31 +220,33 @@ def matmul(plan: Plan, pages: jax.Array, words: jax.Array, experts: jax.Array, p
         thread_name="warpgroup",
         scratch_types=dict(
             ring=plgpu.SMEM((plan.slots, cut.slot_words), jnp.int32),
-            held=plgpu.SMEM((plan.shares.most_pages, *plan.page_shape), jnp.bfloat16),
+            held=plgpu.SMEM((plan.pages, *plan.page_shape), jnp.bfloat16),
             sums=plgpu.SMEM((plan.consumers, *plan.sums_shape), jnp.float32),
             full=plgpu.Barrier(num_barriers=plan.slots),
             empty=plgpu.Barrier(num_barriers=plan.slots),
-            page_full=plgpu.Barrier(num_barriers=plan.shares.most_pages),
+            page_full=plgpu.Barrier(num_arrivals=plan.columns, num_barriers=plan.pages),
+            page_empty=plgpu.Barrier(num_arrivals=plan.consumers, num_barriers=plan.pages),
         ),
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=plan.interpret,
     )
-    return kernel(pages, words, experts, pairs, count)
+    x_RGK = x_RK.reshape(x_RK.shape[0], cut.granules, cut.page_cols)
+    return kernel(x_RGK, rows_C, words, experts_G, pairs_C, count)
 
 
-def _body(plan: Plan, pages, words, experts, pairs, count, out, *, ring, held, sums, full, empty, page_full) -> None:
+def _body(plan: Plan, x, rows, words, experts, pairs, count, out, *, ring, held, sums, **barriers) -> None:
     share = plan.shares.of(jax.lax.axis_index("processor"), count[0])
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == plan.consumers)
     def produce() -> None:
-        _on_one_warp(plan, lambda: _produce(plan, share, pages, words, experts, ring, held, full, empty, page_full))
+        _on_one_warp(plan, lambda: _produce(plan, share, x, rows, words, experts, ring, held, **barriers))
 
     @pl.when(warpgroup < plan.consumers)
     def consume() -> None:
-        _consume(plan, share, warpgroup, pairs, out, ring, held, sums, full, empty, page_full)
+        _consume(plan, share, warpgroup, pairs, out, ring, held, sums, **barriers)
 
 
 def _on_one_warp(plan: Plan, work: Callable[[], None]) -> None:
@@ -239,7 +257,7 @@ def _on_one_warp(plan: Plan, work: Callable[[], None]) -> None:
     plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
 
 
-def _produce(plan: Plan, share, pages, words, experts, ring, held, full, empty, page_full) -> None:
+def _produce(plan: Plan, share, x, rows, words, experts, ring, held, full, empty, page_full, page_empty) -> None:
     """Fills the ring, and the page buffers as the slots come to need them."""
     cut, slots = plan.cut, plan.slots
 
@@ -247,18 +265,16 @@ def _produce(plan: Plan, share, pages, words, experts, ring, held, full, empty, 
         place = share.place(index)
         slot = jax.lax.rem(index, slots)
         page = place.page - share.first_page
+        expert = experts[place.group]
 
         @pl.when(page >= loaded)
         def load_page() -> None:
-            plgpu.copy_gmem_to_smem(
-                pages.at[place.page], held.at[page], page_full.at[page], oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            )
+            _load_page(plan, place, page, x, rows, held, page_full, page_empty)
 
         @pl.when(index >= slots)
         def reuse() -> None:
             plgpu.barrier_wait(empty.at[slot])
 
-        expert = experts[place.group]
         unit = cut.slot_words // cut.units
         for count in range(1, 1 + cut.units):
 
@@ -280,28 +296,71 @@ def _produce(plan: Plan, share, pages, words, experts, ring, held, full, empty, 
 
     jax.lax.fori_loop(jnp.maximum(share.slots - slots, 0), share.slots, drain, None)
 
+    def drain_page(page: jax.Array, _: None) -> None:
+        plgpu.barrier_wait(page_empty.at[jax.lax.rem(page, plan.pages)])
 
-def _consume(plan: Plan, share, warpgroup, pairs, out, ring, held, sums, full, empty, page_full) -> None:
+    if plan.are_pages_reused:
+        jax.lax.fori_loop(jnp.maximum(share.pages - plan.pages, 0), share.pages, drain_page, None)
+
+
+def _load_page(plan: Plan, place, page, x, rows, held, page_full, page_empty) -> None:
+    """Gathers the columns of a group, each of which arrives at the page's barrier."""
+    buffer = jax.lax.rem(page, plan.pages)
+    # All rows are read before the first copy, or each copy would wait for a read of its own.
+    found = [rows[place.group * plan.columns + column] for column in range(plan.columns)]
+
+    if plan.are_pages_reused:
+
+        @pl.when(page >= plan.pages)
+        def reuse() -> None:
+            plgpu.barrier_wait(page_empty.at[buffer])
+
+    for column, row in enumerate(found):
+        plgpu.copy_gmem_to_smem(
+            x.at[row, place.granule],
+            held.at[buffer, column, pl.ds(0, plan.cut.page_cols)],
+            page_full.at[buffer],
+            oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+        )
+
+
+def _consume(plan: Plan, share, warpgroup, pairs, out, ring, held, sums, full, empty, page_full, page_empty) -> None:
     """Every fourth slot of the part, in order."""
     unit = mosaic_tile.unit if plan.interpret is None else mosaic_plain.unit
+
+    def enter(page: jax.Array, _: None = None) -> None:
+        """Leaves the page before, and waits for this one; past the last there is nothing to wait for."""
+
+        @pl.when(page > 0)
+        def leave() -> None:
+            plgpu.barrier_arrive(page_empty.at[jax.lax.rem(page - 1, plan.pages)])
+
+        @pl.when(page < share.pages)
+        def wait() -> None:
+            plgpu.barrier_wait(page_full.at[jax.lax.rem(page, plan.pages)])
 
     def multiply(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         slot, awaited = carry
         place = share.place(turn * plan.consumers + warpgroup)
         page = place.page - share.first_page
+        if plan.are_pages_reused:
+            jax.lax.fori_loop(awaited, page + 1, enter, None)  # also those without a slot for this warpgroup
+        else:
 
-        @pl.when(page >= awaited)
-        def new_page() -> None:
-            plgpu.barrier_wait(page_full.at[page])
+            @pl.when(page >= awaited)
+            def new_page() -> None:
+                plgpu.barrier_wait(page_full.at[page])
 
         plgpu.barrier_wait(full.at[slot])
         scalars = {name: getattr(place, name) for name in mosaic_tile.SCALARS}
-        refs = (ring.at[slot], held.at[page], sums.at[warpgroup], pairs, out)
-        unit(plan.cut, plan.tokens, refs, scalars)
+        refs = (ring.at[slot], held.at[jax.lax.rem(page, plan.pages)], sums.at[warpgroup], pairs, out)
+        unit(plan.cut, plan.columns, refs, scalars)
         plgpu.commit_smem()  # the next copy into the slot goes through another proxy than these reads
         plgpu.barrier_arrive(empty.at[slot])
         following = slot + plan.consumers
         return jnp.where(following >= plan.slots, warpgroup, following), page + 1
 
     turns = jax.lax.div(share.slots - warpgroup + plan.consumers - 1, plan.consumers)
-    jax.lax.fori_loop(0, turns, multiply, (warpgroup, jnp.int32(0)))
+    _, awaited = jax.lax.fori_loop(0, turns, multiply, (warpgroup, jnp.int32(0)))
+    if plan.are_pages_reused:
+        jax.lax.fori_loop(awaited, share.pages + 1, enter, None)

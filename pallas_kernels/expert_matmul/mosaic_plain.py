@@ -22,20 +22,20 @@ from pallas_kernels.expert_matmul.layout import STEP, Tiling
 def unit(cut: Tiling, tokens: int, refs: Sequence[Any], scalars: mosaic_tile.Scalars) -> None:
     """`mosaic_tile.unit`, by the same rotations and masks."""
     words, page, _, pairs, out = refs
-    found_NCR = _plain_product(words[...], page[...], cut)
-    units = cut.units
-    first = (scalars["slot"] * units + scalars["start"]) * layout.ROWS
+    found_NCR = _plain_product(words[...], page[:, pl.ds(0, cut.page_cols)], cut)
+    first = (scalars["slot"] * cut.units + scalars["start"]) * layout.ROWS
     pairs_N = pairs[pl.ds(scalars["group"] * tokens, tokens)]
 
-    def store(number: jax.Array, _: None) -> None:
-        token, unit = number // units, number % units
+    def store(token: jax.Array, _: None) -> None:
         pair = pairs_N[token]
+        for count in range(1, 1 + cut.units):  # the race detector compares each store with all that were before
 
-        @pl.when((pair >= 0) & (unit < scalars["count"]))
-        def store() -> None:
-            out[pair, scalars["granule"], pl.ds(first + unit * layout.ROWS, layout.ROWS)] = found_NCR[token, unit]
+            @pl.when((pair >= 0) & (scalars["count"] == count))
+            def store_units(size=count) -> None:
+                rows = pl.ds(first, size * layout.ROWS)
+                out[pair, scalars["granule"], rows] = found_NCR[token, :size].reshape(-1)
 
-    jax.lax.fori_loop(0, tokens * units, store, None)
+    jax.lax.fori_loop(0, tokens, store, None)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -43,8 +43,7 @@ def _plain_product(words: jax.Array, page: jax.Array, cut: Tiling) -> jax.Array:
     weights = decode_tiles(words.reshape(cut.slot_tiles, cut.tile_words), cut.span)
     weights = weights.reshape(cut.units, cut.unit_tiles, layout.ROWS, cut.span)
     weights = jnp.swapaxes(weights, 1, 2).reshape(cut.units, layout.ROWS, cut.page_cols)
-    x_NK = jnp.swapaxes(page, 0, 1).reshape(page.shape[1], -1)
-    return jnp.einsum("crk,nk->ncr", weights, x_NK, preferred_element_type=jnp.float32)
+    return jnp.einsum("crk,nk->ncr", weights, page, preferred_element_type=jnp.float32)
 
 
 def decode_tiles(tiles: jax.Array, span: int) -> jax.Array:

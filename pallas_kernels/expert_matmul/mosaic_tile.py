@@ -25,6 +25,8 @@ PAIRS = mxfp4.BLOCK // 2  # 32-bit words of a block of activations
 COLUMNS = 8  # N of the tensor core's instruction
 # Floats between tokens in the buffer of sums: 16 rows, and each thread of a warp writes a bank of its own.
 SUM_STRIDE = 20
+# Numbers behind each token of a page: eight threads read 64 bytes of two tokens, and hit each bank once.
+PAGE_GAP = 32
 CODE_BITS = 0x81C081C0  # sign, exponent and mantissa bits that e2m1 has, in both bf16 halves
 LAST_BITS = 0x81808180, 0x00400040  # the same for the register whose mantissa is kept apart
 SCALE_BYTES = 0x1404, 0x3424  # selects two of four scale bytes into the upper bytes of the halves, zeros below
@@ -64,7 +66,7 @@ SCALARS = ("group", "granule", "slot", "start", "count")
 def unit(cut: Tiling, tokens: int, refs: Sequence[Any], scalars: Scalars) -> None:
     """Runs a slot: refs are the ring's slot, a page of activations, the sums' buffer, the pairs and the result.
 
-    The page is bf16 [page_cols / 32, tokens, 32]; the pairs, int32 [groups * tokens], name the row of the result
+    The page is bf16 [tokens, page_cols + PAGE_GAP]; the pairs, int32 [groups * tokens], name the row of the result
     [pairs, granules, rows] for each token of each group, -1 for none.
     """
     splat = plgpu.Layout.WG_SPLAT(())
@@ -82,6 +84,7 @@ class _Unit:
 
     def __init__(self, cut: Tiling, tokens: int, refs: Sequence[Any], values: Scalars) -> None:
         self.cut, self.tokens, self.values = cut, tokens, values
+        self.token_words = (cut.page_cols + PAGE_GAP) // 2
         self.words, self.page, self.sums, self.pairs, self.out = (utils.memref_ptr(ref) for ref in refs)
         self.i32, self.f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         self.thread = arith.remui(utils.thread_idx(), self.const(WARPS * 32))
@@ -152,7 +155,7 @@ class _Unit:
         tile = self.linear((number, cut.tile_words))
         codes = arith.addi(tile, self.linear((self.lane, 4)))
         scales = arith.addi(tile, self.linear((self.row, 2)))
-        tokens = self.linear((first_block, self.tokens * PAIRS), (self.row, PAIRS), (self.quad, 4))
+        tokens = self.linear((first_block, PAIRS), (self.row, self.token_words), (self.quad, 4))
         zero = utils.c(0.0, self.f32)
         # Two chains, for even and odd instructions: one would wait for its own latency.
         chains = [[[zero] * 4 for _ in range(groups)] for _ in range(2)]
@@ -170,7 +173,7 @@ class _Unit:
 
     def token_operands(self, tokens: Any, block: int) -> list[list[Any]]:
         """Each 8 tokens' 32 columns: the operands of two instructions, four registers."""
-        firsts = [(block * self.tokens + first) * PAIRS for first in range(0, self.tokens, COLUMNS)]
+        firsts = [block * PAIRS + first * self.token_words for first in range(0, self.tokens, COLUMNS)]
         return [self.load(self.page, tokens, first, self.i32, 4) for first in firsts]
 
     def scale_pair(self, stored: Any, which: int) -> Any:

@@ -113,6 +113,20 @@ def assign_slots(ids_P: Array, num_experts: int, rows: int, blocks: int) -> tupl
     return jnp.minimum(block_expert, num_experts - 1), jnp.where(ids_P < num_experts, slot_P, nowhere_P)
 
 
+def most_blocks(pairs: int, num_experts: int, columns: int) -> int:
+    """Enough for any imbalance: full blocks, and one that is not for each expert that has any pair."""
+    return min(pairs, pairs // columns + num_experts)
+
+
+def blocks_of(ids_TX: Array, num_experts: int, columns: int) -> tuple[Array, Array, Array]:
+    """The expert of each block of `columns` slots, the pair in each slot (-1 for none), the slot of each pair."""
+    blocks = most_blocks(ids_TX.size, num_experts, columns)
+    expert_B, slot_P = assign_slots(ids_TX.reshape(-1), num_experts, columns, blocks)
+    pair_S = jnp.full(blocks * columns, -1, jnp.int32)
+    pair_S = pair_S.at[slot_P].set(jnp.arange(ids_TX.size, dtype=jnp.int32), mode="drop", unique_indices=True)
+    return expert_B.astype(jnp.int32), pair_S, slot_P
+
+
 @jax.custom_vjp
 def _permute(rows: Array, index: Array, inverse: Array) -> Array:
     """rows[index], zero where out of range. The gradient is a gather by `inverse`: XLA's scatter-add is far slower."""

@@ -1,6 +1,6 @@
-"""Which experts a block touches, and which processor reads which tiles: the same arithmetic for kernels and for tests.
+"""Which experts tokens touch, and which processor reads which tiles: the same arithmetic for kernels and for tests.
 
-The tiles of all touched experts form one list, and every processor takes an equal contiguous part. A unit, the least
+The tiles of all groups form one list, and every processor takes an equal contiguous part. A unit, the least
 that is dealt out, is a row block of a granule: four tiles of gate and up, one of down. What is summed
 in which order is a matter of tiles alone, so it depends neither on a unit's place in the list nor on the list.
 """
@@ -16,24 +16,29 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from pallas_kernels.expert_matmul.layout import Tiling
+from pallas_kernels.expert_matmul.reference import blocks_of
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WorkList:
-    """The distinct experts of a block in the order they first appear: groups, of which `count` exist.
+    """Groups of one expert and some columns each, of which `count` exist.
 
-    A pair is t * X + x for choice x of token t. A group's columns are the tokens; -1 stands for "not chosen".
+    A column is a token; a pair is t * X + x for choice x of token t, and -1 in a column that is there for none.
     """
 
     count: Int[Array, "1"]
     experts: Int[Array, "G"]
+    tokens: Int[Array, "G N"]
     pairs: Int[Array, "G N"]
     own_pair: Int[Array, "T X"]  # the pair whose result this choice is; -1 where the id names no expert
 
 
 def work_list(ids_TX: Int[Array, "T X"], num_experts: int, columns: int) -> WorkList:
-    """Comparisons of all pairs with all pairs: for at most 128 of them one small fused loop, where a sort is many."""
+    """Of few tokens: a group for each distinct expert in the order they first appear, and in each all tokens.
+
+    Comparisons of all pairs with all pairs: for at most 128 of them one small fused loop, where a sort is many.
+    """
     tokens, chosen = ids_TX.shape
     ids_P = ids_TX.reshape(-1)
     number_P = jnp.arange(ids_P.size, dtype=jnp.int32)
@@ -53,7 +58,19 @@ def work_list(ids_TX: Int[Array, "T X"], num_experts: int, columns: int) -> Work
     is_twin_TXX = ids_TX[:, :, None] == ids_TX[:, None, :]  # the same expert twice in one token's list
     own_TX = jnp.min(jnp.where(is_twin_TXX, number_P.reshape(tokens, 1, chosen), ids_P.size), axis=2)
     own_TX = jnp.where(is_held_P.reshape(tokens, chosen), own_TX, -1)
-    return WorkList(count[None], experts_G, pairs_GN, own_TX)
+    tokens_GN = jnp.broadcast_to(jnp.minimum(jnp.arange(columns, dtype=jnp.int32), tokens - 1), pairs_GN.shape)
+    return WorkList(count[None], experts_G, tokens_GN, pairs_GN, own_TX)
+
+
+def sorted_work_list(ids_TX: Int[Array, "T X"], num_experts: int, columns: int) -> WorkList:
+    """Of many tokens: the pairs sorted by expert, up to `columns` of one expert in a group."""
+    experts_G, pairs_S, _ = blocks_of(ids_TX, num_experts, columns)
+    pairs_GN = pairs_S.reshape(-1, columns)
+    count = jnp.sum(pairs_GN[:, 0] >= 0, dtype=jnp.int32)
+    number_TX = jnp.arange(ids_TX.size, dtype=jnp.int32).reshape(ids_TX.shape)
+    own_TX = jnp.where(ids_TX < num_experts, number_TX, -1)
+    tokens_GN = jnp.maximum(pairs_GN, 0) // ids_TX.shape[1]
+    return WorkList(count[None], experts_G, tokens_GN, pairs_GN, own_TX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +102,17 @@ class Share:
         """The `index`-th slot of the part."""
         deal, slot = self.shares, self.first_slot + index
         length = deal.page_slots(self.groups)
-        page = self.first_page
-        for later in range(1, deal.most_pages):  # dividing by a number that is not known before takes longer
-            page = page + (slot >= (self.first_page + later) * length)
+        page = self.first_page if deal.is_shared else _divide(slot, length)
+        if deal.is_shared:
+            for later in range(1, deal.most_pages):  # dividing by a number that is not known before takes longer
+                page = page + (slot >= (self.first_page + later) * length)
         within = slot - page * length
         cut = deal.cut
         start, count = 0 * slot, 1 + 0 * slot
         if cut.units > 1:
             begin, end = _larger(self.first, slot * cut.units), _smaller(self.last, (slot + 1) * cut.units)
             start, count = begin - slot * cut.units, end - begin
-        if cut.by_columns:
+        if deal.is_shared:
             group = _divide(within, cut.slots)
             return Place(page, group, page, within - group * cut.slots, start, count)
         group = _divide(page, cut.granules)
@@ -105,25 +123,26 @@ class Share:
 class Shares:
     """How a list of tiles is dealt out.
 
-    A page is what a granule needs of the activations. For gate and up all groups share it, and granules come first
-    in the list, so that a part sees few of them; for down every group has its own.
+    A page is what a granule of a group needs of the activations. Where groups share all columns' activations, they
+    share the pages, and granules come first in the list, so that a part sees few of them.
     """
 
     cut: Tiling
     processors: int
     most_groups: int
+    is_shared: bool
 
     @property
     def unit_bytes(self) -> int:
         return 4 * self.cut.slot_words // self.cut.units
 
     def page_slots(self, groups: Any) -> Any:
-        return groups * self.cut.slots if self.cut.by_columns else self.cut.slots
+        return groups * self.cut.slots if self.is_shared else self.cut.slots
 
     @property
     def most_pages(self) -> int:
         """Pages that one part can touch."""
-        pages = self.cut.granules * (1 if self.cut.by_columns else self.most_groups)
+        pages = self.cut.granules * (1 if self.is_shared else self.most_groups)
         return min(pages, -(-pages // self.processors) + 1)
 
     def units(self, groups: Any) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton_call
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
-from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, assign_slots
+from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, blocks_of
 
 DECODE_COLUMNS, PREFILL_COLUMNS = 16, 64  # pairs of a block; `dot` takes 16 at least
 ROWS, COLS = 64, 128  # of a matrix, per step of a program
@@ -75,16 +75,6 @@ def expert_ffn(
         D=hidden,
     )
     return combine(y_SD, slot_P, weights_TX)
-
-
-def blocks_of(ids_TX: Array, num_experts: int, columns: int) -> tuple[Array, Array, Array]:
-    """The expert of each block of `columns` slots, the pair in each slot (-1 for none), the slot of each pair."""
-    # Enough for any imbalance: full blocks, and one that is not for each expert that has any pair.
-    blocks = min(ids_TX.size, ids_TX.size // columns + num_experts)
-    expert_B, slot_P = assign_slots(ids_TX.reshape(-1), num_experts, columns, blocks)
-    pair_S = jnp.full(blocks * columns, -1, jnp.int32)
-    pair_S = pair_S.at[slot_P].set(jnp.arange(ids_TX.size, dtype=jnp.int32), mode="drop", unique_indices=True)
-    return expert_B.astype(jnp.int32), pair_S, slot_P
 
 
 def combine(y_SD: Array, slot_P: Array, weights_TX: Array) -> Array:

@@ -28,10 +28,10 @@ def machine(processors: int, consumers: int) -> mosaic_gpu.Machine:
 
 
 def block(tokens: slice, case: str, features: int, machine: mosaic_gpu.Machine) -> np.ndarray:
-    """Results of some of 16 tokens, checked against the definition."""
+    """Results of some of 40 tokens, checked against the definition."""
     packed = packed_experts(features=features)
     experts = on_device(tile_experts(packed))
-    x, ids, weights = (array[tokens] for array in (tokens_of(16), routing(16, case), weights_of(16)))
+    x, ids, weights = (array[tokens] for array in (tokens_of(40), routing(40, case), weights_of(40)))
     found = mosaic_gpu.expert_ffn(x, ids, weights, experts, 0, EXPERTS, machine)
     assert not gpu_callbacks.get_races().races_found
     assert relative_error(found, definition(x, ids, weights, packed)) < 1e-3  # the bound on W4A16
@@ -47,10 +47,25 @@ def invariance() -> None:
         np.testing.assert_array_equal(result, blocks[0])
 
 
+def chunk_invariance() -> None:
+    """A token's result in a chunk of 40, who all choose one expert beside another, and in a chunk of 17 of them."""
+    whole = block(slice(0, 40), "one expert", 256, machine(1, 2))
+    part = block(slice(20, 37), "one expert", 256, machine(1, 1))
+    np.testing.assert_array_equal(part, whole[20:37])
+
+
+def long_prompt() -> None:
+    """Two chunks, the second with a token that is not there; about half of the choices are experts elsewhere."""
+    mosaic_gpu.CHUNK_TOKENS = 18
+    block(slice(0, 35), "some elsewhere", 256, machine(1, 1))
+
+
 CASES = {
     "random routing": lambda: block(slice(0, 8), "mixed", 256, machine(2, 1)),
     "a long block": lambda: block(slice(0, 9), "one expert", 256, machine(1, 1)),
     "invariance": invariance,
+    "chunk invariance": chunk_invariance,
+    "a long prompt": long_prompt,
 }
 
 if __name__ == "__main__":

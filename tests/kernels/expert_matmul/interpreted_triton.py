@@ -9,6 +9,7 @@ import torch
 
 from pallas_kernels.expert_matmul import triton as backend
 from pallas_kernels.expert_matmul import triton_kernels
+from pallas_kernels.expert_matmul.reference import blocks_of
 from tests.kernels.expert_matmul.samples import (
     CHOSEN,
     EXPERTS,
@@ -31,7 +32,7 @@ def run(tokens: int, case: str, columns: int) -> float:
     packed = packed_experts()
     # In float32: the interpreter keeps bf16 as integers, and multiplies those.
     x, ids, weights = tokens_of(tokens, dtype=jnp.float32), routing(tokens, case), weights_of(tokens)
-    expert_B, pair_S, slot_P = backend.blocks_of(jnp.asarray(ids), EXPERTS, columns)
+    expert_B, pair_S, slot_P = blocks_of(jnp.asarray(ids), EXPERTS, columns)
     blocks, slots = expert_B.size, pair_S.size
     tables = tensor(expert_B), tensor(pair_S)
     sizes = {"N": columns, "ROWS": backend.ROWS, "COLS": backend.COLS}

@@ -28,9 +28,10 @@ MISSING = compiled.missing() or (None if sass.tool("nvdisasm") else "nvdisasm, o
 def test_kernels_for_h200_keep_their_budget():
     """Pro and Flash at TP8: no spill, no local memory, no copy of a stack; within 2.5 instructions per weight, 1.3 ALU.
 
-    Blocks of 16 run the same decoding with two products behind it, and have no budget of their own.
+    Blocks of 16 and chunks run the same decoding with two products behind it, and have no budget of their own. A
+    chunk's temporaries are the results of its pairs, 50 MB in Pro, where the expanded experts would take 3.6 GB.
     """
-    command = [sys.executable, "scripts/kernel_report.py", "--tokens", "8", "16"]
+    command = [sys.executable, "scripts/kernel_report.py", "--tokens", "8", "16", "256"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -38,24 +39,30 @@ def test_kernels_for_h200_keep_their_budget():
     assert {(row["shape"], row["tokens"], row["kernel"]) for row in rows} == {
         (shape, tokens, kernel)
         for shape in ("pro-tp8", "flash-tp8")
-        for tokens in (8, 16)
+        for tokens in (8, 16, 256)
         for kernel in ("gate_up", "down")
     }
     for row in rows:
         assert row["spill_bytes"] == row["stack_bytes"] == row["local_instructions"] == row["copies"] == 0, row
-        assert row["shared_bytes"] <= 227 * 1024 and row["temporaries"] < 8e6, row
+        assert row["shared_bytes"] <= 227 * 1024 and row["temporaries"] < (8e6 if row["tokens"] <= 16 else 64e6), row
         assert row["requested/needed"] == 1 and row["max/mean"] <= 1.05, row
         if row["tokens"] <= 8:
             assert row["instructions"] <= 2.5 and row["alu"] <= 1.3, row
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-@pytest.mark.parametrize("sizes", [Layout(tensor=8), Layout(expert=8)])
-def test_the_sharded_op_holds_each_expert_once(sizes, monkeypatch):
-    """On 8xH200 a layer's experts cost each device an eighth of their packed bytes, one sum over devices, no copy."""
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "temporaries"),
+    [(Layout(tensor=8), 8, 16e6), (Layout(expert=8), 8, 16e6), (Layout(tensor=8), 600, 64e6)],
+)
+def test_the_sharded_op_holds_each_expert_once(sizes, tokens, temporaries, monkeypatch):
+    """On 8xH200 a layer's experts cost each device an eighth of their packed bytes, one sum over devices, no copy.
+
+    A long prompt goes through a loop over chunks, with small copies of its own.
+    """
     monkeypatch.setattr(mosaic_gpu, "unsupported", lambda *call: None)  # which asks for a GPU that is here
     mesh = make_mesh(sizes, compiled.topology(parse_target("8xh200")))
-    config, tokens = preset("mimo-v2.5-pro"), 8
+    config = preset("mimo-v2.5-pro")
     hidden, features, chosen = config.hidden_size, config.moe_intermediate_size, config.experts_per_token
 
     def argument(shape, dtype, spec) -> jax.ShapeDtypeStruct:
@@ -76,6 +83,6 @@ def test_the_sharded_op_holds_each_expert_once(sizes, monkeypatch):
     program = jax.jit(run).lower(x, ids, weights, TiledExperts(*stacks)).compile()
     memory, text = program.memory_analysis(), program.as_text()
     packed = config.num_experts * 3 * hidden * features * 17 // 32
-    assert memory.argument_size_in_bytes == pytest.approx(packed / 8, rel=1e-3)
-    assert memory.temp_size_in_bytes < 16e6 and " copy(" not in text
+    assert memory.argument_size_in_bytes == pytest.approx(packed / 8 + 2 * x.size, rel=1e-3)
+    assert memory.temp_size_in_bytes < temporaries and (tokens > 8 or " copy(" not in text)
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1

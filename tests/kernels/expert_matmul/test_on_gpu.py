@@ -34,7 +34,7 @@ def stacks(backend: str, hidden: int, features: int):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tokens", [1, 8, 16, 60])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 256, 300])
 @pytest.mark.parametrize(("hidden", "features"), SIZES)
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
 def test_the_op_is_its_definition(backend, hidden, features, tokens, case):
@@ -47,13 +47,20 @@ def test_the_op_is_its_definition(backend, hidden, features, tokens, case):
         assert relative_error(found, expected) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [
+        (8, [(0, 8), (0, 4), (4, 8), *((token, token + 1) for token in range(8))]),
+        (64, [(0, 64), (0, 20), (13, 40)]),
+    ],
+)
 @pytest.mark.parametrize(("hidden", "features"), SIZES)
-def test_bits_do_not_depend_on_the_block(hidden, features):
-    """A token's result in the Hopper kernel: the same bits in a block of 1, 4 and 8, and in every run."""
+def test_bits_do_not_depend_on_the_block(hidden, features, tokens, blocks):
+    """A token's result in the Hopper kernel: the same bits in any block, in any chunk, and in every run."""
     _, experts = stacks("mosaic_gpu", hidden, features)
-    x, ids, weights = tokens_of(8, hidden=hidden), jnp.asarray(routing(8, "mixed")), weights_of(8)
+    x, ids, weights = tokens_of(tokens, hidden=hidden), jnp.asarray(routing(tokens, "mixed")), weights_of(tokens)
     whole = np.asarray(run(x, ids, weights, experts, backend="mosaic_gpu"))
-    for first, last in ((0, 8), (0, 4), (4, 8), *((token, token + 1) for token in range(8))):
+    for first, last in blocks:
         block = slice(first, last)
         part = run(x[block], ids[block], weights[block], experts, backend="mosaic_gpu")
         np.testing.assert_array_equal(np.asarray(part), whole[block])
