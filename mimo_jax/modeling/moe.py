@@ -70,4 +70,4 @@ class MoE(nn.Module):
         shapes = (wide, wide, (wide[0], wide[2], wide[1]))
         draws = (jax.random.normal(one, shape) for one, shape in zip(jax.random.split(key, 3), shapes))
         stacks = (quantize_mx(config.init_range * draw) for draw in draws)
-        return tile_experts(PackedExperts(*((stack.codes, stack.scales) for stack in stacks)))
+        return jax.jit(tile_experts)(PackedExperts(*((stack.codes, stack.scales) for stack in stacks)))  # traced once

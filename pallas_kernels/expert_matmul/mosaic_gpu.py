@@ -196,6 +196,7 @@ def _combine(y_PD: Array, own_TX: Array, weights_TX: Array) -> Array:
     return y_TD
 
 
+@functools.partial(jax.jit, static_argnums=0)  # so that all layers of a program share one lowered kernel
 def matmul(
     plan: Plan,
     x_RK: Float[Array, "R K"],

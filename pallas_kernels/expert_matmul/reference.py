@@ -118,13 +118,13 @@ def most_blocks(pairs: int, num_experts: int, columns: int) -> int:
     return min(pairs, pairs // columns + num_experts)
 
 
-def blocks_of(ids_TX: Array, num_experts: int, columns: int) -> tuple[Array, Array, Array]:
-    """The expert of each block of `columns` slots, the pair in each slot (-1 for none), the slot of each pair."""
+def blocks_of(ids_TX: Array, num_experts: int, columns: int) -> tuple[Array, Array]:
+    """The expert of each block of `columns` slots, and the pair in each slot (-1 for none)."""
     blocks = most_blocks(ids_TX.size, num_experts, columns)
     expert_B, slot_P = assign_slots(ids_TX.reshape(-1), num_experts, columns, blocks)
     pair_S = jnp.full(blocks * columns, -1, jnp.int32)
     pair_S = pair_S.at[slot_P].set(jnp.arange(ids_TX.size, dtype=jnp.int32), mode="drop", unique_indices=True)
-    return expert_B.astype(jnp.int32), pair_S, slot_P
+    return expert_B.astype(jnp.int32), pair_S
 
 
 @jax.custom_vjp

@@ -64,7 +64,7 @@ def work_list(ids_TX: Int[Array, "T X"], num_experts: int, columns: int) -> Work
 
 def sorted_work_list(ids_TX: Int[Array, "T X"], num_experts: int, columns: int) -> WorkList:
     """Of many tokens: the pairs sorted by expert, up to `columns` of one expert in a group."""
-    experts_G, pairs_S, _ = blocks_of(ids_TX, num_experts, columns)
+    experts_G, pairs_S = blocks_of(ids_TX, num_experts, columns)
     pairs_GN = pairs_S.reshape(-1, columns)
     count = jnp.sum(pairs_GN[:, 0] >= 0, dtype=jnp.int32)
     number_TX = jnp.arange(ids_TX.size, dtype=jnp.int32).reshape(ids_TX.shape)

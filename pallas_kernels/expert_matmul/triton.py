@@ -48,37 +48,36 @@ def expert_ffn(
     tokens, chosen = ids_TX.shape
     _, hidden, features = experts.sizes
     columns = DECODE_COLUMNS if tokens <= DECODE_TOKENS else PREFILL_COLUMNS
-    expert_B, pair_S, slot_P = blocks_of(ids_TX, num_experts, columns)
+    expert_B, pair_S = blocks_of(ids_TX, num_experts, columns)
     blocks = expert_B.size
     call = functools.partial(triton_call.call, N=columns, ROWS=ROWS, COLS=COLS)
     tables = (expert_B + first, pair_S)
-    hidden_SF = call(
+    hidden_PF = call(
         triton_kernels.gate_up,
         x_TD,
         *experts.gate,
         *experts.up,
         *tables,
-        out=jax.ShapeDtypeStruct((blocks * columns, features), x_TD.dtype),
+        out=jax.ShapeDtypeStruct((ids_TX.size, features), x_TD.dtype),
         grid=(blocks, features // ROWS),
         K=hidden,
         F=features,
         X=chosen,
     )
-    y_SD = call(
+    y_PD = call(
         triton_kernels.down,
-        hidden_SF,
+        hidden_PF,
         *experts.down,
         *tables,
-        out=jax.ShapeDtypeStruct((blocks * columns, hidden), jnp.float32),
+        out=jax.ShapeDtypeStruct((ids_TX.size, hidden), jnp.float32),
         grid=(blocks, hidden // ROWS),
         K=features,
         D=hidden,
     )
-    return combine(y_SD, slot_P, weights_TX)
+    return combine(y_PD, ids_TX < num_experts, weights_TX)
 
 
-def combine(y_SD: Array, slot_P: Array, weights_TX: Array) -> Array:
-    """Sums the choices of each token; slots past the last one are choices of no expert."""
-    y_PD = jnp.take(y_SD, slot_P, axis=0, mode="fill", fill_value=0)
-    y_TXD = y_PD.reshape(*weights_TX.shape, y_SD.shape[1])
-    return jnp.sum(y_TXD * weights_TX[..., None].astype(jnp.float32), axis=1)
+def combine(y_PD: Array, is_expert_TX: Array, weights_TX: Array) -> Array:
+    """Sums the choices of each token; the rows of choices of no expert are undefined."""
+    y_TXD = y_PD.reshape(*weights_TX.shape, y_PD.shape[1]) * weights_TX[..., None].astype(jnp.float32)
+    return jnp.sum(jnp.where(is_expert_TX[..., None], y_TXD, 0), axis=1)

@@ -41,7 +41,7 @@ def gate_up(
     x_ptr, gate_ptr, gate_scales_ptr, up_ptr, up_scales_ptr, expert_ptr, pair_ptr, hidden_ptr,
     K: tl.constexpr, F: tl.constexpr, X: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate x) * (up x) for one block of pairs and ROWS features: [slots, F], in the dtype of its array."""
+    """silu(gate x) * (up x) for one block of pairs and ROWS features: [pairs, F], in the dtype of its array."""
     block = tl.program_id(0)
     slots = block * N + tl.arange(0, N)
     pair = tl.load(pair_ptr + slots)
@@ -58,7 +58,7 @@ def gate_up(
         gate += _product(even, odd, gate_ptr, gate_scales_ptr, rows, step, K, ROWS, COLS)
         up += _product(even, odd, up_ptr, up_scales_ptr, rows, step, K, ROWS, COLS)
     hidden = gate * tl.sigmoid(gate) * up
-    where = hidden_ptr + slots[None, :] * F + features[:, None]
+    where = hidden_ptr + pair[None, :] * F + features[:, None]
     tl.store(where, hidden.to(hidden_ptr.dtype.element_ty), mask=is_there[None, :])
 
 
@@ -67,7 +67,7 @@ def down(
     hidden_ptr, down_ptr, down_scales_ptr, expert_ptr, pair_ptr, y_ptr,
     K: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """down h for one block of pairs and ROWS outputs: float32 [slots, D]."""
+    """down h for one block of pairs and ROWS outputs: float32 [pairs, D]."""
     block = tl.program_id(0)
     slots = block * N + tl.arange(0, N)
     pair = tl.load(pair_ptr + slots)
@@ -78,6 +78,6 @@ def down(
     rows = tl.load(expert_ptr + block).to(tl.int64) * D + outputs
     y = tl.zeros((ROWS, N), tl.float32)
     for step in range(K // COLS):
-        even, odd = _tokens(hidden_ptr, slots, is_there, step, K, COLS)
+        even, odd = _tokens(hidden_ptr, pair, is_there, step, K, COLS)
         y += _product(even, odd, down_ptr, down_scales_ptr, rows, step, K, ROWS, COLS)
-    tl.store(y_ptr + slots[None, :] * D + outputs[:, None], y, mask=is_there[None, :])
+    tl.store(y_ptr + pair[None, :] * D + outputs[:, None], y, mask=is_there[None, :])

@@ -32,19 +32,19 @@ def run(tokens: int, case: str, columns: int) -> float:
     packed = packed_experts()
     # In float32: the interpreter keeps bf16 as integers, and multiplies those.
     x, ids, weights = tokens_of(tokens, dtype=jnp.float32), routing(tokens, case), weights_of(tokens)
-    expert_B, pair_S, slot_P = blocks_of(jnp.asarray(ids), EXPERTS, columns)
-    blocks, slots = expert_B.size, pair_S.size
+    expert_B, pair_S = blocks_of(jnp.asarray(ids), EXPERTS, columns)
+    blocks = expert_B.size
     tables = tensor(expert_B), tensor(pair_S)
     sizes = {"N": columns, "ROWS": backend.ROWS, "COLS": backend.COLS}
-    hidden = torch.zeros(slots, FEATURES)
+    hidden = torch.full((ids.size, FEATURES), torch.nan)
     stacks = [[tensor(part) for part in stack] for stack in (packed.gate, packed.up, packed.down)]
     grid = (blocks, FEATURES // backend.ROWS)
     triton_kernels.gate_up[grid](
         tensor(x), *stacks[0], *stacks[1], *tables, hidden, K=HIDDEN, F=FEATURES, X=CHOSEN, **sizes
     )
-    y = torch.zeros(slots, HIDDEN)
+    y = torch.full((ids.size, HIDDEN), torch.nan)
     triton_kernels.down[(blocks, HIDDEN // backend.ROWS)](hidden, *stacks[2], *tables, y, K=FEATURES, D=HIDDEN, **sizes)
-    found = backend.combine(jnp.asarray(y.numpy()), slot_P, weights)
+    found = backend.combine(jnp.asarray(y.numpy()), jnp.asarray(ids) < EXPERTS, weights)
     return relative_error(found, definition(x, ids, weights, packed))
 
 
