@@ -37,12 +37,14 @@ def main(argv: list[str]) -> None:
     plan = Plan(config, drafter_preset(args.preset), layout_for(config, target.count, groups), cache_itemsize=2)
     programs, reason = {}, None if args.no_compile else compiled.missing()
     if not args.no_compile and reason is None:
-        programs = compiled.compile_programs(plan, target, args.context)
+        programs, reason = compiled.compile_programs(plan, target, args.context), compiled.without_triton()
+    elif reason:
+        reason = f"without the compiled programs: {reason}"
     record = report.record_of(plan, target, args.context, programs)
     if not args.json:
         print(report.text_of(record))
     if reason:
-        print(f"plan: without the compiled programs: {reason}", file=sys.stderr)
+        print(f"plan: {reason}", file=sys.stderr)
     if args.plot:
         report.plot(record, Path(args.plot))
     print(json.dumps(record))

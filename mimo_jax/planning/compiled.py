@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,10 @@ from pallas_kernels.attention.reference import CHUNK
 from pallas_kernels.devices import compiling_for
 
 PACKAGES = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}
-INSTALL = "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm"
+INSTALL = (
+    "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm "
+    "jax-triton triton"
+)
 LARGE = 1_000_000  # bytes: smaller results stay in the caches of the chip
 NEGLIGIBLE = 0.01  # of the bytes that a program needs
 PREFILL_TOKENS = decoding.PREFILL_BUCKETS[-1]
@@ -63,6 +67,13 @@ def missing() -> str | None:
     if PACKAGES <= {distribution.name for distribution in importlib.metadata.distributions()}:
         return None
     return "compiling needs the CUDA plugin, which is not installed: " + INSTALL.format(version=jax.__version__)
+
+
+def without_triton() -> str | None:
+    """That the compiled programs lack the Triton kernels, and the command that helps; None if they have them."""
+    if importlib.util.find_spec("jax_triton") is not None:
+        return None
+    return "without the Triton kernels, which move fewer bytes: pip install --no-deps jax-triton triton"
 
 
 def topology(target: Target) -> list[Any]:
