@@ -46,20 +46,26 @@ def cost_of(ptx: Path, groups: int) -> Cost:
     """Assembles and takes apart the PTX of a kernel whose every decoding feeds `groups` products."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        report = _run("ptxas", "-arch=sm_90a", "-v", str(ptx), "-o", str(cubin))
+        registers, stack, spilled = assemble(ptx, cubin)
         listing = _run("nvdisasm", "-c", str(cubin))
-    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    registers = re.search(r"Used (\d+) registers", report)
-    if found is None or registers is None:
-        raise ValueError(f"{ptx}: ptxas' report is not understood: {report}")
-    stack, stores, loads = map(int, found.groups())
     lines = listing.splitlines()
     opcodes = [opcode for opcode, _ in map(_parse, lines)]
     local = sum(opcode in ("LDL", "STL") for opcode in opcodes)
     loop = _main_loop(lines)
     weights = _WEIGHTS * sum(opcode == TENSOR for opcode in loop) / groups
     alu = sum(opcode in ALU for opcode in loop)
-    return Cost(int(registers[1]), stack, stores + loads, local, len(loop) / weights, alu / weights)
+    return Cost(registers, stack, spilled, local, len(loop) / weights, alu / weights)
+
+
+def assemble(ptx: Path, cubin: Path) -> tuple[int, int, int]:
+    """Machine code for Hopper; its registers, bytes of stack, and bytes of spills, as ptxas reports them."""
+    report = _run("ptxas", "-arch=sm_90a", "-v", str(ptx), "-o", str(cubin))
+    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = re.search(r"Used (\d+) registers", report)
+    if found is None or registers is None:
+        raise ValueError(f"{ptx}: ptxas' report is not understood: {report}")
+    stack, stores, loads = map(int, found.groups())
+    return int(registers[1]), stack, stores + loads
 
 
 def _run(name: str, *arguments: str) -> str:

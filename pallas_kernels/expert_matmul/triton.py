@@ -16,7 +16,7 @@ from pallas_kernels import triton_call
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
 from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, blocks_of
 
-DECODE_COLUMNS, PREFILL_COLUMNS = 16, 64  # pairs of a block; `dot` takes 16 at least
+DECODE_COLUMNS, PREFILL_COLUMNS = 16, 32  # pairs of a block; `dot` takes 16 at least
 ROWS, COLS = 64, 128  # of a matrix, per step of a program
 
 
