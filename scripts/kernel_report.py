@@ -24,7 +24,8 @@ from mimo_jax.cli import main_guard
 from mimo_jax.errors import UserError
 from mimo_jax.planning import compiled
 from mimo_jax.planning.machines import parse_target
-from pallas_kernels.expert_matmul import mosaic_gpu, sass, schedule
+from pallas_kernels import sass
+from pallas_kernels.expert_matmul import mosaic_gpu, schedule
 from pallas_kernels.expert_matmul.layout import TiledExperts, Tiling, down_tiling, gate_up_tiling
 from pallas_kernels.expert_matmul.shapes import SHAPES, Shape
 

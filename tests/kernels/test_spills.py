@@ -10,10 +10,11 @@ from jax.sharding import SingleDeviceSharding
 
 from mimo_jax.planning import compiled
 from mimo_jax.planning.machines import parse_target
+from pallas_kernels import sass
 from pallas_kernels.attention import attend_long
 from pallas_kernels.attention import shapes as attention
 from pallas_kernels.devices import HOPPER, compiling_for
-from pallas_kernels.expert_matmul import PackedExperts, expert_ffn, sass
+from pallas_kernels.expert_matmul import PackedExperts, expert_ffn
 from pallas_kernels.expert_matmul import shapes as experts
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul import shapes as fp8

@@ -17,7 +17,8 @@ from mimo_jax.modeling.experts import routed_ffn
 from mimo_jax.planning import compiled
 from mimo_jax.planning.machines import parse_target
 from mimo_jax.sharding import TILED_EXPERTS, Layout, make_mesh, spec_of, using
-from pallas_kernels.expert_matmul import TiledExperts, mosaic_gpu, sass
+from pallas_kernels import sass
+from pallas_kernels.expert_matmul import TiledExperts, mosaic_gpu
 from pallas_kernels.expert_matmul.layout import down_tiling, gate_up_tiling
 
 ROOT = Path(__file__).resolve().parents[3]
