@@ -1,6 +1,6 @@
 """What a compiled kernel costs: registers and spills as ptxas reports them, instructions of its main loop as SASS.
 
-For the PTX that Mosaic and Triton leave behind; both tools come with the CUDA packages from PyPI, and neither needs a GPU.
+For the PTX that Mosaic and Triton leave behind. Both tools come with the CUDA packages from PyPI; neither needs a GPU.
 """
 
 from __future__ import annotations
