@@ -13,7 +13,8 @@ from mimo_jax.config import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.layers import Params
 from mimo_jax.sharding import TENSOR, TILED_EXPERTS, spec_of
-from pallas_kernels.expert_matmul import BACKENDS, PackedExperts, TiledExperts, layout, on_hopper, tile_experts
+from pallas_kernels.devices import on_hopper
+from pallas_kernels.expert_matmul import BACKENDS, PackedExperts, TiledExperts, layout, tile_experts
 
 KERNEL = "mosaic_gpu"
 STACKS = ("gate", "up", "down")

@@ -19,7 +19,8 @@ from mimo_jax.sharding import PARAMETERS
 
 Params = dict[str, Any]  # a parameter tree
 
-_PACKERS: dict[str, Callable] = {"fp8": quantize_fp8, "mxfp4": quantize_mx, "turned": turn}
+# Under `jit`, so that a shape that all layers share is traced once.
+_PACKERS: dict[str, Callable] = {"fp8": jax.jit(quantize_fp8), "mxfp4": jax.jit(quantize_mx), "turned": turn}
 
 
 def weight_init(fmt: str, shape: tuple[int, ...], scale: float, dtype: str) -> Callable[[Array], Weight]:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.devices import capability
+from pallas_kernels.backends import Backends
 
-BACKENDS = ("reference", "triton")  # modules of this package, each with `attend_long` and `unsupported`
-
-
-def backend_of(name: str) -> Any:
-    """The module of a backend; ValueError, with the known names, where there is none."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
-    return importlib.import_module(f"pallas_kernels.attention.{name}")
+KERNELS = Backends("pallas_kernels.attention", ("triton", "reference"))
+BACKENDS = KERNELS.names
 
 
 def attend_long(
@@ -38,19 +29,8 @@ def attend_long(
     not serve it raises NotImplementedError, and never gives way to another.
     """
     _check(q_BTHQ, k_BKSQ, v_BKSV, query_BT, sink_H)
-    name = choose(q_BTHQ, k_BKSQ, v_BKSV) if backend is None else backend
-    module = backend_of(name)
-    reason = module.unsupported(q_BTHQ, k_BKSQ, v_BKSV)
-    if reason is not None:
-        raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; reference can")
+    module = KERNELS.serving(backend, q_BTHQ, k_BKSQ, v_BKSV)
     return module.attend_long(q_BTHQ, k_BKSQ, v_BKSV, query_BT, sink_H)
-
-
-def choose(q_BTHQ: Array, k_BKSQ: Array, v_BKSV: Array) -> str:
-    """The fastest backend that serves the call on JAX's default device."""
-    if capability() is None:
-        return "reference"
-    return "triton" if backend_of("triton").unsupported(q_BTHQ, k_BKSQ, v_BKSV) is None else "reference"
 
 
 def _check(q_BTHQ: Array, k_BKSQ: Array, v_BKSV: Array, query_BT: Array, sink_H: Array | None) -> None:

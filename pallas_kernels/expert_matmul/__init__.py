@@ -1,7 +1,6 @@
 """MXFP4 experts: one op, `expert_ffn`, for every backend."""
 
-from pallas_kernels.devices import on_hopper
 from pallas_kernels.expert_matmul.api import BACKENDS, expert_ffn
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts, tile_experts, untile_experts
 
-__all__ = ["BACKENDS", "PackedExperts", "TiledExperts", "expert_ffn", "on_hopper", "tile_experts", "untile_experts"]
+__all__ = ["BACKENDS", "PackedExperts", "TiledExperts", "expert_ffn", "tile_experts", "untile_experts"]

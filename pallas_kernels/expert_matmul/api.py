@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.devices import capability
+from pallas_kernels.backends import Backends
 from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
 
 Experts = PackedExperts | TiledExperts
-# Modules of this package, each with `expert_ffn` and `unsupported`; imported when needed, for Pallas takes its time.
-BACKENDS = ("reference", "mosaic_gpu", "triton")
-FASTEST_FIRST = ("mosaic_gpu", "triton")
-
-
-def backend_of(name: str) -> Any:
-    """The module of a backend; ValueError, with the known names, where there is none."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
-    return importlib.import_module(f"pallas_kernels.expert_matmul.{name}")
+KERNELS = Backends("pallas_kernels.expert_matmul", ("mosaic_gpu", "triton", "reference"))
+BACKENDS = KERNELS.names
 
 
 def expert_ffn(
@@ -56,22 +45,9 @@ def expert_ffn(
         most=jnp.max(ids_TX),
         number=jnp.int32(num_experts),
     )
-    name = choose(x_TD, ids_TX, experts) if backend is None else backend
-    module = backend_of(name)
-    reason = module.unsupported(x_TD, ids_TX, experts)
-    if reason is not None:
-        able = [other for other in BACKENDS if backend_of(other).unsupported(x_TD, ids_TX, experts) is None]
-        raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; {', '.join(able)} can")
+    module = KERNELS.serving(backend, x_TD, ids_TX, experts)
     ids_TX = jnp.where(is_expert_TX, ids_TX, num_experts)
     return module.expert_ffn(x_TD, ids_TX, weights_TX, experts, layer * num_experts, num_experts)
-
-
-def choose(x_TD: Array, ids_TX: Array, experts: Experts) -> str:
-    """The fastest backend that serves the call on JAX's default device."""
-    if capability() is None:
-        return "reference"
-    able = (name for name in FASTEST_FIRST if backend_of(name).unsupported(x_TD, ids_TX, experts) is None)
-    return next(able, "reference")
 
 
 def _check(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts, layer: int, num_experts: int) -> None:

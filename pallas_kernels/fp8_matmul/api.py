@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.devices import capability
+from pallas_kernels.backends import Backends
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
-# Modules of this package, each with `fp8_matmul` and `unsupported`.
-BACKENDS = ("reference", "triton")
-
-
-def backend_of(name: str) -> Any:
-    """The module of a backend; ValueError, with the known names, where there is none."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
-    return importlib.import_module(f"pallas_kernels.fp8_matmul.{name}")
+KERNELS = Backends("pallas_kernels.fp8_matmul", ("triton", "reference"))
+BACKENDS = KERNELS.names
 
 
 def fp8_matmul(
@@ -38,18 +28,13 @@ def fp8_matmul(
     not serve it raises NotImplementedError, and never gives way to another.
     """
     _check(x_TK, codes_GNK, scales_Gnk)
-    name = choose(x_TK, codes_GNK) if backend is None else backend
-    module = backend_of(name)
-    if (reason := module.unsupported(x_TK, codes_GNK)) is not None:
-        raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; reference can")
+    module = KERNELS.serving(backend, x_TK, codes_GNK)
     return module.fp8_matmul(x_TK, codes_GNK, scales_Gnk)
 
 
 def choose(x: Array, codes: Array | np.ndarray) -> str:
     """The fastest backend that serves the call on JAX's default device; any axes may lead tokens and codes."""
-    if capability() is None:
-        return "reference"
-    return "triton" if backend_of("triton").unsupported(x, codes) is None else "reference"
+    return KERNELS.choose(x, codes)
 
 
 def _check(x_TK: Array, codes_GNK: Array, scales_Gnk: Array) -> None:

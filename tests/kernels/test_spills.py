@@ -1,6 +1,5 @@
 """The Triton kernels as machine code for an H200 that is not there: all of a program's state is in its registers."""
 
-import importlib.util
 from collections.abc import Iterator
 
 import jax
@@ -18,13 +17,9 @@ from pallas_kernels.expert_matmul import PackedExperts, expert_ffn
 from pallas_kernels.expert_matmul import shapes as experts
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul import shapes as fp8
+from tests.kernels.triton_tools import needs_compiler, needs_triton
 
-NO_TRITON = importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None
-pytestmark = [
-    pytest.mark.skipif(NO_TRITON, reason="jax-triton or triton is not installed (the extra `triton`)"),
-    pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing())),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),  # jax-triton 0.4 leaves it to Triton
-]
+pytestmark = [*needs_triton, needs_compiler]
 Argument = jax.ShapeDtypeStruct
 
 

@@ -1,22 +1,21 @@
 """The real programs, compiled for eight H200 that are not there."""
 
 import dataclasses
-import importlib.util
 
 import pytest
 
 from mimo_jax.config import preset
 from mimo_jax.drafter_config import drafter_preset
-from mimo_jax.planning.compiled import compile_programs, missing
+from mimo_jax.planning.compiled import compile_programs
 from mimo_jax.planning.machines import parse_target
 from mimo_jax.planning.traffic import Plan, resident_weights
 from mimo_jax.sharding import Layout
+from tests.kernels.triton_tools import HAS_TRITON, needs_compiler
 
 LAYERS = 2  # a global one with a dense MLP, a sliding one with experts
-NO_TRITON = importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None
 
 
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # jax-triton 0.4 leaves it to Triton
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_drafted_round_moves_what_it_should(backend):
@@ -38,5 +37,5 @@ def test_a_drafted_round_moves_what_it_should(backend):
     if backend == "reference":
         assert program.beyond and all("/moe/" in place for place in program.beyond)
         assert sum(program.beyond.values()) > 5e8
-    elif not NO_TRITON:
+    elif HAS_TRITON:
         assert not program.beyond

@@ -47,7 +47,7 @@ def test_positions_past_the_capacity_see_every_row():
         ({"query_BT": jnp.zeros((2, 3))}, r"positions \(2, 3\) of dtype float32"),
         ({"query_BT": jnp.zeros((3, 3), jnp.int32)}, r"positions \(3, 3\)"),
         ({"sink_H": jnp.zeros(3)}, r"sinks \(3,\) for 4 query heads"),
-        ({"backend": "cudnn"}, "'cudnn' is unknown; known: reference"),
+        ({"backend": "cudnn"}, "'cudnn' is unknown; known: triton, reference"),
     ],
 )
 def test_bad_input_is_named(changes, message):

@@ -1,11 +1,5 @@
 """The Triton backend without a GPU: numbers in Triton's interpreter, machine code for three generations."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -18,26 +12,19 @@ from mimo_jax.planning.machines import parse_target
 from mimo_jax.sharding import CACHE, Layout, make_mesh, spec_of, using
 from pallas_kernels.attention.shapes import PRO_TP8
 from pallas_kernels.devices import compiling_for
+from tests.kernels.triton_tools import needs_compiler, needs_torch, needs_triton, run_interpreted
 
-ROOT = Path(__file__).resolve().parents[3]
-NO_TRITON = importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None
-pytestmark = [
-    pytest.mark.skipif(NO_TRITON, reason="jax-triton or triton is not installed (the extra `triton`)"),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),  # jax-triton 0.4 leaves it to Triton
-]
+pytestmark = needs_triton
 CAPACITY = 1 << 17
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="Triton's interpreter takes torch tensors")
+@needs_torch
 def test_interpreted_kernels_agree():
     """Any length, block of tokens and grouping, with and without sinks, within float32's rounding of the definition."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.attention.interpreted_triton"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and done.stdout.strip().endswith("agreed"), done.stderr[-2000:]
+    run_interpreted("attention")
 
 
-@pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+@needs_compiler
 @pytest.mark.parametrize("tokens", [8, 256])
 @pytest.mark.parametrize(("target", "capability"), [("1xh200", 80), ("1xh200", 90), ("1xb200", 100)])
 def test_it_compiles_for_each_generation(target, capability, tokens):
@@ -59,7 +46,7 @@ def test_it_compiles_for_each_generation(target, capability, tokens):
     assert " copy(" not in program.as_text()
 
 
-@pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+@needs_compiler
 def test_eight_devices_keep_to_their_own_heads():
     """Pro on 8xH200: each device runs the kernel on its eighth of the cache; nothing is sent, nothing is copied."""
     mesh = make_mesh(Layout(tensor=8), compiled.topology(parse_target("8xh200")))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.expert_matmul import expert_ffn, tile_experts
-from pallas_kernels.expert_matmul.api import backend_of
+from pallas_kernels.expert_matmul.api import KERNELS
 from tests.kernels.expert_matmul.samples import (
     CASES,
     definition,
@@ -27,7 +27,7 @@ def stacks(backend: str, hidden: int, features: int):
     """Experts in the layout of the backend, or a skip that says why it cannot run here."""
     packed = packed_experts(hidden=hidden, features=features)
     experts = on_device(tile_experts(packed) if backend == "mosaic_gpu" else packed)
-    reason = backend_of(backend).unsupported(tokens_of(1, hidden=hidden), jnp.zeros((1, 2), jnp.int32), experts)
+    reason = KERNELS.module(backend).unsupported(tokens_of(1, hidden=hidden), jnp.zeros((1, 2), jnp.int32), experts)
     if reason is not None:
         pytest.skip(reason)
     return packed, experts

@@ -98,7 +98,7 @@ def test_ids_out_of_range_are_never_read():
         ({"layer": 1}, f"layer 1 of {EXPERTS} experts"),
         ({"num_experts": 4}, f"4 experts in stacks of {EXPERTS}"),
         ({"experts": jax.tree.map(lambda leaf: leaf.astype(np.int32), PACKED)}, "dtype int32"),
-        ({"backend": "cutlass"}, "'cutlass' is unknown; known: reference"),
+        ({"backend": "cutlass"}, "'cutlass' is unknown; known: mosaic_gpu, triton, reference"),
     ],
 )
 def test_bad_input_is_named(changes, message):

@@ -1,11 +1,5 @@
 """The Triton backend without a GPU: numbers in Triton's interpreter, machine code for three generations."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,23 +10,18 @@ from mimo_jax.planning.machines import parse_target
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.expert_matmul import PackedExperts
 from pallas_kernels.expert_matmul.shapes import PRO_TP8
+from tests.kernels.triton_tools import needs_compiler, needs_torch, needs_triton, run_interpreted
 
-ROOT = Path(__file__).resolve().parents[3]
-NO_TRITON = importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None
-pytestmark = pytest.mark.skipif(NO_TRITON, reason="jax-triton or triton is not installed (the extra `triton`)")
+pytestmark = needs_triton
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="Triton's interpreter takes torch tensors")
+@needs_torch
 def test_interpreted_kernels_agree():
     """Decode and prefill blocks, all on one expert and some on none, within float32's rounding of the definition."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.expert_matmul.interpreted_triton"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and done.stdout.strip().endswith("agreed"), done.stderr[-2000:]
+    run_interpreted("expert_matmul")
 
 
-@pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # jax-triton 0.4 leaves it to Triton
+@needs_compiler
 @pytest.mark.parametrize(("target", "capability"), [("1xh200", 80), ("1xh200", 90), ("1xb200", 100)])
 def test_it_compiles_for_each_generation(target, capability):
     """Code of Ampere, Hopper and Blackwell for Pro at TP8, with no such GPU here; nothing copies a stack."""

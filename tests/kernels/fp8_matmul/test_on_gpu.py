@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.fp8_matmul import fp8_matmul
-from pallas_kernels.fp8_matmul.api import backend_of
+from pallas_kernels.fp8_matmul.api import KERNELS
 from pallas_kernels.fp8_matmul.shapes import DOWN, GATE, QKV, SMALL
 from tests.kernels.fp8_matmul.samples import definition, relative_error, tokens_of, weights_of
 
@@ -18,7 +18,7 @@ def draw(shape, tokens):
     """Tokens, codes and scales, or a skip that says why the kernels cannot run here."""
     codes, scales = weights_of(shape.chunks, shape.rows, shape.cols)
     x = tokens_of(tokens, shape.cols)
-    if (reason := backend_of("triton").unsupported(x, codes)) is not None:
+    if (reason := KERNELS.module("triton").unsupported(x, codes)) is not None:
         pytest.skip(reason)
     return x, codes, scales
 

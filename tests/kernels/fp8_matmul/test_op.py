@@ -33,7 +33,7 @@ def test_the_op_is_its_definition(tokens, shape, dtype):
         ({"x_TK": jnp.zeros((2, 256), jnp.int32)}, "tokens of dtype int32"),
         ({"scales_Gnk": SCALES[:, :1]}, r"scales float32 \(2, 1, 2\); float32 \(2, 2, 2\)"),
         ({"scales_Gnk": SCALES.astype(jnp.bfloat16)}, "scales bfloat16"),
-        ({"backend": "cutlass"}, "'cutlass' is unknown; known: reference"),
+        ({"backend": "cutlass"}, "'cutlass' is unknown; known: triton, reference"),
     ],
 )
 def test_bad_input_is_named(changes, message):
