@@ -135,14 +135,16 @@ class Attention(nn.Module):
         updated = append(cache, k, v, lengths_B, counts_B, self.kind)
         if self.kind == GLOBAL and updated.keys.shape[2] > CHUNK:
             return attend_rows(q, updated, query_BT, sink_H), updated
-        if self.kind == SLIDING and q.shape[1] > MAX_BLOCK:
-            # The ring as it was, then the new tokens: a long chunk overwrites rows its first queries still need.
+        if self.kind == SLIDING and (q.shape[1] > MAX_BLOCK or current_mesh() is None):
+            # The ring as it was, then the new tokens: a long chunk overwrites rows its first queries still need, and a
+            # CPU need not wait for the update.
             keys = jnp.concatenate([cache.keys, heads_first(k)], axis=2)
             values = jnp.concatenate([cache.values, heads_first(v)], axis=2)
             held_BS = row_positions(self.kind, cache.keys.shape[2], lengths_B)
             key_BS = jnp.concatenate([held_BS, query_BT], axis=1)
         else:
-            # In the order of the cache's rows, which is the same for a token that is read alone or in a block.
+            # In the order of the cache's rows, which is the same for a token that is read alone or in a block: on
+            # a mesh its logits do not depend on that (`decoding.FlaxStep`).
             keys, values = updated.keys, updated.values
             key_BS = row_positions(self.kind, keys.shape[2], lengths_B + counts_B)
         return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated
