@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
+import os
 from typing import Any
 
 import jax
 
+from pallas_kernels import sass
 from pallas_kernels.devices import capability
 
 OLDEST = 80  # compute capability, ten times: Ampere
@@ -22,6 +25,13 @@ def missing() -> str | None:
     return None
 
 
+@functools.cache
+def _prefer_packaged_assembler() -> None:
+    """XLA takes the first ptxas on the PATH, which may be too old for what Triton writes; the package's is not."""
+    if (assembler := sass.tool("ptxas")) is not None:
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(assembler), os.environ.get("PATH", "")])
+
+
 def call(
     kernel: Any,
     *arrays: jax.Array,
@@ -34,6 +44,7 @@ def call(
     """Arrays of the shapes and dtypes `out`, which the kernel takes as its last pointers; for `devices.capability`."""
     import jax_triton
 
+    _prefer_packaged_assembler()
     # jax-triton 0.4 renamed it.
     result = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
     return jax_triton.triton_call(

@@ -32,7 +32,6 @@ from mimo_jax.planning.traffic import Plan, distinct_experts, round_reads
 from mimo_jax.sampling import Greedy
 from mimo_jax.sharding import cache_shardings, make_mesh, parameter_shardings, shapes_on
 from mimo_jax.tiles import abstract_tiled, wants_tiles
-from pallas_kernels import sass
 from pallas_kernels.attention.reference import CHUNK
 from pallas_kernels.devices import compiling_for
 
@@ -82,10 +81,6 @@ def topology(target: Target) -> list[Any]:
     from jax.experimental import topologies
 
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    assembler, path = sass.tool("ptxas"), os.environ.get("PATH", "")
-    if assembler is not None and not path.startswith(folder := os.path.dirname(assembler)):
-        # XLA takes the first on the PATH, which may be too old for what Triton writes.
-        os.environ["PATH"] = os.pathsep.join([folder, path])
     jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back from it
     description = target_description(target.gpu)
     described = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{target.count}")

@@ -1,5 +1,6 @@
 """The Triton kernels as machine code for an H200 that is not there: all of a program's state is in its registers."""
 
+import importlib
 from collections.abc import Iterator
 
 import jax
@@ -63,7 +64,12 @@ def written(monkeypatch) -> Iterator[list[str]]:
         return result
 
     monkeypatch.setattr(triton_lib, "compile_ttir_to_ptx_inplace", compile_and_keep)
-    getattr(triton_lib, "_COMPILED_KERNEL_CACHE", {}).clear()  # of jax-triton 0.3
+    getattr(
+        triton_lib, "_COMPILED_KERNEL_CACHE", {}
+    ).clear()  # jax-triton 0.3 keeps all kernels, 0.4 each beside itself
+    for folder in ("attention", "expert_matmul", "fp8_matmul"):
+        for kernel in vars(importlib.import_module(f"pallas_kernels.{folder}.triton_kernels")).values():
+            getattr(kernel, "_jT_kernel_cache", {}).clear()
     yield found
 
 
