@@ -64,9 +64,7 @@ def written(monkeypatch) -> Iterator[list[str]]:
         return result
 
     monkeypatch.setattr(triton_lib, "compile_ttir_to_ptx_inplace", compile_and_keep)
-    getattr(
-        triton_lib, "_COMPILED_KERNEL_CACHE", {}
-    ).clear()  # jax-triton 0.3 keeps all kernels, 0.4 each beside itself
+    getattr(triton_lib, "_COMPILED_KERNEL_CACHE", {}).clear()  # jax-triton 0.3; 0.4 keeps each by its side
     for folder in ("attention", "expert_matmul", "fp8_matmul"):
         for kernel in vars(importlib.import_module(f"pallas_kernels.{folder}.triton_kernels")).values():
             getattr(kernel, "_jT_kernel_cache", {}).clear()
