@@ -55,12 +55,12 @@ def test_two_processes_are_one_machine(tmp_path):
 
 
 def test_two_processes_train_as_one_device(tmp_path):
-    """The same command, cut over two processes of four devices each: one log, and one device's loss and gradient."""
+    """The same command, cut over two processes of two devices each: one log, and one device's loss and gradient."""
     np.random.default_rng(0).integers(0, 4096, 4000).astype(np.uint16).tofile(tmp_path / "train.bin")
     command = [str(ROOT / "scripts" / "train.py"), "pretrain", "--data", str(tmp_path), "--steps", "1"]
     command += ["--batch", "8", "--length", "16", "--run"]
-    cut = ["--data-parallel", "2", "--tensor-parallel", "4", "--num-processes", "2", "--coordinator", free_port()]
-    together = [start([*command, str(tmp_path / "two"), *cut, "--process-id", str(index)], 4) for index in range(2)]
+    cut = ["--data-parallel", "2", "--tensor-parallel", "2", "--num-processes", "2", "--coordinator", free_port()]
+    together = [start([*command, str(tmp_path / "two"), *cut, "--process-id", str(index)], 2) for index in range(2)]
     outputs = [process.communicate(timeout=START) for process in together]
     alone = start([*command, str(tmp_path / "one")], 1)
     outputs.append(alone.communicate(timeout=START))
