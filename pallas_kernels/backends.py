@@ -29,7 +29,8 @@ class Backends:
 
     def serving(self, name: str | None, *call: Any) -> Any:
         """The module of the backend of that name, or of the fastest; NotImplementedError where it does not serve."""
-        name = self.choose(*call) if name is None else name
+        if name is None:
+            return self.module(self.choose(*call))
         if (reason := self.module(name).unsupported(*call)) is not None:
             able = ", ".join(self._able(*call))
             raise NotImplementedError(f"backend {name!r} cannot serve this call: {reason}; {able} can")

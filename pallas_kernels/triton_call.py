@@ -16,9 +16,14 @@ from pallas_kernels.devices import capability
 OLDEST = 80  # compute capability, ten times: Ampere
 
 
+def is_installed() -> bool:
+    """Whether jax-triton can be imported."""
+    return importlib.util.find_spec("jax_triton") is not None
+
+
 def missing() -> str | None:
     """What keeps Triton kernels from running here, or from being compiled for `compiling_for`'s GPU."""
-    if importlib.util.find_spec("jax_triton") is None:
+    if not is_installed():
         return f"jax-triton is not installed (the extra `triton`); JAX's default device is {jax.default_backend()!r}"
     if (capability() or 0) < OLDEST:
         return f"JAX's default device is {jax.devices()[0].device_kind!r}, not an NVIDIA GPU from Ampere on"

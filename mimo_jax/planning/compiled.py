@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from mimo_jax.planning.traffic import Plan, distinct_experts, round_reads
 from mimo_jax.sampling import Greedy
 from mimo_jax.sharding import cache_shardings, make_mesh, parameter_shardings, shapes_on
 from mimo_jax.tiles import abstract_tiled, wants_tiles
+from pallas_kernels import triton_call
 from pallas_kernels.attention.reference import CHUNK
 from pallas_kernels.devices import compiling_for
 
@@ -71,7 +71,7 @@ def missing() -> str | None:
 
 def without_triton() -> str | None:
     """That the compiled programs lack the Triton kernels, and the command that helps; None if they have them."""
-    if importlib.util.find_spec("jax_triton") is not None:
+    if triton_call.is_installed():
         return None
     return "without the Triton kernels, which move fewer bytes: pip install --no-deps jax-triton triton"
 

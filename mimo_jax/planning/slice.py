@@ -24,6 +24,7 @@ from mimo_jax.drafting import Draft, NoDrafter, Proposer
 from mimo_jax.modeling.drafter import abstract_drafter
 from mimo_jax.sampling import Greedy
 from mimo_jax.sharding import Layout
+from pallas_kernels.timing import seconds
 
 SCALE = 119  # E8M0: 2^-8, so that sums of thousands of products stay near 1
 
@@ -127,10 +128,4 @@ def streaming_read(nbytes: int, repeats: int) -> float:
     """Bytes per second of a sum over an array of `nbytes`, the median of `repeats`: what reading alone reaches."""
     data = jnp.ones((nbytes // 4 // 1024, 1024), jnp.float32)
     total = jax.jit(lambda array: jnp.sum(array, axis=0))
-    jax.block_until_ready(total(data))
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(total(data))
-        found.append(time.perf_counter() - started)
-    return data.nbytes / statistics.median(found)
+    return data.nbytes / statistics.median(seconds(total, data, repeats=repeats))

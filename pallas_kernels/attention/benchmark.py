@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import BACKENDS, attend_long
 from pallas_kernels.attention.shapes import SHAPES, Shape
-from pallas_kernels.expert_matmul.benchmark import DATASHEET, seconds
+from pallas_kernels.timing import DATASHEET, seconds
 
 CACHE_BYTES = 128 << 20  # of all caches
 MOST_CACHES = 64  # calls of one program

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +24,8 @@ import numpy as np
 from pallas_kernels.expert_matmul import BACKENDS, PackedExperts, expert_ffn, tile_experts
 from pallas_kernels.expert_matmul.reference import coefficients, reader, touched_only
 from pallas_kernels.expert_matmul.shapes import SHAPES, Shape
+from pallas_kernels.timing import DATASHEET, seconds
 
-DATASHEET = 4.8e12  # bytes per second of an H200
 OTHERS = ("scaled_dot", "bf16_grouped")
 PEERS = ("vllm", "sglang", "flashinfer", "marlin", "humming")  # that hold W4 kernels for Hopper
 STREAM_BYTES = 4 << 30
@@ -107,17 +106,6 @@ def prepare(name: str, packed: PackedExperts) -> tuple[Run, Any]:
         return bf16_grouped, expand(packed)
     experts = jax.jit(tile_experts)(packed) if name == "mosaic_gpu" else packed
     return lambda experts, x, ids, weights: expert_ffn(x, ids, weights, experts, backend=name), experts
-
-
-def seconds(function: Callable, *arguments: Any, repeats: int) -> list[float]:
-    """Of each call, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - started)
-    return times
 
 
 def rounds_of(run: Run) -> Callable:

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.expert_matmul.benchmark import DATASHEET, seconds
 from pallas_kernels.fp8_matmul import BACKENDS, BLOCK, fp8_matmul
 from pallas_kernels.fp8_matmul.shapes import SHAPES, Shape
+from pallas_kernels.timing import DATASHEET, seconds
 
 EXPANDED = "expanded"
 WEIGHTS_BYTES = 400e6  # eight times the L2 cache of an H200
