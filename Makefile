@@ -15,18 +15,27 @@ unexport PROMPT
 TRAIN_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 TF_CPP_MIN_LOG_LEVEL=3 \
   XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID --xla_cpu_enable_fast_math=true"
 
-# Longer sequences from here on, so that the whole context is trained; later sittings keep to what a prompt and its
+# Longer sequences from here on, so that the whole context is trained; later stages keep to what a prompt and its
 # continuation take.
 WHOLE := --data runs/corpus --batch 8 --length 1024
 LONG := --data runs/corpus --batch 16 --length 512
 
-.PHONY: generate test lint gpu train drafter controls clean
+.PHONY: generate install test lint lock gpu train drafter controls clean
 
-generate: $(VENV)/core.stamp
+generate: $(VENV)/generate.stamp
 	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
 
 test: lint $(VENV)/compile.stamp
 	PYTHONPATH=$(CURDIR)/$(COMPILE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
+
+# For the commands beside `generate`: training, conversion, evaluation.
+install: $(VENV)/install.stamp
+
+# Newest versions of everything, written to .ci/*.lock; then run `make test`.
+lock: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/lock
+	$(VENV)/lock/bin/python -m pip --disable-pip-version-check install -qq uv
+	UV=$(CURDIR)/$(VENV)/lock/bin/uv .ci/lock
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -39,9 +48,9 @@ gpu:
 	@$(MAKE) --no-print-directory $(VENV)/gpu.stamp
 	JAX_PLATFORMS=cuda $(BIN)/python scripts/gpu_report.py
 
-# The bundled model, in three sittings: each pretrains, lets the rate fall to zero, and continues with QAT; the later ones
+# The bundled model, in three training stages: each pretrains, lets the rate fall to zero, and continues with QAT; the later ones
 # go on from the checkpoint that the one before exported. About three and a half hours on two cores; every command resumes.
-# (The bundled weights saw two earlier kinds of QAT in the first two sittings: docs/LOG.md.)
+# (The bundled weights saw two earlier kinds of QAT in the first two stages: docs/LOG.md.)
 TRAIN := $(TRAIN_ENV) $(BIN)/python scripts/train.py
 train: $(VENV)/dev.stamp
 	$(BIN)/python scripts/train.py corpus --data runs/corpus
@@ -60,17 +69,17 @@ train: $(VENV)/dev.stamp
 
 # Its drafter: first on its own text at three temperatures and on the corpus, then on its greedy text, which the loop
 # verifies at temperature 0; short, because greedy text soon repeats itself. Then with the order-aware bias, and the
-# late slots weighing more, on a mixture of both; at last with guesses from prompt lookup. About two and a half hours on two cores.
+# late positions weighing more, on a mixture of both; at last with guesses from prompt lookup. About two and a half hours on two cores.
 DRAFT := --model runs/checkpoint --data runs/corpus
 drafter: $(VENV)/dev.stamp
-	$(TRAIN) selfgen $(DRAFT) --out runs/texts --chunks 32
+	$(TRAIN) self-distill $(DRAFT) --out runs/texts --chunks 32
 	$(TRAIN) drafter $(DRAFT) --texts runs/texts --run runs/mixed --steps 2000 --human-share 0.5 --loss soft-dpace
 	$(TRAIN) export-drafter --run runs/mixed --out runs/mixed_dflash
-	$(TRAIN) selfgen $(DRAFT) --out runs/greedy_texts --chunks 36 --temperature 0 --length 160 --seed 7
+	$(TRAIN) self-distill $(DRAFT) --out runs/greedy_texts --chunks 36 --temperature 0 --length 160 --seed 7
 	$(TRAIN) drafter $(DRAFT) --texts runs/greedy_texts --start runs/mixed_dflash --run runs/greedy --steps 700 \
 	  --human-share 0.25 --anchors 32 --rate 2.5e-3 --loss soft-dpace
 	$(TRAIN) export-drafter --run runs/greedy --out runs/greedy_dflash
-	$(TRAIN) selfgen $(DRAFT) --out runs/long_texts --chunks 48 --length 224 --temperature 0 0.7 0 1 --seed 11
+	$(TRAIN) self-distill $(DRAFT) --out runs/long_texts --chunks 48 --length 224 --temperature 0 0.7 0 1 --seed 11
 	$(TRAIN) drafter $(DRAFT) --texts runs/long_texts --start runs/greedy_dflash --run runs/long --bias-rank 64 \
 	  --steps 2800 --human-share 0.25 --anchors 32 --seed 3
 	$(TRAIN) export-drafter --run runs/long --out runs/long_dflash
@@ -84,7 +93,7 @@ controls: $(VENV)/dev.stamp
 	$(TRAIN) drafter $(CONTROL) --run runs/c_base --bias-rank 64
 	$(TRAIN) drafter $(CONTROL) --run runs/c_chain --kind chain
 	$(TRAIN) drafter $(CONTROL) --run runs/c_nobias
-	$(TRAIN) drafter $(CONTROL) --run runs/c_nofeatures --bias-rank 64 --taps -1
+	$(TRAIN) drafter $(CONTROL) --run runs/c_nofeatures --bias-rank 64 --target-layer-ids -1
 	$(TRAIN) drafter $(CONTROL) --run runs/c_full --bias-rank 64 --window 256
 	$(TRAIN) drafter $(CONTROL) --run runs/c_adamw5 --bias-rank 64 --optimizer adamw
 	$(TRAIN) drafter $(CONTROL) --run runs/c_adamw2 --bias-rank 64 --optimizer adamw --rate 2e-3
@@ -101,25 +110,36 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/core.stamp: pyproject.toml | $(BIN)/python
-	@echo "installing into $(VENV) (once; a minute or two)" >&2
-	$(PIP) -e .
+# Packages come from the lock files, checked by their hashes; --no-deps, for a lock file is complete.
+LOCKED := $(PIP) --no-deps --require-hashes -r
+PROJECT := $(PIP) --no-deps -e .
+
+$(VENV)/generate.stamp: .ci/generate.lock pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) (once; less than a minute)" >&2
+	$(LOCKED) .ci/generate.lock
+	$(PROJECT)
 	@touch $@
 
-# One resolver call, so that torch is settled together with everything that wants it.
-$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+$(VENV)/install.stamp: .ci/install.lock pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) what all commands need (once; a minute or two)" >&2
+	$(LOCKED) .ci/install.lock
+	$(PROJECT)
+	@touch $@ $(VENV)/generate.stamp
+
+# torch is in no lock file: its wheels differ by machine.
+$(VENV)/dev.stamp: .ci/test.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) with test dependencies (once; several minutes)" >&2
-	$(PIP) torch==2.13.0 -e '.[dev,oracle]'
-	@touch $@ $(VENV)/core.stamp
+	$(PIP) torch==2.13.0
+	$(LOCKED) .ci/test.lock
+	$(PROJECT)
+	@touch $@ $(VENV)/install.stamp $(VENV)/generate.stamp
 
 # What compiles for GPUs that are not here, in a folder of its own: beside the CUDA plugin but without CUDA's libraries, JAX
-# complains at every start. The plugin must be of JAX's own version.
+# complains at every start.
 COMPILE := $(VENV)/compile
-$(VENV)/compile.stamp: $(VENV)/dev.stamp
+$(VENV)/compile.stamp: .ci/compile.lock $(VENV)/dev.stamp
 	@echo "installing the GPU compilers into $(COMPILE) (once; 1.7 GB)" >&2
-	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
-	$(PIP) --no-deps --upgrade --target $(COMPILE) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version \
-	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm triton jax-triton
+	$(LOCKED) .ci/compile.lock --upgrade --target $(COMPILE)
 	@touch $@
 
 $(VENV)/gpu.stamp: pyproject.toml $(VENV)/dev.stamp

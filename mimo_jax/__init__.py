@@ -11,12 +11,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mimo_jax.config import ModelConfig, preset
+    from mimo_jax.config.model import ModelConfig
+    from mimo_jax.config.presets import preset
+    from mimo_jax.decode.sampling import Greedy, Sampled
     from mimo_jax.errors import UserError
-    from mimo_jax.generation import Piece, Result, Timing, generate, generate_batch, stream
-    from mimo_jax.model import BUNDLED, Model, load
+    from mimo_jax.generation import Piece, Request, Result, Timing, generate, generate_batch, stream
+    from mimo_jax.loading import BUNDLED, Model, load
     from mimo_jax.modeling.backbone import Backbone
-    from mimo_jax.sampling import Greedy, Sampled
 
 __all__ = [
     "BUNDLED",
@@ -25,6 +26,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Piece",
+    "Request",
     "Result",
     "Sampled",
     "Timing",
@@ -38,20 +40,21 @@ __all__ = [
 
 # Where each public name lives: importing the package must not import JAX.
 _HOMES = {
-    "BUNDLED": "model",
+    "BUNDLED": "loading",
     "Backbone": "modeling.backbone",
-    "Greedy": "sampling",
-    "Model": "model",
-    "ModelConfig": "config",
+    "Greedy": "decode.sampling",
+    "Model": "loading",
+    "ModelConfig": "config.model",
     "Piece": "generation",
+    "Request": "generation",
     "Result": "generation",
-    "Sampled": "sampling",
+    "Sampled": "decode.sampling",
     "Timing": "generation",
     "UserError": "errors",
     "generate": "generation",
     "generate_batch": "generation",
-    "load": "model",
-    "preset": "config",
+    "load": "loading",
+    "preset": "config.presets",
     "stream": "generation",
 }
 

@@ -1,4 +1,4 @@
-"""`generate` and `stream`: prompts in, text out. One path: both consume the same rounds of `decoding.decode`."""
+"""`generate` and `stream`: requests in, text out. One path: both consume the same rounds of `decode.loop`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,46 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
 
-from mimo_jax import decoding
+from mimo_jax.cli.memory import peak_memory
+from mimo_jax.decode import loop
+from mimo_jax.decode.sampling import Strategy
 from mimo_jax.errors import UserError
-from mimo_jax.memory import peak_memory
-from mimo_jax.model import Model
-from mimo_jax.sampling import Greedy, Strategy
+from mimo_jax.loading import Model
 from mimo_jax.sharding import check_rows
+from mimo_jax.text import Transcript
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int]  # text, or token ids
 
 VISIT_SECONDS = 0.03  # the host looks at a text that is watched about so often
 SHARED_ROUNDS = 8  # or after so many rounds, where several processes decode together
 _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or its cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for: a prompt to continue by at most `max_tokens` tokens, or up to the first of the `stop` strings.
+
+    The same `seed` gives the same text. Without a `strategy` the checkpoint's own decides (`Model.strategy`).
+    """
+
+    prompt: Prompt
+    strategy: Strategy | None = None
+    max_tokens: int = 128
+    seed: int = 0
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie in 0..2**32-1")
+        if "" in self.stop:
+            raise UserError("stop: an empty stop string would end every text at once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +71,9 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """How drafting went for one row: rounds, the tokens they yielded, and how often each draft slot passed.
+    """How drafting went for one row: rounds, the tokens they yielded, and how often each draft position passed.
 
-    A slot is tested when every slot before it was accepted, so accepted / tested is its conditional acceptance.
+    A position is tested when every one before it was accepted, so accepted / tested is its conditional acceptance.
     """
 
     rounds: int
@@ -82,109 +106,80 @@ class Piece:
     result: Result | None = None
 
 
-def generate(
-    model: Model,
-    prompt: Prompt,
-    strategy: Strategy = Greedy(),
-    max_tokens: int = 128,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-) -> Result:
-    """Continues one prompt (text or token ids) by at most `max_tokens` tokens. The same seed gives the same text."""
-    return generate_batch(model, [prompt], strategy, max_tokens, seed, stop)[0]
+def as_request(prompt: Prompt | Request, strategy: Strategy | None = None, **fields: Any) -> Request:
+    """A prompt with the other fields of a `Request`; or a request, with those that are given in place of its own."""
+    if strategy is not None:
+        fields["strategy"] = strategy
+    return dataclasses.replace(prompt, **fields) if isinstance(prompt, Request) else Request(prompt, **fields)
+
+
+def generate(model: Model, prompt: Prompt | Request, strategy: Strategy | None = None, **fields: Any) -> Result:
+    """Continues one prompt. `fields` are those of `Request`: max_tokens, seed, stop."""
+    return generate_batch(model, [prompt], strategy, **fields)[0]
 
 
 def generate_batch(
-    model: Model,
-    prompts: Sequence[Prompt],
-    strategy: Strategy = Greedy(),
-    max_tokens: int = 128,
-    seed: int | Sequence[int] = 0,
-    stop: Sequence[str] = (),
+    model: Model, prompts: Sequence[Prompt | Request], strategy: Strategy | None = None, **fields: Any
 ) -> list[Result]:
-    """Continues every prompt; no row depends on its batch mates. `seed` is one for all rows, or one per row."""
-    *_, (_, results) = _generate(model, list(prompts), strategy, max_tokens, seed, tuple(stop), watch=bool(stop))
+    """Continues every prompt, or serves every request; no row depends on its batch mates. They share one strategy."""
+    requests = [as_request(prompt, strategy, **fields) for prompt in prompts]
+    *_, (_, results) = _serve(model, requests, is_watched=any(request.stop for request in requests))
     return results
 
 
-def stream(
-    model: Model,
-    prompt: Prompt,
-    strategy: Strategy = Greedy(),
-    max_tokens: int = 128,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-) -> Iterator[Piece]:
+def stream(model: Model, prompt: Prompt | Request, strategy: Strategy | None = None, **fields: Any) -> Iterator[Piece]:
     """Yields the text `generate` would return, in pieces, as it is made. Never yields part of a stop string."""
     shown = ""
-    for texts, results in _generate(model, [prompt], strategy, max_tokens, seed, tuple(stop), watch=True):
-        text = results[0].text if results else _settled(texts[0], stop)
+    for (transcript,), results in _serve(model, [as_request(prompt, strategy, **fields)], is_watched=True):
+        text = transcript.text if results else transcript.settled
         yield Piece(text[len(shown) :], results[0] if results else None)
         shown = text
 
 
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """`text` without an end that later tokens may still change: half a character, or the start of a stop string."""
-    text = text.rstrip("\ufffd")
-    for word in stop:
-        for size in range(min(len(word) - 1, len(text)), 0, -1):
-            if text.endswith(word[:size]):
-                text = text[:-size]
-                break
-    return text
-
-
-def _generate(
-    model: Model,
-    prompts: list[Prompt],
-    strategy: Strategy,
-    max_tokens: int,
-    seed: int | Sequence[int],
-    stop: tuple[str, ...],
-    watch: bool,
-) -> Iterator[tuple[list[str], list[Result]]]:
+def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[tuple[list[Transcript], list[Result]]]:
     """Yields the texts so far after every visit of the host, and at the end the results.
 
-    A text to `watch` is visited every VISIT_SECONDS or so, any other when it is complete.
+    A text that is watched is visited every VISIT_SECONDS or so, any other when it is complete.
     """
     begin = time.perf_counter()
-    prompt_ids = [encode_prompt(model, prompt) for prompt in prompts]
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    _check_request(prompt_ids, max_tokens, seeds, stop)
+    prompts = [encode_prompt(model, request.prompt) for request in requests]
+    strategy = _shared_strategy(model, requests)
     check_rows(len(prompts), model.mesh, "prompts")
-    longest = max(len(ids) for ids in prompt_ids)
-    limits = np.array([min(max_tokens, model.config.max_position - len(ids)) for ids in prompt_ids], np.int32)
-    capacity = decoding.capacity_for(min(longest + max_tokens, model.config.max_position))
-    stops = decoding.as_stops(model.stop_ids)
-    engine, weights = model.engine, model.weights
+    room = [model.config.max_position - len(ids) for ids in prompts]
+    limits = np.array([min(request.max_tokens, left) for request, left in zip(requests, room)], np.int32)
+    capacity = loop.capacity_for(max(len(ids) + int(limit) for ids, limit in zip(prompts, limits)))
+    stops = loop.as_stops(model.stop_ids)
+    decoder, weights = model.decoder, model.weights
+    keys = loop.row_keys([request.seed for request in requests])
     is_alone = jax.process_count() == 1  # else clocks differ, and all processes must run the same rounds
-    rounds = max_tokens if not watch else 1 if is_alone else SHARED_ROUNDS  # per visit; a round yields a token at least
+    # Per visit; a round yields a token at least.
+    rounds = int(limits.max()) if not is_watched else 1 if is_alone else SHARED_ROUNDS
 
     with compile_seconds() as prefill_compile:
-        caches = decoding.prefill(engine, weights, prompt_ids, capacity)
-        state = decoding.start(engine, *caches, limits, decoding.row_keys(seeds), stops, strategy)
-        tokens = decoding.tokens_of(state)
+        caches = loop.prefill(decoder, weights, prompts, capacity)
+        state = loop.start(decoder, *caches, limits, keys, stops, strategy)
+        tokens = loop.tokens_of(state)
     first_token = time.perf_counter()
-    tails = [_Tail(model, stop) for _ in prompts]
-    texts = [tail.update(ids) for tail, ids in zip(tails, tokens)]
-    yield texts, []
+    transcripts = [Transcript(model.tokenizer, model.stop_ids, request.stop) for request in requests]
+    _update(transcripts, tokens)
+    yield transcripts, []
 
     # A visit of no rounds: compiles and loads the program, which takes half a second even from the cache.
     resumed = time.perf_counter()
-    state = jax.block_until_ready(decoding.decode(engine, weights, state, stops, strategy, np.int32(0)))
+    state = jax.block_until_ready(loop.decode(decoder, weights, state, stops, strategy, np.int32(0)))
     ready = time.perf_counter()
-    while not all(tail.is_cut or done for tail, done in zip(tails, jax.device_get(state.is_done))):
+    while not all(row.is_cut or done for row, done in zip(transcripts, jax.device_get(state.is_done))):
         visited = time.perf_counter()
-        state = decoding.decode(engine, weights, state, stops, strategy, np.int32(rounds))
-        tokens = decoding.tokens_of(state)
+        state = loop.decode(decoder, weights, state, stops, strategy, np.int32(rounds))
+        tokens = loop.tokens_of(state)
         if is_alone and time.perf_counter() - visited < VISIT_SECONDS / 2:
             rounds *= 2
-        texts = [tail.update(ids) for tail, ids in zip(tails, tokens)]
-        yield texts, []
+        _update(transcripts, tokens)
+        yield transcripts, []
     end = time.perf_counter()
 
     timing = Timing(
-        prompt_tokens=sum(map(len, prompt_ids)),
+        prompt_tokens=sum(map(len, prompts)),
         generated_tokens=sum(map(len, tokens)),
         prefill_seconds=first_token - begin - prefill_compile[0],
         decode_seconds=end - ready,
@@ -192,37 +187,34 @@ def _generate(
         compile_seconds=prefill_compile[0] + ready - resumed,
         peak_bytes=peak_bytes(),
     )
-    counted = _acceptance(state)
-    yield texts, [tail.result(ids, row, timing) for tail, ids, row in zip(tails, tokens, counted)]
+    rows = zip(transcripts, tokens, _acceptance(state))
+    yield (
+        transcripts,
+        [Result(row.text, ids, "stop" if row.is_stopped else "length", counted, timing) for row, ids, counted in rows],
+    )
 
 
-def _acceptance(state: decoding.State) -> list[Acceptance]:
+def _update(transcripts: list[Transcript], tokens: list[list[int]]) -> None:
+    for transcript, ids in zip(transcripts, tokens):
+        transcript.update(ids)
+
+
+def _shared_strategy(model: Model, requests: list[Request]) -> Strategy:
+    """What all requests of a batch draw by; one program draws all rows."""
+    if not requests:
+        raise UserError("prompt: the batch is empty")
+    first, *others = [model.strategy if request.strategy is None else request.strategy for request in requests]
+    for other in others:
+        if other != first:
+            raise UserError(f"strategy: {other} beside {first}; the rows of a batch share one")
+    return first
+
+
+def _acceptance(state: loop.State) -> list[Acceptance]:
     counters, counts_B = jax.device_get((state.counters, state.counts))
     tokens_B = np.maximum(counts_B - 1, 0)  # the first token came with the prefill
     columns = (counters.rounds, tokens_B, counters.tested, counters.accepted)
     return [Acceptance(*row) for row in zip(*(values.tolist() for values in columns))]
-
-
-class _Tail:
-    """Turns one row's growing token list into text, and finds its stop."""
-
-    def __init__(self, model: Model, stop: tuple[str, ...]) -> None:
-        self._model, self._stop = model, stop
-        self.is_cut = False
-        self._text = ""
-
-    def update(self, tokens: list[int]) -> str:
-        if not self.is_cut:
-            ended = bool(tokens) and tokens[-1] in self._model.stop_ids
-            self._text = self._model.tokenizer.decode(tokens[:-1] if ended else tokens)
-            cuts = [index for word in self._stop if (index := self._text.find(word)) >= 0]
-            if cuts:
-                self._text, self.is_cut = self._text[: min(cuts)], True
-        return self._text
-
-    def result(self, tokens: list[int], acceptance: Acceptance, timing: Timing) -> Result:
-        stopped = self.is_cut or (bool(tokens) and tokens[-1] in self._model.stop_ids)
-        return Result(self._text, tokens, "stop" if stopped else "length", acceptance, timing)
 
 
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
@@ -244,19 +236,6 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     if bad:
         raise UserError(f"prompt: token id {bad[0]} is outside the vocabulary of {config.vocab_size}")
     return ids
-
-
-def _check_request(prompts: list[list[int]], max_tokens: int, seeds: list[int], stop: tuple[str, ...]) -> None:
-    if not prompts:
-        raise UserError("prompt: the batch is empty")
-    if max_tokens < 1:
-        raise UserError(f"max_tokens={max_tokens} must be at least 1")
-    if len(seeds) != len(prompts):
-        raise UserError(f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt")
-    if not all(0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"seed: {seeds} must lie in 0..2**32-1")
-    if "" in stop:
-        raise UserError("stop: an empty stop string would end every text at once")
 
 
 @contextmanager

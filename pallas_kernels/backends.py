@@ -7,7 +7,12 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
+
 from pallas_kernels.devices import capability
+
+Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # a backend is chosen by shapes and dtypes alone
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import jax
 
-HOPPER = 90
+from pallas_kernels.hardware import GPUS
+
+HOPPER = 10 * GPUS["h200"].capability
 # The capability of a GPU that is not here. Not a ContextVar, which jit does not see: it would find traces for another.
 _absent = jax.make_user_context(default_value=None)
 

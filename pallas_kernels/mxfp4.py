@@ -59,7 +59,7 @@ def encode_elements(scaled: Any) -> Any:
 
 
 def quantize(weights: Any, rule: str = "even") -> tuple[Any, Any]:
-    """Float32 [..., K] with K % 32 == 0 -> element codes uint8 [..., K] and scale bytes uint8 [..., K/32]."""
+    """Float32 [..., I] with I % 32 == 0 -> element codes uint8 [..., I] and scale bytes uint8 [..., I/32]."""
     xp = _namespace(weights)
     blocks = weights.astype(np.float32).reshape(*weights.shape[:-1], -1, BLOCK)
     scales = scale_bytes(xp.max(xp.abs(blocks), axis=-1), rule)
@@ -70,7 +70,7 @@ def quantize(weights: Any, rule: str = "even") -> tuple[Any, Any]:
 def decode(codes: Any, scales: Any) -> Any:
     """The exact float32 product for every code and scale byte; byte 0xFF gives NaN, an unrepresentable product Inf.
 
-    `codes` uint8 [..., K] (one element each), `scales` uint8 [..., K/32] -> float32 [..., K].
+    `codes` uint8 [..., I] (one element each), `scales` uint8 [..., I/32] -> float32 [..., I].
     """
     xp = _namespace(codes)
     byte = xp.repeat(scales.astype(np.int32), BLOCK, axis=-1)
@@ -88,11 +88,11 @@ def decode(codes: Any, scales: Any) -> Any:
 
 
 def pack(codes: Any) -> Any:
-    """Element codes uint8 [..., K] -> bytes uint8 [..., K/2]; the even element is the low nibble."""
+    """Element codes uint8 [..., I] -> bytes uint8 [..., I/2]; the even element is the low nibble."""
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 
 def unpack(packed: Any) -> Any:
-    """Bytes uint8 [..., K/2] -> element codes uint8 [..., K]."""
+    """Bytes uint8 [..., I/2] -> element codes uint8 [..., I]."""
     xp = _namespace(packed)
     return xp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

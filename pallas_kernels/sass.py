@@ -13,7 +13,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-# Opcodes that the integer and logic pipe of a Hopper processor issues: 64 lanes per clock, half of the issue rate.
+from pallas_kernels.hardware import GPUS
+
+# Opcodes that the integer and logic pipe of a Hopper SM issues: 64 lanes per clock, half of the issue rate.
 ALU = {"FMNMX", "FSETP", "IABS", "IADD3", "ISETP", "LEA", "LOP3", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD"}
 ALU |= {"VIADDMNMX", "VIMNMX", "MOV"}
 TENSOR = "HMMA"
@@ -59,7 +61,7 @@ def cost_of(ptx: Path, groups: int) -> Cost:
 
 def assemble(ptx: Path, cubin: Path) -> tuple[int, int, int]:
     """Machine code for Hopper; its registers, bytes of stack, and bytes of spills, as ptxas reports them."""
-    report = _run("ptxas", "-arch=sm_90a", "-v", str(ptx), "-o", str(cubin))
+    report = _run("ptxas", f"-arch={GPUS['h200'].arch}", "-v", str(ptx), "-o", str(cubin))
     found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = re.search(r"Used (\d+) registers", report)
     if found is None or registers is None:

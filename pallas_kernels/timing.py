@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 
-DATASHEET = 4.8e12  # bytes per second of an H200
+from pallas_kernels.hardware import GPUS
+
+DATASHEET = GPUS["h200"].bandwidth  # bytes per second
 
 
 def seconds(function: Callable, *arguments: Any, repeats: int) -> list[float]:

@@ -44,7 +44,7 @@ def call(
     grid: tuple[int, ...],
     warps: int = 4,
     stages: int = 3,
-    **constants: float,
+    **constants: int | float,
 ) -> Any:
     """Arrays of the shapes and dtypes `out`, which the kernel takes as its last pointers; for `devices.capability`."""
     import jax_triton

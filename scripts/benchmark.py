@@ -10,198 +10,80 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
+from pathlib import Path
 
-from mimo_jax.cli import add_drafter_options, main_guard, named_folders
+from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.options import add_drafter_options, named_folders
 
 
 def decode_command(args: argparse.Namespace) -> dict:
     import jax
 
-    from mimo_jax.generation import generate
-    from mimo_jax.model import BUNDLED, load
+    from mimo_jax.evaluation import speed
+    from mimo_jax.loading import BUNDLED
 
-    model = load(args.model or BUNDLED, unpack=True, draft=False)
-    packed = load(args.model or BUNDLED, unpack=False, draft=False)
-    prompt = model.tokenizer.encode(args.prompt)
-    runs = {
-        "unpacked": lambda: generate(model, prompt, max_tokens=args.tokens),
-        "packed": lambda: generate(packed, prompt, max_tokens=args.tokens),
-    }
-    record: dict = {"tokens": args.tokens, "repeats": args.repeats, "jax": jax.__version__}
-    if not args.no_transformers:
-        runs["transformers"] = transformers_run(args.model, prompt, args.tokens, record)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # compiles
-    for _ in range(args.repeats):  # interleaved, so that a slow minute hits all of them
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - started) / args.tokens)
-    for name, values in seconds.items():
-        record[name] = {
-            "ms_per_token": 1e3 * statistics.median(values),
-            "lowest": 1e3 * min(values),
-            "highest": 1e3 * max(values),
-        }
-        print("{:<14}{ms_per_token:8.3f} ms per token ({lowest:.3f} to {highest:.3f})".format(name, **record[name]))
-    if "transformers" in record:
-        record["times faster"] = record["transformers"]["ms_per_token"] / record["unpacked"]["ms_per_token"]
+    runs = speed.decode_runs(Path(args.model or BUNDLED), args.prompt, args.tokens, not args.no_transformers)
+    found = speed.interleaved(runs, args.repeats, args.tokens)
+    for name, row in found.items():
+        print("{:<14}{ms_per_token:8.3f} ms per token ({lowest:.3f} to {highest:.3f})".format(name, **row))
+    record: dict = {"tokens": args.tokens, "repeats": args.repeats, "jax": jax.__version__, **found}
+    if "transformers" in found:
+        import torch
+        import transformers
+
+        record |= {"torch": torch.__version__, "transformers_version": transformers.__version__}
+        record["times faster"] = found["transformers"]["ms_per_token"] / found["xla_cpu"]["ms_per_token"]
     return record
-
-
-def transformers_run(directory: str | None, prompt: list[int], count: int, record: dict):
-    """Greedy decoding of the same weights by transformers, with its cache."""
-    from pathlib import Path
-
-    import torch
-    import transformers
-
-    from mimo_jax.model import BUNDLED, load_dense
-    from mimo_jax.oracle import build_twin, load_weights
-
-    torch.set_grad_enabled(False)
-    model = load_dense(Path(directory or BUNDLED))
-    twin = build_twin(model.config)
-    load_weights(twin, model.config, model.params)
-    record |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    tokens = torch.tensor([prompt])
-    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    return lambda: twin.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
 
 def speculation_command(args: argparse.Namespace) -> dict:
-    from pathlib import Path
-
     from mimo_jax.checkpoint.dflash import FOLDER
-    from mimo_jax.generation import generate
-    from mimo_jax.model import BUNDLED, load
-    from mimo_jax.sampling import strategy_at
-    from mimo_jax.training.acceptance import drafting_models, prompts_of
+    from mimo_jax.decode.sampling import strategy_at
+    from mimo_jax.evaluation.acceptance import drafting_models, prompts_of
+    from mimo_jax.evaluation.speed import speculation
+    from mimo_jax.loading import BUNDLED, load
     from mimo_jax.training.corpus import load_tokens
 
-    plain = load(args.model or BUNDLED, unpack=True, draft=False)
-    # Looking n-grams up costs next to nothing, so a round of theirs is what verifying 8 tokens costs.
-    drafters = named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"])
-    models = drafting_models(plain, drafters, named_folders(args.chain))
-    strategy = strategy_at(args.temperature)
-    timings: dict[str, list] = {name: [] for name in models}
-    for number, prompt in enumerate(prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 128)):
-        for name, model in models.items():  # interleaved, so that a slow minute hits all of them
-            result = generate(model, prompt, strategy, args.tokens, args.seed)
-            if number:  # the first one compiles
-                counted = result.acceptance
-                timings[name].append((result.timing.decode_seconds, counted.tokens, counted.rounds))
-    return speculation_record(timings, args)
-
-
-def speculation_record(timings: dict[str, list], args: argparse.Namespace) -> dict:
-    """Tokens per second, rounds in units of plain decoding's, and the speed-up with its 95 % interval over prompts."""
-    import numpy as np
-
-    record: dict = {"prompts": args.prompts, "tokens": args.tokens, "temperature": args.temperature}
-    totals = {name: np.array(rows, float) for name, rows in timings.items()}
-    plain = totals["plain"]
-    one_token = plain[:, 0].sum() / plain[:, 2].sum()
-    for name, rows in totals.items():
-        seconds, tokens, rounds = rows.sum(axis=0)
-        ratios = (rows[:, 1] / rows[:, 0]) / (plain[:, 1] / plain[:, 0])
-        record[name] = {
-            "tokens_per_second": tokens / seconds,
-            "tokens_per_round": tokens / rounds,
-            "round_over_one_token": seconds / rounds / one_token,
-            "speedup": (tokens / seconds) / (plain[:, 1].sum() / plain[:, 0].sum()),
-            "speedup_half_width": 1.96 * float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5,
-        }
+    directory = Path(args.model or BUNDLED)
+    # Looking text up costs next to nothing, so a round of prompt lookup is what verifying 8 tokens costs.
+    drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
+    models = drafting_models(load(directory, draft=False), drafters, named_folders(args.chain))
+    prompts = prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 128)
+    found = speculation(models, prompts, strategy_at(args.temperature), max_tokens=args.tokens, seed=args.seed)
+    for name, row in found.items():
         print(
             "{:<14}{tokens_per_second:8.0f} tokens/s, {tokens_per_round:5.2f} tokens per round; a round takes "
             "{round_over_one_token:.2f} plain steps; {speedup:.2f} (+- {speedup_half_width:.2f}) times plain".format(
-                name, **record[name]
+                name, **row
             )
         )
-    return record
+    return {"prompts": args.prompts, "tokens": args.tokens, "temperature": args.temperature, **found}
 
 
 def slice_command(args: argparse.Namespace) -> dict:
-    import jax
+    from mimo_jax.evaluation.slice import measure
 
-    from mimo_jax import decoding
-    from mimo_jax.config import preset
-    from mimo_jax.drafter_config import drafter_preset
-    from mimo_jax.drafting import PLAIN, BlockDrafter
-    from mimo_jax.planning import slice as one_share
-    from mimo_jax.planning.forecast import BOUNDS, all_reduces
-    from mimo_jax.planning.machines import GPUS
-    from mimo_jax.planning.traffic import Plan, round_reads
-    from mimo_jax.sharding import Layout
-    from mimo_jax.tiles import tile_params
-
-    whole = Plan(preset(args.preset), drafter_preset(args.preset), Layout(tensor=args.tp), cache_itemsize=2)
-    config = one_share.share(whole.config, args.tp, args.layers)
-    layers = len(config.layer_pattern)
-    drafter = one_share.drafter_share(whole.drafter, args.tp, layers)
-    plan = Plan(config, drafter, Layout(), cache_itemsize=2)
-    on_gpu = jax.default_backend() == "gpu"
-    config, params = tile_params(config, one_share.random_weights(config), consume=True)
-    weights = decoding.Weights(params, one_share.random_drafter(drafter))
-    reached = one_share.streaming_read((8 << 30) if on_gpu else (256 << 20), args.repeats)
-    record: dict = {"device": jax.devices()[0].device_kind, "layers": layers, "tp": args.tp, "streaming_read": reached}
-    record["rows"] = []
-    drafters = {"T=1": PLAIN, "T=8": one_share.BlankDrafter(), "T=8 + drafter": BlockDrafter(drafter)}
-    for context in args.context:
-        for name, proposer in drafters.items():
-            found = one_share.seconds_per_round(config, weights, proposer, context, args.rounds, args.repeats)
-            seconds = statistics.median(found)
-            read = sum(round_reads(plan, proposer.block_size, context, "drafter" in name).values())
-            row = {
-                "round": name,
-                "context": context,
-                "milliseconds": 1e3 * seconds,
-                "lowest": 1e3 * min(found),
-                "highest": 1e3 * max(found),
-                "bytes": read,
-                "of_datasheet": read / seconds / GPUS["h200"].bandwidth,
-                "of_streaming_read": read / seconds / reached,
-            }
-            print(
-                "{round:<14} at {context:>7}: {milliseconds:9.2f} ms ({lowest:.2f} to {highest:.2f}), "
-                "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of 4.8 TB/s".format_map(row)
-            )
-            if layers == len(whole.config.layer_pattern):
-                sums = all_reduces(whole, "drafter" in name) * BOUNDS["low"].all_reduce
-                accepted = 6.30 if "drafter" in name else 1.0
-                row["projected_tokens_per_second"] = accepted / (seconds + sums)
-            record["rows"].append(row)
-    return record
+    measured = measure(args.preset, args.tp, args.layers, args.context, args.rounds, args.repeats)
+    about, rows = next(measured), []
+    for row in measured:
+        rows.append(row)
+        print(
+            "{round:<14} at {context:>7}: {milliseconds:9.2f} ms ({lowest:.2f} to {highest:.2f}), "
+            "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of 4.8 TB/s".format_map(row)
+        )
+    return {**about, "rows": rows}
 
 
 def profile_command(args: argparse.Namespace) -> dict:
-    import collections
-    import gzip
-    from pathlib import Path
-
-    import jax
-
-    from mimo_jax.generation import generate
-    from mimo_jax.model import BUNDLED, load
+    from mimo_jax.evaluation.speed import profile
+    from mimo_jax.loading import BUNDLED, load
 
     model = load(args.model or BUNDLED, draft=False)
-    generate(model, args.prompt, max_tokens=args.tokens)
-    with jax.profiler.trace(args.trace):
-        generate(model, args.prompt, max_tokens=args.tokens)
-    (newest, *_) = sorted(Path(args.trace).rglob("*.trace.json.gz"), reverse=True)
-    events = json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"]
-    total: collections.Counter = collections.Counter()
-    for event in events:
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
-            total[event["name"].split(".")[0]] += event["dur"]
-    per_token = {name: micros / args.tokens for name, micros in total.most_common(20)}
-    for name, micros in per_token.items():
+    found = profile(model, args.prompt, args.tokens, Path(args.trace))
+    for name, micros in found.items():
         print(f"{micros:9.1f} us per token  {name}")
-    return {"microseconds_per_token": per_token}
+    return {"microseconds_per_token": found}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from mimo_jax.cli import main_guard
+from mimo_jax.cli.guard import main_guard
 
 
 def to_orbax_command(args: argparse.Namespace) -> dict:
@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # Bytes are only moved, and an accelerator's memory would be in the way; eight devices for `convert._cut_for`.
+    # Bytes are only moved, and an accelerator's memory would be in the way; eight devices for `convert._split_for`.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
     main_guard(lambda: print(json.dumps((args := parse(sys.argv[1:])).command(args))))

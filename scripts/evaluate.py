@@ -13,113 +13,74 @@ import json
 import sys
 from pathlib import Path
 
-from mimo_jax.cli import add_drafter_options, main_guard, named_folders, need_matplotlib
-from mimo_jax.errors import UserError
+from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.options import add_drafter_options, named_folders, need_matplotlib
 from mimo_jax.files import write_atomically
 
 
-def _heldout(args: argparse.Namespace):
-    import numpy as np
-
-    from mimo_jax.tokenizer import Tokenizer
-    from mimo_jax.training.corpus import load_tokens
-
-    data = Path(args.data)
-    return load_tokens(data, "heldout"), np.array(Tokenizer.load(data / "tokenizer.json").byte_lengths())
-
-
 def bits_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.model import BUNDLED, load
-    from mimo_jax.training.evaluation import bits_per_byte
+    from mimo_jax.evaluation.bits import bits_per_byte, heldout_of
+    from mimo_jax.loading import BUNDLED, load
 
-    model = load(args.model or BUNDLED, unpack=True)
-    found = bits_per_byte(model.params, model.config, *_heldout(args), windows=args.windows)
+    model = load(args.model or BUNDLED, layout="xla_cpu", draft=False)
+    found = bits_per_byte(model.params, model.config, *heldout_of(Path(args.data)), windows=args.windows)
     print(f"{found.bits_per_byte:.4f} bits per byte (+- {found.error:.4f})", file=sys.stderr)
     return dataclasses.asdict(found)
 
 
 def qat_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.training import run
-    from mimo_jax.training.evaluation import as_bf16, as_mxfp4, bits_per_byte
-    from mimo_jax.training.qat import QatState
+    from mimo_jax.evaluation.bits import compare_qat, heldout_of
 
-    config, train = run.read_settings(Path(args.run))
-    state = run.latest_state(Path(args.run), config, train)
-    if not isinstance(state, QatState):
-        raise UserError(f"--run {args.run} was trained without QAT; expected a run of `train.py anneal --qat`")
-    rows = {
-        "BF16": as_bf16(state.masters.params),
-        "MXFP4, rounded after training": as_mxfp4(state.masters.params),
-        "MXFP4, after QAT": as_mxfp4(state.params),
-    }
-    heldout, record = _heldout(args), {}
-    for name, params in rows.items():
-        found = bits_per_byte(params, config, *heldout, windows=args.windows)
-        record[name] = {**dataclasses.asdict(found), "step": int(state.step)}
-    best, rounded, trained = (record[name]["bits_per_byte"] for name in rows)
-    record["QAT above BF16, percent"] = 100 * (trained / best - 1)
-    record["rounding loss recovered, percent"] = 100 * (rounded - trained) / (rounded - best)
-    for name in rows:
-        value = record[name]["bits_per_byte"]
-        print(f"{name:<32}{value:8.4f}  {100 * (value / best - 1):+6.2f} %", file=sys.stderr)
+    record = compare_qat(Path(args.run), *heldout_of(Path(args.data)), args.windows)
+    best = record["BF16"]["bits_per_byte"]
+    for name, row in record.items():
+        if isinstance(row, dict):
+            value = row["bits_per_byte"]
+            print(f"{name:<32}{value:8.4f}  {100 * (value / best - 1):+6.2f} %", file=sys.stderr)
     print(f"rounding loss recovered {record['rounding loss recovered, percent']:18.0f} %", file=sys.stderr)
     return record
 
 
 def acceptance_command(args: argparse.Namespace) -> dict:
     from mimo_jax.checkpoint.dflash import FOLDER
-    from mimo_jax.model import BUNDLED, load
-    from mimo_jax.sampling import strategy_at
-    from mimo_jax.training import acceptance
+    from mimo_jax.evaluation import acceptance
+    from mimo_jax.evaluation.bits import heldout_of
+    from mimo_jax.loading import BUNDLED, load
 
     if args.plot:
         need_matplotlib()
-    plain = dataclasses.replace(load(args.model or BUNDLED, unpack=True, draft=False), rule=args.rule)
-    drafters = named_folders(args.drafter or [f"DFlash={Path(args.model or BUNDLED) / FOLDER}"])
-    prompts = acceptance.prompts_of(_heldout(args)[0], args.prompts, args.prompt_tokens)
+    directory = Path(args.model or BUNDLED)
+    plain = dataclasses.replace(load(directory, draft=False), rule=args.rule)
+    drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
+    models = acceptance.drafting_models(plain, drafters, named_folders(args.chain))
+    prompts = acceptance.prompts_of(heldout_of(Path(args.data))[0], args.prompts, args.prompt_tokens)
     record: dict = {"prompts": len(prompts), "max_tokens": args.tokens, "rule": args.rule, "rows": [], "target": []}
-    print(f"{'drafter':<20}{'T':>5}  {'tokens per round':<24}conditional acceptance per slot", file=sys.stderr)
-    for temperature in args.temperature:
-        strategy, expected = strategy_at(temperature), []
-        for name, model in acceptance.drafting_models(plain, drafters, named_folders(args.chain)).items():
-            label = f"{name} T={temperature}"
-            results = acceptance.continue_all(model, prompts, strategy, args.tokens, args.rows, label)
-            expected = expected or results
-            same = sum(one.tokens == other.tokens for one, other in zip(expected, results))
-            about = {"drafter": name, "temperature": temperature, "same_as_plain": same}
-            record["rows"] += _report(about, results)
-        if temperature:
-            record["target"].append({"temperature": temperature} | _uncertainty(plain, prompts, strategy, expected))
+    print(f"{'drafter':<20}{'T':>5}  {'tokens per round':<24}conditional acceptance by position", file=sys.stderr)
+    for found in acceptance.study(plain, models, prompts, args.temperature, args.tokens, args.rows):
+        if "drafter" in found:
+            record["rows"] += _rows(found)
+        else:
+            record["target"].append(found)
+            print(
+                "{:<20}{temperature:>5}  {nats_per_token:.2f} nats per token; order-blind bound "
+                "{order_blind_bound:.2f}".format("target", **found),
+                file=sys.stderr,
+            )
     if args.plot:
         acceptance.plot(record["rows"], Path(args.plot))
     return record
 
 
-def _report(about: dict, results: list) -> list[dict]:
+def _rows(found: dict) -> list[dict]:
     """Prints what a drafter got accepted, over all texts and over those that are no loops, and returns it."""
-    from mimo_jax.training.acceptance import summaries
-
-    rows = [about | row for row in summaries(results)]
-    for row in rows:
-        slots = " ".join(f"{value:.2f}" for value in row["conditional"])
+    texts, subsets = found.pop("texts"), found.pop("subsets")
+    for row in subsets:
+        by_position = " ".join(f"{value:.2f}" for value in row["conditional"])
         figure = "{tokens_per_round:.2f} +- {half_width:.2f} ({subset})".format(**row)
-        print(f"{row['drafter']:<20}{row['temperature']:>5}  {figure:<24}{slots}", file=sys.stderr)
-    if not about["temperature"]:
-        print(f"{'':<27}{about['same_as_plain']} of {len(results)} texts as without a drafter", file=sys.stderr)
-    return rows
-
-
-def _uncertainty(model, prompts: list, strategy, results: list) -> dict:
-    """The target's entropy on what it said, and what that leaves to drafters whose slots are blind to each other."""
-    from mimo_jax.training import ceiling
-
-    entropy = ceiling.entropy_per_token(model, prompts, results, strategy)
-    bound = ceiling.order_blind_ceiling(model, prompts[:: max(1, len(prompts) // 20)], strategy)
-    print(
-        f"{'target':<20}{strategy.temperature:>5}  {entropy:.2f} nats per token; order-blind ceiling {bound:.2f}",
-        file=sys.stderr,
-    )
-    return {"nats_per_token": entropy, "order_blind_ceiling": bound}
+        print(f"{found['drafter']:<20}{found['temperature']:>5}  {figure:<24}{by_position}", file=sys.stderr)
+    if not found["temperature"]:
+        print(f"{'':<27}{found['same_as_plain']} of {texts} texts as without a drafter", file=sys.stderr)
+    return [found | row for row in subsets]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -141,7 +102,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     acceptance.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     acceptance.add_argument("--prompt-tokens", type=int, default=128)
     acceptance.add_argument(
-        "--tokens", type=int, default=48, help="to generate behind each prompt (small models loop if it is many)"
+        "--tokens", type=int, default=48, help="to generate after each prompt (small models loop if it is many)"
     )
     acceptance.add_argument("--rows", type=int, default=40, help="prompts per batch")
     acceptance.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0])

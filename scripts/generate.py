@@ -13,14 +13,14 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli import main_guard
-from mimo_jax.distributed import add_mesh_options, mesh_of
+from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.options import add_mesh_options, mesh_of
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from mimo_jax.decode.sampling import Strategy
     from mimo_jax.generation import Result
-    from mimo_jax.model import Model
-    from mimo_jax.sampling import Strategy
+    from mimo_jax.loading import Model
 
 
 FEW_ROUNDS = 16  # too few to judge a drafter by
@@ -35,10 +35,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     prompt.add_argument("--prompt-ids", action="append", help="comma-separated token ids instead of text")
     prompt.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    parser.add_argument("--greedy", action="store_true", help="always the most likely token")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: what the checkpoint says)")
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--min-p", type=float)
+    parser.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="greedy by default, whatever the checkpoint's generation_config.json says",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-draft", action="store_true", help="one token per round, without the checkpoint's drafter")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
@@ -66,49 +72,61 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
     return args.prompt
 
 
-def read_strategy(args: argparse.Namespace) -> Strategy:
-    from mimo_jax.sampling import Greedy, Sampled
+def read_strategy(args: argparse.Namespace) -> Strategy | None:
+    """What the options ask for; None where they leave it to the checkpoint."""
+    from mimo_jax.decode.sampling import Greedy, Sampled
 
-    filters = (args.top_k, args.top_p, args.min_p)
-    if args.temperature == 0:
-        if any(value is not None for value in filters):
-            raise UserError("sampling: --top-k, --top-p and --min-p need --temperature above 0")
+    filters = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
+    given = {name: value for name, value in filters.items() if value is not None}
+    if args.greedy or args.temperature == 0:
+        if given or args.temperature:
+            raise UserError("sampling: --greedy leaves nothing to --temperature, --top-k, --top-p and --min-p")
         return Greedy()
-    return Sampled(args.temperature, *filters)
+    if args.temperature is None and not given:
+        return None
+    return Sampled(1.0 if args.temperature is None else args.temperature, **given)
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     prompts, strategy = read_prompts(args), read_strategy(args)
     mesh = mesh_of(args)
-    from mimo_jax.generation import encode_prompt, generate_batch, stream
-    from mimo_jax.model import BUNDLED, load
+    from mimo_jax.generation import Request, encode_prompt, generate_batch, stream
+    from mimo_jax.loading import BUNDLED, load
 
-    model = load(args.model or BUNDLED, draft=not args.no_draft, mesh=mesh)
+    follow = not args.no_generation_config
+    model = load(args.model or BUNDLED, draft=not args.no_draft, mesh=mesh, generation_config=follow)
     ids = [encode_prompt(model, prompt) for prompt in prompts]  # before anything is printed
-    options = {"max_tokens": args.max_tokens, "seed": args.seed, "stop": args.stop}
+    requests = [Request(prompt, strategy, args.max_tokens, args.seed, args.stop) for prompt in ids]
     if len(prompts) > 1:
-        results = generate_batch(model, ids, strategy, **options)
+        results = generate_batch(model, requests)
         for prompt, result in zip(prompts, results):
             print(f"{show(model, prompt)}{result.text}\n{'-' * 40}")
     else:
         print(show(model, prompts[0]), end="", flush=True)
         results = []
-        for piece in stream(model, ids[0], strategy, **options):
+        for piece in stream(model, requests[0]):
             print(piece.text, end="", flush=True)
             results = [piece.result] if piece.result else []
         print()
-    print_summary(model, results)
+    print_summary(model, strategy, results)
 
 
 def show(model, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
-def print_summary(model: Model, results: list[Result]) -> None:
+def describe(strategy: Strategy) -> str:
+    """A strategy in the words of the options."""
+    named = {name: value for name, value in dataclasses.asdict(strategy).items() if value is not None}
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in named.items()) or "greedy"
+
+
+def print_summary(model: Model, strategy: Strategy | None, results: list[Result]) -> None:
     """A card for people on standard error, one line of JSON on standard output."""
-    timing, storage = results[0].timing, model.config.storage
-    weights = {"unpacked": "expanded to float32 for the CPU"}.get(storage, f"stored as {storage}")
+    from mimo_jax.layouts import LAYOUTS
+
+    timing = results[0].timing
     rounds = sum(row.acceptance.rounds for row in results)
     tokens_per_round = sum(row.acceptance.tokens for row in results) / max(rounds, 1)
     card = [
@@ -118,7 +136,8 @@ def print_summary(model: Model, results: list[Result]) -> None:
         ("first token", f"{timing.first_token_seconds:.2f} s"),
         ("compilation", f"{timing.compile_seconds:.2f} s"),
         ("peak memory", f"{timing.peak_bytes / 1e6:,.0f} MB"),
-        ("weights", weights),
+        ("sampling", describe(model.strategy if strategy is None else strategy)),
+        ("weights", LAYOUTS[model.layout]),
     ]
     print("\n" + "\n".join(f"{name:>12}  {value}" for name, value in card), file=sys.stderr)
     expected = model.drafter.expected

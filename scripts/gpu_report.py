@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mimo_jax.cli import main_guard
+from mimo_jax.cli.guard import main_guard
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 

@@ -1,31 +1,31 @@
 """What a model needs and how fast it could be on GPUs that are not at hand. Projected figures are labelled so.
 
 scripts/plan.py --preset mimo-v2.5-pro --target 8xh200            # bytes, transfers, speed; compiles the programs
-scripts/plan.py --target 16xb200 --expert-parallel 2 --context 1048576     # another machine and layout
+scripts/plan.py --target 16xb200 --expert-parallel 2 --context 1048576     # another machine and mesh
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from mimo_jax.cli import main_guard, need_matplotlib
+from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.options import need_matplotlib
 from mimo_jax.errors import UserError
-from pallas_kernels.expert_matmul.api import BACKENDS
+from pallas_kernels.expert_matmul import BACKENDS
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.plot:
         need_matplotlib()
-    from mimo_jax.config import preset
-    from mimo_jax.drafter_config import drafter_preset
+    from mimo_jax.config.presets import drafter_preset, preset, preset_format
     from mimo_jax.planning import compiled, report
     from mimo_jax.planning.machines import parse_target
-    from mimo_jax.planning.traffic import Plan, layout_for
+    from mimo_jax.planning.traffic import Plan, mesh_shape_for
+    from pallas_kernels import topology
 
     config, target = preset(args.preset), parse_target(args.target)
     groups = args.expert_parallel
@@ -33,11 +33,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"plan: --expert-parallel {groups} must divide the {target.count} devices of {target}")
     if not 0 < args.context <= config.max_position:
         raise UserError(f"plan: --context {args.context} must lie in 1..{config.max_position}")
-    config = dataclasses.replace(config, expert_backend=args.expert_backend)
-    plan = Plan(config, drafter_preset(args.preset), layout_for(config, target.count, groups), cache_itemsize=2)
-    programs, reason = {}, None if args.no_compile else compiled.missing()
+    shape, drafter = mesh_shape_for(config, target.count, groups), drafter_preset(args.preset)
+    file_format = preset_format(args.preset)
+    plan = Plan(config, file_format, drafter, shape, cache_itemsize=2, backend=args.expert_backend)
+    programs, reason = {}, None if args.no_compile else topology.missing()
     if not args.no_compile and reason is None:
-        programs, reason = compiled.compile_programs(plan, target, args.context), compiled.without_triton()
+        programs, reason = compiled.compile_programs(plan, target, args.context), topology.without_triton()
     elif reason:
         reason = f"without the compiled programs: {reason}"
     record = report.record_of(plan, target, args.context, programs)
@@ -54,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mimo-v2.5-pro")
     parser.add_argument("--target", default="8xh200", help="COUNTxGPU: 1 to 16 of h100, h200, b200")
-    parser.add_argument("--expert-parallel", type=int, default=1, help="groups that experts are dealt out over")
+    parser.add_argument("--expert-parallel", type=int, default=1, help="groups that experts are distributed over")
     parser.add_argument("--context", type=int, default=131_072, help="cached tokens of the row that decodes")
     parser.add_argument(
         "--expert-backend", choices=BACKENDS, help="what multiplies the experts (default: the fastest for the target)"

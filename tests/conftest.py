@@ -1,11 +1,29 @@
 """Shared set-up: tests run on the CPU unless a platform is named, and those that need something absent say so."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
+import numpy as np
 import pytest
+
+import tests.shapes  # noqa: F401  the hook below names it
+
+ROOT = Path(__file__).parents[1]
+# All but the packages themselves, whose names stand for everything below, and what Triton's interpreter must find bare.
+CHECKED = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("mimo_jax", "pallas_kernels")
+    for path in (ROOT / package).rglob("*.py")
+    if path.name not in ("__init__.py", "triton_kernels.py")
+]
+# Both before any module of ours is imported. JAX takes NumPy's arrays wherever it takes its own, and so do we.
+jaxtyping.Array = jax.Array | np.ndarray
+jaxtyping.install_import_hook(CHECKED, "tests.shapes.check")
 
 jax.config.update("jax_enable_compilation_cache", False)  # a test that runs a command would fill the user's
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -19,3 +37,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations are not checked: for arguments that they forbid, which our own errors must name."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,5 +1,6 @@
 """The bundled model: small enough for git, whole, readable by others, and trained."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_transformers_opens_the_tokenizer(model):
 
 def test_it_has_learnt_python(model):
     """Code it was not trained on (this package's) costs it under 2 bits per byte; random weights cost about 3.6."""
-    text = (Path(mimo.__file__).parent / "sampling.py").read_text()
+    text = (Path(mimo.__file__).parent / "decode" / "sampling.py").read_text()
     ids = model.tokenizer.encode(text)[:769]
     logits, _, _ = jax.jit(Backbone(model.config).apply)({"params": model.params}, jnp.asarray([ids[:-1]]))
     nats = float(jnp.sum(cross_entropy(logits, jnp.asarray([ids[1:]]))))
@@ -61,23 +62,31 @@ def test_it_has_learnt_python(model):
     assert nats / size / np.log(2) < 2.0
 
 
-def test_packed_and_unpacked_weights_write_the_same_text(model):
+def test_layouts_write_the_same_text(model):
     """Expanding the weights at load, as is done on CPU, changes no token."""
-    packed = mimo.load(unpack=False)
-    assert packed.config.storage == "mxfp4"
-    prompt = "class Stack:\n    def __init__(self"
-    exact = mimo.Model(
-        mimo.ModelConfig(**{**vars(packed.config), "dtype": "float32"}), packed.params, packed.tokenizer, (), {}
-    )
-    assert mimo.generate(exact, prompt, max_tokens=24).tokens == mimo.generate(model, prompt, max_tokens=24).tokens
+    packed = mimo.load(layout="packed", draft=False)
+    assert (packed.layout, model.layout) == ("packed", "xla_cpu")
+    exact = dataclasses.replace(packed, config=dataclasses.replace(packed.config, dtype="float32"))
+    request = mimo.Request("class Stack:\n    def __init__(self", mimo.Greedy(), max_tokens=24)
+    assert mimo.generate(exact, request).tokens == mimo.generate(model, request).tokens
+
+
+def test_its_generation_config_decides_how_it_samples(model):
+    """Temperature 1 and top-p 0.95, as its file says; set aside, greedy."""
+    assert model.strategy == mimo.Sampled(temperature=1.0, top_p=0.95)
+    assert mimo.load(draft=False, generation_config=False).strategy == mimo.Greedy()
+    asked = mimo.generate(model, "def f(", model.strategy, max_tokens=8)
+    assert mimo.generate(model, "def f(", max_tokens=8).tokens == asked.tokens
 
 
 def test_the_drafter_was_trained_for_these_weights(model):
     """With the bundled drafter the same text comes in far fewer rounds, about as many as its config tells to expect."""
     plain = mimo.load(draft=False)
     prompts = ["import os\nimport sys\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self"]
-    results = [mimo.generate(model, prompt, max_tokens=40) for prompt in prompts]
-    assert [row.tokens for row in results] == [mimo.generate(plain, prompt, max_tokens=40).tokens for prompt in prompts]
+    results = [mimo.generate(model, prompt, mimo.Greedy(), max_tokens=40) for prompt in prompts]
+    assert [row.tokens for row in results] == [
+        mimo.generate(plain, prompt, mimo.Greedy(), max_tokens=40).tokens for prompt in prompts
+    ]
     found = sum(row.acceptance.tokens for row in results) / sum(row.acceptance.rounds for row in results)
     expected = model.drafter.expected
     assert expected > 2 and found > 1 + (expected - 1) / 2

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.config import ModelConfig
-from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.modeling.backbone import abstract_params
+from mimo_jax.config.drafter import DrafterConfig
+from mimo_jax.config.model import FileFormat, ModelConfig
+from mimo_jax.layouts import packed
+from mimo_jax.modeling.backbone import abstract_params, init_params
+from mimo_jax.weights import encode
+from mimo_jax.weights.params import path_names, weights
 
 TINY = ModelConfig(
     vocab_size=256,
@@ -31,7 +34,6 @@ TINY = ModelConfig(
     max_position=256,
     mtp_layers=1,
     dtype="float32",
-    param_dtype="float32",
     init_range=0.08,
 )
 
@@ -48,7 +50,6 @@ TINY_DRAFTER = DrafterConfig(
     mask_token_id=5,
     window=16,
     dtype="float32",
-    param_dtype="float32",
 )
 
 
@@ -61,7 +62,7 @@ def tiny_drafter(**changes) -> DrafterConfig:
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict:
-    """Random parameters (dense storage) whose sinks, router biases and gains are off their neutral start."""
+    """Random plain parameters whose sinks, router biases and gains are off their neutral start."""
     rng = np.random.default_rng(seed)
     scales = {"sink": (0, 1.0), "router_bias": (0, 0.2), "weight": (1, 0.2)}
 
@@ -74,3 +75,22 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)).astype(np.int32)
+
+
+def in_format(config: ModelConfig, params: dict, name: str, dtype: str = "float32") -> dict:
+    """Plain parameters as files of a format hold them."""
+    table = weights(config, FileFormat(name, dtype))
+    leaves = {
+        weight.path: encode(weight.of(params), weight.stored, dtype) for weight in table if weight.stored != "router"
+    }
+
+    def stored(path, leaf):
+        return leaves.get(tuple(path_names(path)), leaf)
+
+    return jax.tree_util.tree_map_with_path(stored, params)
+
+
+def init_in_format(config: ModelConfig, name: str, seed: int = 0) -> dict:
+    """Random parameters ready to run: of a file format, in the packed layout."""
+    make = jax.jit(lambda key: in_format(config, init_params(config, key), name))
+    return packed.pack(config, make(jax.random.key(seed)))[1]

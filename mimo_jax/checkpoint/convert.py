@@ -13,16 +13,16 @@ import numpy as np
 
 from mimo_jax.checkpoint import huggingface, orbax
 from mimo_jax.checkpoint.dflash import drafter_files
-from mimo_jax.checkpoint.export import exported_config
-from mimo_jax.checkpoint.huggingface import read_any
+from mimo_jax.checkpoint.export import write_checkpoint
+from mimo_jax.checkpoint.files.tensorfile import read_bytes
 from mimo_jax.checkpoint.manifest import read_manifest, refuse_existing, verify_files
-from mimo_jax.checkpoint.names import array_bytes
-from mimo_jax.checkpoint.tensorfile import read_bytes
-from mimo_jax.config import ModelConfig
+from mimo_jax.checkpoint.read import read
+from mimo_jax.cli.memory import current_memory, peak_memory, return_freed_memory
+from mimo_jax.cli.progress import progress
+from mimo_jax.config.model import PUBLISHED
 from mimo_jax.errors import UserError
-from mimo_jax.memory import current_memory, peak_memory, return_freed_memory
-from mimo_jax.progress import progress
-from mimo_jax.sharding import Layout, check_fits, make_mesh, parameter_sharding
+from mimo_jax.sharding import MeshShape, check_fits, make_mesh, parameter_sharding
+from mimo_jax.weights.params import ShardingOf, array_bytes, weights
 
 # Files that go along with the weights unchanged. Code never does.
 CARRIED = (
@@ -51,19 +51,20 @@ def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[s
     """Converts a Hugging Face directory; returns what was found and measured."""
     _refuse(source, destination, overwrite)
     opened = huggingface.open_checkpoint(source)
-    parts = _cut_for(opened.config)
+    parts = _split_for(opened)
     return_freed_memory()
-    base, held = current_memory(), array_bytes(opened.config)
+    base, held = current_memory(), array_bytes(opened.weights())
     print(f"layout: {opened.describe()}", file=sys.stderr)
     with progress("reading", opened.nbytes, "bytes") as bar:
         params = huggingface.read_params(opened, parts, bar.advance)
     heads = huggingface.probe_qkv(opened, params)
     print(f"probe: {heads} QKV heads recomputed from the file's bytes, all equal", file=sys.stderr)
     with progress("writing", held, "bytes") as bar:
-        orbax.write_orbax(destination, opened.config, params, carried_files(source), overwrite, bar.advance)
+        extra = carried_files(source)
+        orbax.write_orbax(destination, opened.config, opened.file_format, params, extra, overwrite, bar.advance)
     return {
-        "storage": opened.config.storage,
-        "qkv_layout": opened.qkv_layout,
+        "storage": opened.file_format.name,
+        "qkv_layout": opened.qkv_order,
         "qkv_chunks": opened.qkv_chunks,
         "probed_heads": heads,
         "tensors": len(opened.files),
@@ -72,15 +73,15 @@ def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[s
     }
 
 
-def _cut_for(config: ModelConfig) -> huggingface.ShardingOf | None:
+def _split_for(opened: huggingface.HuggingFaceCheckpoint) -> ShardingOf | None:
     """Arrays in the parts of tensor parallelism over eight devices, or as near to that as model and devices allow.
 
     Orbax writes a part as a chunk of its own and reads whole chunks, so a device reads what it needs and nothing else.
     """
     for ways in (8, 4, 2):
         try:
-            mesh = make_mesh(Layout(tensor=ways))
-            check_fits(config, mesh)
+            mesh = make_mesh(MeshShape(tensor=ways))
+            check_fits(opened.config, opened.file_format, mesh)
         except UserError:
             continue
         return partial(parameter_sharding, mesh=mesh)
@@ -92,13 +93,15 @@ def to_huggingface(source: Path, destination: Path, overwrite: bool = False) -> 
     _refuse(source, destination, overwrite)
     return_freed_memory()
     base = current_memory()
-    config, params = read_any(source)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    if config.expert_format != "mxfp4":
-        print(f"experts are stored as {config.expert_format}: rounding them to MXFP4", file=sys.stderr)
-    with progress("writing", array_bytes(exported_config(config)), "bytes") as bar:
-        huggingface.write_checkpoint(destination, config, params, carried_files(source), overwrite, bar.advance)
-    return {"storage": "mxfp4", "from": config.storage, **memory_report(base, held)}
+    found = read(source)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
+    stored = found.file_format.of("expert")
+    if stored != "mxfp4":
+        print(f"experts are stored as {stored}: rounding them to MXFP4", file=sys.stderr)
+    with progress("writing", array_bytes(weights(found.config, PUBLISHED)), "bytes") as bar:
+        extra = carried_files(source)
+        write_checkpoint(destination, found.config, found.params, extra, overwrite, bar.advance)
+    return {"storage": PUBLISHED.name, "from": found.file_format.name, **memory_report(base, held)}
 
 
 def verify(directory: Path) -> dict[str, Any]:

@@ -1,35 +1,33 @@
 """The published drafter folder `dflash/`: its config, its tensors and the mask vector, read and written.
 
-One table says where a weight sits in the parameter tree, what it is called on disk and what its axes are. A sharded or
-single safetensors file holds all of them but the mask vector, which is in a file of `torch.save`.
+A sharded or single safetensors file holds all weights of `weights.params` but the mask vector, which is in a file of
+`torch.save`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.checkpoint.export import json_bytes
+from mimo_jax.checkpoint.files.tensorfile import TensorFile, TensorFileWriter, inside, load_json, read_bytes, read_index
+from mimo_jax.checkpoint.files.torchfile import TorchFile, TorchTensor, torch_file
 from mimo_jax.checkpoint.manifest import new_directory, place_file, read_manifest, write_file, write_manifest
-from mimo_jax.checkpoint.names import HF_DTYPES
-from mimo_jax.checkpoint.shards import inside, read_index
-from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFile, TensorFileWriter, load_json, read_bytes
-from mimo_jax.checkpoint.torchfile import TorchFile, TorchTensor, torch_file
-from mimo_jax.drafter_config import LONGEST_MATCH, DrafterConfig
+from mimo_jax.config.drafter import DrafterConfig
+from mimo_jax.config.huggingface import drafter_from_hf, drafter_to_hf
 from mimo_jax.errors import UserError
-from mimo_jax.hf_drafter_config import drafter_from_hf, drafter_to_hf
+from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
+from mimo_jax.weights.params import MASK, Part, Weight, build_tree, drafter_weights, expected_tensors, path_names
 
 FOLDER = "dflash"
 CONFIG = "config.json"
 TENSORS = "dflash_draft_model.safetensors"
-MASK = "mask_embedding.pt"
+MASK_FILE = "mask_embedding.pt"
 _INDEXES = (f"{TENSORS}.index.json", "model.safetensors.index.json")
 _STEMS = ("dflash_draft_model", "model")
 _PREFIX = "model."  # that some exports put before every name
@@ -37,57 +35,15 @@ _MAX_CONFIG_BYTES = 4_000_000
 _MASK_OVERHEAD_BYTES = 1 << 20
 _NAMED = 3  # how many tensors an error names
 
-# (path in the tree, name on disk, axes). Axis letters are those of `mimo_jax/glossary.md`; Z is the taps side by side,
-# W the rank of the order-aware bias, which published drafters do not have.
-_TOP = (
-    ("fuse", "fc.weight", "D Z"),
-    ("context_norm/weight", "hidden_norm.weight", "D"),
-    ("norm/weight", "norm.weight", "D"),
-)
-_LAYER = (
-    ("input_norm/weight", "input_layernorm.weight", "D"),
-    ("attention/q", "self_attn.q_proj.weight", "HQ D"),
-    ("attention/k", "self_attn.k_proj.weight", "KQ D"),
-    ("attention/v", "self_attn.v_proj.weight", "KQ D"),
-    ("attention/o", "self_attn.o_proj.weight", "D HQ"),
-    ("attention/q_norm/weight", "self_attn.q_norm.weight", "Q"),
-    ("attention/k_norm/weight", "self_attn.k_norm.weight", "Q"),
-    ("post_norm/weight", "post_attention_layernorm.weight", "D"),
-    ("mlp/gate", "mlp.gate_proj.weight", "F D"),
-    ("mlp/up", "mlp.up_proj.weight", "F D"),
-    ("mlp/down", "mlp.down_proj.weight", "D F"),
-)
-_SINK = (("attention/sink", "self_attn.attention_sink_bias", "H"),)
-_BIAS = (("bias_in", "markov_in.weight", "C W"), ("bias_out", "markov_out.weight", "C W"))
-_LOOKUP = (("guess", "lookup_guess.weight", "D D"), ("matched", "lookup_matched.weight", "M D"))
-_MASK_PATH = "mask"
 
-
-def _rows(config: DrafterConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(path, name, shape) of every tensor, lazily: a config that asks for billions costs nothing by itself."""
-    sizes = {
-        "C": config.vocab_size,
-        "D": config.hidden_size,
-        "F": config.intermediate_size,
-        "H": config.num_heads,
-        "HQ": config.num_heads * config.head_dim,
-        "KQ": config.num_kv_heads * config.head_dim,
-        "Q": config.head_dim,
-        "M": LONGEST_MATCH + 1,
-        "W": config.bias_rank,
-        "Z": len(config.target_layer_ids) * config.hidden_size,
-    }
-    layer = _LAYER + (_SINK if config.has_sink else ())
-    for path, name, axes in _TOP + (_BIAS if config.bias_rank else ()) + (_LOOKUP if config.lookup else ()):
-        yield path, name, tuple(sizes[axis] for axis in axes.split())
-    for index in range(config.num_layers):
-        for path, name, axes in layer:
-            yield f"layers_{index}/{path}", f"layers.{index}.{name}", tuple(sizes[axis] for axis in axes.split())
-
-
-def expected_drafter_tensors(config: DrafterConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected_drafter_tensors(config: DrafterConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of every tensor of the folder's safetensors."""
-    return {name: (HF_DTYPES[config.param_dtype], shape) for _, name, shape in _rows(config)}
+    return expected_tensors(_named(config, dtype))
+
+
+def _named(config: DrafterConfig, dtype: str) -> Iterator[Weight]:
+    """Weights of the safetensors: all but the mask vector."""
+    return (weight for weight in drafter_weights(config, dtype) if weight.row is not MASK)
 
 
 def has_drafter(directory: Path) -> bool:
@@ -98,7 +54,8 @@ def has_drafter(directory: Path) -> bool:
 def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, Any]]:
     """Config and parameters of a `dflash/` folder, in the dtype of its tensors; nothing in it is executed.
 
-    The tree is that of `init_drafter`. Every tensor is used exactly once, or the first that is not is a `UserError`.
+    The tree is that of `modeling.dflash.init_drafter`. Every tensor is used exactly once, or the first that is not is a
+    `UserError`.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -106,14 +63,18 @@ def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, Any]]:
     path = directory / CONFIG
     config = drafter_from_hf(load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path)), str(path))
     held = _open_files(directory)
-    config = dataclasses.replace(config, param_dtype=_dtype_of(held, directory))
-    _check_tensors(config, held, directory)
-    flat: dict[str, jax.Array] = {_MASK_PATH: jnp.array(_read_mask(directory / MASK, config))}
-    for leaf, name, _ in _rows(config):
-        file, stored = held[name]
-        flat[leaf] = jnp.array(file.read(stored))  # a copy: the file may change afterwards
+    dtype = _dtype_of(held, directory)
+    _check_tensors(config, dtype, held, directory)
+
+    def read(weight: Weight, part: Part) -> jax.Array:
+        if weight.row is MASK:
+            return jnp.array(_read_mask(directory / MASK_FILE, config, dtype))
+        file, stored = held[part.name]
+        array = jnp.array(file.read(stored))  # a copy: the file may change afterwards
         file.release(stored)
-    return config, flax.traverse_util.unflatten_dict(flat, sep="/")
+        return array
+
+    return config, build_tree(drafter_weights(config, dtype), read)
 
 
 def _open_files(directory: Path) -> dict[str, tuple[TensorFile, str]]:
@@ -148,7 +109,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _dtype_of(held: dict[str, tuple[TensorFile, str]], directory: Path) -> str:
     """What the first tensor of the table is stored as, which all must share."""
-    name = _TOP[0][1]
+    name = "fc.weight"
     if name not in held:
         raise UserError(f"{directory}: missing {name!r}")
     file, stored = held[name]
@@ -159,11 +120,13 @@ def _dtype_of(held: dict[str, tuple[TensorFile, str]], directory: Path) -> str:
     return ours
 
 
-def _check_tensors(config: DrafterConfig, held: dict[str, tuple[TensorFile, str]], directory: Path) -> None:
+def _check_tensors(config: DrafterConfig, dtype: str, held: dict[str, tuple[TensorFile, str]], directory: Path) -> None:
     """Every expected tensor is there with its dtype and shape, and no other is."""
     missing: list[str] = []
     matched: set[str] = set()
-    for _, name, shape in _rows(config):
+    for weight in _named(config, dtype):
+        (part,) = weight.parts
+        name = part.name
         if name not in held:
             missing.append(name)
             if len(missing) > _NAMED:  # a hostile config may expect billions
@@ -171,19 +134,19 @@ def _check_tensors(config: DrafterConfig, held: dict[str, tuple[TensorFile, str]
             continue
         matched.add(name)
         file, stored = held[name]
-        found, dtype = file.tensors[stored], HF_DTYPES[config.param_dtype]
+        found = file.tensors[stored]
         where = f"{file.path}: tensor {stored!r}"
-        if found.shape != shape:
-            raise UserError(f"{where} has shape {list(found.shape)}; the config needs {list(shape)}")
-        if found.dtype != dtype:
-            raise UserError(f"{where} is {found.dtype}; expected {dtype}")
+        if found.shape != part.shape:
+            raise UserError(f"{where} has shape {list(found.shape)}; the config needs {list(part.shape)}")
+        if found.dtype != part.dtype:
+            raise UserError(f"{where} is {found.dtype}; expected {part.dtype}")
     if missing:
         raise UserError(f"{directory}: missing {_quoted(missing)}")
     if extra := sorted(set(held) - matched):
         raise UserError(f"{directory}: unexpected {_quoted(extra)}; a drafter shares its target's other weights")
 
 
-def _read_mask(path: Path, config: DrafterConfig) -> np.ndarray:
+def _read_mask(path: Path, config: DrafterConfig, dtype: str) -> np.ndarray:
     """The vector [D] that stands in for a drafted position, in the dtype of the other parameters."""
     file = TorchFile(path, limit=_MASK_OVERHEAD_BYTES + 4 * config.hidden_size)
     token, vector = file.values.get("mask_token_id"), file.values.get("embedding")
@@ -196,25 +159,25 @@ def _read_mask(path: Path, config: DrafterConfig) -> np.ndarray:
         raise UserError(f"{path}: embedding has shape {list(vector.shape)}; the config needs [{config.hidden_size}]")
     if vector.dtype not in HF_DTYPES.values():
         raise UserError(f"{path}: embedding is {vector.dtype}; expected {' or '.join(HF_DTYPES.values())}")
-    return _cast(file.read(vector).reshape(-1), config)
+    return _cast(file.read(vector).reshape(-1), dtype)
 
 
-def _cast(array: Any, config: DrafterConfig) -> np.ndarray:
+def _cast(array: Any, dtype: str) -> np.ndarray:
     """`array` in the dtype of the folder."""
     with np.errstate(invalid="ignore", over="ignore"):  # numpy warns where a NaN is cast
-        return np.asarray(array).astype(DTYPES[HF_DTYPES[config.param_dtype]])
+        return np.asarray(array).astype(DTYPES[HF_DTYPES[dtype]])
 
 
-def write_drafter(directory: Path, config: DrafterConfig, params: dict[str, Any]) -> None:
-    """Writes config, tensors and mask vector in `config.param_dtype`; nothing called `directory` exists before the end.
+def write_drafter(directory: Path, config: DrafterConfig, params: dict[str, Any], dtype: str = "bfloat16") -> None:
+    """Writes config, tensors and mask vector as `dtype`; nothing called `directory` exists before the end.
 
     An existing directory is a `UserError`.
     """
     with new_directory(Path(directory)) as folder:
-        _fill(folder, config, params)
+        _fill(folder, config, params, dtype)
 
 
-def attach_drafter(checkpoint: Path, config: DrafterConfig, params: dict[str, Any]) -> None:
+def attach_drafter(checkpoint: Path, config: DrafterConfig, params: dict[str, Any], dtype: str = "bfloat16") -> None:
     """Puts a drafter into a checkpoint that this package wrote, in place of the one it has; all of it or nothing."""
     manifest = read_manifest(checkpoint)
     kept = [name for name in manifest["files"] if not name.startswith(f"{FOLDER}/")]
@@ -222,7 +185,7 @@ def attach_drafter(checkpoint: Path, config: DrafterConfig, params: dict[str, An
         for name in kept:
             place_file(folder / name, checkpoint / name)
         (folder / FOLDER).mkdir()
-        _fill(folder / FOLDER, config, params)
+        _fill(folder / FOLDER, config, params, dtype)
         write_manifest(folder, manifest["kind"], manifest["tensors"], lambda nbytes: None)
 
 
@@ -234,19 +197,19 @@ def drafter_files(directory: Path) -> dict[str, Path]:
     return {f"{FOLDER}/{path.name}": inside(folder, path.name) for path in paths}
 
 
-def _fill(folder: Path, config: DrafterConfig, params: dict[str, Any]) -> None:
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    if differing := sorted(set(flat) ^ {_MASK_PATH, *(path for path, _, _ in _rows(config))}):
+def _fill(folder: Path, config: DrafterConfig, params: dict[str, Any], dtype: str) -> None:
+    held = {"/".join(path_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    if differing := sorted(held ^ {weight.label for weight in drafter_weights(config, dtype)}):
         raise ValueError(f"parameters and config differ in {', '.join(differing)}")
-    mask = _cast(flat[_MASK_PATH], config)
+    mask = _cast(params[MASK.path], dtype)
     if mask.shape != (config.hidden_size,):
         raise ValueError(f"mask: shape {mask.shape}, the config has {config.hidden_size}")
-    write_file(folder / CONFIG, json_bytes(drafter_to_hf(config)))
-    write_file(folder / MASK, torch_file({"mask_token_id": config.mask_token_id, "embedding": mask}))
-    writer = TensorFileWriter(folder / TENSORS, expected_drafter_tensors(config))
+    write_file(folder / CONFIG, json_bytes(drafter_to_hf(config, dtype)))
+    write_file(folder / MASK_FILE, torch_file({"mask_token_id": config.mask_token_id, "embedding": mask}))
+    writer = TensorFileWriter(folder / TENSORS, expected_drafter_tensors(config, dtype))
     try:
-        for path, name, _ in _rows(config):
-            writer.write(name, _cast(flat[path], config))
+        for weight in _named(config, dtype):
+            writer.write(weight.parts[0].name, _cast(weight.of(params), dtype))
         writer.close()
     finally:
         writer.abort()

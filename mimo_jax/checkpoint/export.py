@@ -5,7 +5,6 @@ Packed experts and FP8 linears are carried byte for byte; anything dense is quan
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -15,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from mimo_jax.checkpoint.files.tensorfile import TensorFileWriter
 from mimo_jax.checkpoint.manifest import new_directory, place_file, write_manifest
-from mimo_jax.checkpoint.names import MTP_PREFIX, Weight, weights
-from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFileWriter
-from mimo_jax.config import ModelConfig
-from mimo_jax.hf_config import to_hf
-from mimo_jax.quantization import BlockFp8Tensor, MxTensor, dequantize_fp8, dequantize_mx, quantize_fp8, quantize_mx
-from mimo_jax.quantization.mx import check_finite
+from mimo_jax.config.huggingface import to_hf
+from mimo_jax.config.model import PUBLISHED, ModelConfig
+from mimo_jax.weights import BlockFp8Tensor, MxTensor, encode
+from mimo_jax.weights.dtypes import DTYPES
+from mimo_jax.weights.params import MTP_PREFIX, weights
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -41,15 +40,15 @@ def write_checkpoint(
 ) -> None:
     """Writes config, generation config, shards, index, `extra_files` (name -> content or file) and, last, the manifest.
 
-    `params` may be of any storage. Nothing called `directory` exists until everything is on disk.
+    `params` may be of any file format. Nothing called `directory` exists until everything is on disk.
     """
     advance = advance or (lambda nbytes: None)
-    target = exported_config(config)
-    shards = _plan_shards(target, shard_bytes)
+    PUBLISHED.check_fits(config)
+    shards = _plan_shards(config, shard_bytes)
     placed = {name: file for file, specs in shards.items() for name in specs}
     total = sum(tensor_bytes(spec) for specs in shards.values() for spec in specs.values())
     files = {
-        "config.json": json_bytes(to_hf(target)),
+        "config.json": json_bytes(to_hf(config, PUBLISHED)),
         "generation_config.json": json_bytes(_generation_config(config)),
         INDEX: json_bytes({"metadata": {"total_size": total}, "weight_map": placed}),
         **(extra_files or {}),
@@ -57,13 +56,8 @@ def write_checkpoint(
     with new_directory(Path(directory), overwrite) as folder:
         for name, data in files.items():
             place_file(folder / name, data)
-        digests = _write_shards(folder, shards, placed, target, params, advance)
+        digests = _write_shards(folder, shards, placed, config, params, advance)
         write_manifest(folder, "huggingface", digests, lambda nbytes: None)
-
-
-def exported_config(config: ModelConfig) -> ModelConfig:
-    """What a model of `config` becomes in the FP4-DFlash layout."""
-    return dataclasses.replace(config, storage="mxfp4", param_dtype="bfloat16")
 
 
 def json_bytes(values: Any) -> bytes:
@@ -87,7 +81,7 @@ def _plan_shards(config: ModelConfig, shard_bytes: int) -> dict[str, Specs]:
     groups: list[Specs] = [{}]
     mtp: Specs = {}
     held = 0
-    for weight in weights(config):
+    for weight in weights(config, PUBLISHED):
         for index in range(weight.parts[0].count):
             specs = {part.tensor_name(index): (part.dtype, part.tensor_shape) for part in weight.parts}
             if next(iter(specs)).startswith(MTP_PREFIX):
@@ -134,14 +128,12 @@ def _write_shards(
 
 def _tensors(config: ModelConfig, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Name and content of every tensor, in the order of the table."""
-    for weight in weights(config):
-        leaf = params
-        for key in weight.path:
-            leaf = leaf[key]
-        leaf = _on_host(leaf)
+    for weight in weights(config, PUBLISHED):
+        leaf = _on_host(weight.of(params))
         for index in range(weight.parts[0].count):
             label = weight.parts[0].tensor_name(index)
-            stored = _stored(leaf[index] if weight.parts[0].layout == "stack" else leaf, weight, label)
+            leaf_at = leaf[index] if weight.parts[0].split == "stack" else leaf
+            stored: Any = encode(leaf_at, weight.stored, DTYPES[weight.parts[0].dtype], label)
             for part in weight.parts:
                 array = getattr(stored, part.field) if part.field else stored
                 yield part.tensor_name(index), array.reshape(part.tensor_shape)
@@ -150,20 +142,4 @@ def _tensors(config: ModelConfig, params: dict[str, Any]) -> Iterator[tuple[str,
 def _on_host(leaf: Any) -> Any:
     if isinstance(leaf, MxTensor | BlockFp8Tensor):
         return type(leaf)(np.asarray(leaf.codes), np.asarray(leaf.scales))
-    return leaf if isinstance(leaf, tuple) else np.asarray(leaf)  # a tuple holds one array per expert
-
-
-def _stored(leaf: Any, weight: Weight, label: str) -> Any:
-    """`leaf` in the format the file wants: carried if it already has it, quantised otherwise."""
-    wanted = {"mxfp4": MxTensor, "fp8": BlockFp8Tensor}.get(weight.format)
-    if wanted is None:
-        return np.asarray(leaf).astype(DTYPES[weight.parts[0].dtype])
-    if isinstance(leaf, wanted):
-        return leaf
-    if isinstance(leaf, BlockFp8Tensor):
-        leaf = dequantize_fp8(leaf, np.float32)
-    elif isinstance(leaf, MxTensor):
-        leaf = dequantize_mx(leaf, np.float32)
-    dense = np.asarray(leaf).astype(np.float32)
-    check_finite(dense, label)
-    return quantize_mx(dense, rule="even") if weight.format == "mxfp4" else quantize_fp8(dense)
+    return np.asarray(leaf)

@@ -15,35 +15,41 @@ import jax
 import numpy as np
 
 from mimo_jax.checkpoint import qkv
-from mimo_jax.checkpoint.export import INDEX, MTP_FILE, write_checkpoint
-from mimo_jax.checkpoint.names import (
-    HF_DTYPES,
+from mimo_jax.checkpoint.export import INDEX, MTP_FILE
+from mimo_jax.checkpoint.files.tensorfile import TensorFile, inside, load_json, read_bytes, read_index
+from mimo_jax.config.huggingface import from_hf
+from mimo_jax.config.model import FileFormat, ModelConfig
+from mimo_jax.errors import UserError
+from mimo_jax.weights import Params
+from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
+from mimo_jax.weights.mxfp4 import check_scales
+from mimo_jax.weights.params import (
     SKIPPED_PREFIXES,
     Part,
+    ShardingOf,
     Weight,
+    array_path,
+    build_tree,
+    qkv_rows,
     split_names,
     tensors_of,
     weights,
 )
-from mimo_jax.checkpoint.shards import inside, read_index
-from mimo_jax.checkpoint.tensorfile import DTYPES, TensorFile, load_json, read_bytes
-from mimo_jax.config import ModelConfig
-from mimo_jax.errors import UserError
-from mimo_jax.hf_config import from_hf
-from mimo_jax.quantization import BlockFp8Tensor, MxTensor
-from mimo_jax.quantization.mx import check_scales
 
 SINGLE = "model.safetensors"
 _MAX_CONFIG_BYTES = 4_000_000
 _NAMED = 3  # how many tensors an error names
-CONTAINERS: dict[str, Callable[..., Any]] = {
-    "fp8": BlockFp8Tensor,
-    "mxfp4": MxTensor,
-    **dict.fromkeys(("dense", "plain", "router"), lambda array: array),
-}
 
-ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 Region = tuple[slice, ...]  # of an array of the tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What any checkpoint holds: the model, how its files store weights, and the weights as they do."""
+
+    config: ModelConfig
+    file_format: FileFormat
+    params: Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +58,15 @@ class HuggingFaceCheckpoint:
 
     directory: Path
     config: ModelConfig
+    file_format: FileFormat
     files: dict[str, TensorFile]  # tensor name -> its file
     skipped: int  # tensors of modalities that a text model does not have
-    qkv_layout: str
+    qkv_order: str  # of `qkv`: interleaved, contiguous or separate
     qkv_chunks: int
+
+    def weights(self) -> Iterator[Weight]:
+        """What the table says of it."""
+        return weights(self.config, self.file_format)
 
     @property
     def nbytes(self) -> int:
@@ -67,12 +78,12 @@ class HuggingFaceCheckpoint:
     def describe(self) -> str:
         fused = {"interleaved": f"fused, interleaved in {self.qkv_chunks} chunks", "contiguous": "fused, contiguous"}
         return (
-            f"{len(self.files)} tensors ({self.config.storage}); QKV "
-            f"{fused.get(self.qkv_layout, 'in three tensors')}; {self.skipped} tensors of other modalities left out"
+            f"{len(self.files)} tensors ({self.file_format.name}); QKV "
+            f"{fused.get(self.qkv_order, 'in three tensors')}; {self.skipped} tensors of other modalities left out"
         )
 
 
-def read_hf_config(directory: Path) -> ModelConfig:
+def read_hf_config(directory: Path) -> tuple[ModelConfig, FileFormat]:
     """`config.json` of a checkpoint directory, read as strictly as its tensors."""
     path = directory / "config.json"
     values = load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path))
@@ -94,15 +105,17 @@ def open_checkpoint(directory: Path) -> HuggingFaceCheckpoint:
     """Opens and matches a directory without reading any tensor."""
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint directory")
-    config = read_hf_config(directory)
+    config, file_format = read_hf_config(directory)
     files = _open_files(directory)
     skipped = [name for name in files if name.startswith(SKIPPED_PREFIXES)]
     for name in skipped:
         del files[name]
-    config, layout = _adapt(config, files)
-    chunks = _check_chunks(config, layout, files)
-    _check_names(config, layout, files, directory)
-    return HuggingFaceCheckpoint(directory, config, files, len(skipped), layout, chunks)
+    file_format = dataclasses.replace(file_format, dtype=_plain_dtype(files))
+    order = _qkv_order(config, file_format, files)
+    chunks = _check_chunks(config, file_format, order, files)
+    opened = HuggingFaceCheckpoint(directory, config, file_format, files, len(skipped), order, chunks)
+    _check_names(opened)
+    return opened
 
 
 def _open_files(directory: Path) -> dict[str, TensorFile]:
@@ -136,29 +149,33 @@ def _open_files(directory: Path) -> dict[str, TensorFile]:
     return files
 
 
-def _adapt(config: ModelConfig, files: dict[str, TensorFile]) -> tuple[ModelConfig, str]:
-    """Settles what only the tensors show: the dense dtype, and how QKV is laid out."""
+def _plain_dtype(files: dict[str, TensorFile]) -> str:
+    """The dtype of plain weights, which only the tensors show."""
     name = "model.embed_tokens.weight"
     dtype = files[name].tensors[name].dtype if name in files else "BF16"
     named = {spelling: ours for ours, spelling in HF_DTYPES.items()}
     if dtype not in named:
         raise UserError(f"{files[name].path}: tensor {name!r} is {dtype}; expected BF16 or F32")
-    config = dataclasses.replace(config, param_dtype=named[dtype])
-    if config.qkv_layout == "split":
-        return config, qkv.SEPARATE
-    if config.linear_format != "dense":
-        return config, qkv.INTERLEAVED
-    fused = next(weight for weight in weights(config) if weight.path[-1] == "qkv").parts[0].name
-    return config, qkv.SEPARATE if split_names(fused)[0] in files else qkv.CONTIGUOUS
+    return named[dtype]
 
 
-def _check_chunks(config: ModelConfig, layout: str, files: dict[str, TensorFile]) -> int:
-    """The chunk count of an interleaved checkpoint, from shapes alone; 1 for other layouts."""
-    if layout != qkv.INTERLEAVED:
+def _qkv_order(config: ModelConfig, file_format: FileFormat, files: dict[str, TensorFile]) -> str:
+    """How the rows of Q, K and V lie in the files."""
+    if not config.fused_qkv:
+        return qkv.SEPARATE
+    if file_format.of("linear") != "dense":
+        return qkv.INTERLEAVED
+    fused = next(weight for weight in weights(config, file_format) if weight.path[-1] == "qkv").parts[0].name
+    return qkv.SEPARATE if split_names(fused)[0] in files else qkv.CONTIGUOUS
+
+
+def _check_chunks(config: ModelConfig, file_format: FileFormat, order: str, files: dict[str, TensorFile]) -> int:
+    """The chunk count of an interleaved checkpoint, from shapes alone; 1 for other orders."""
+    if order != qkv.INTERLEAVED:
         return 1
 
     def shapes() -> Iterator[tuple[str, int, int, int]]:
-        for weight in weights(config):
+        for weight in weights(config, file_format):
             names = [part.tensor_name() for part in weight.parts]
             if weight.path[-1] != "qkv":
                 continue
@@ -166,26 +183,27 @@ def _check_chunks(config: ModelConfig, layout: str, files: dict[str, TensorFile]
                 return  # reported with its name by _check_names
             codes, scales = (files[name].tensors[name].shape for name in names)
             if len(codes) == len(scales) == 2:
-                yield names[0], weight.kind, codes[0], scales[0]
+                yield names[0], weight.layer_kind, codes[0], scales[0]
 
     return qkv.infer_chunks(config, shapes())
 
 
-def _expected(config: ModelConfig, layout: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    for weight in weights(config):
-        if layout == qkv.SEPARATE and weight.path[-1] == "qkv":
+def _expected(source: HuggingFaceCheckpoint) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    for weight in source.weights():
+        if source.qkv_order == qkv.SEPARATE and weight.path[-1] == "qkv":
             part = weight.parts[0]
-            for name, rows in zip(split_names(part.name), qkv.qkv_rows(config, weight.kind)):
+            for name, rows in zip(split_names(part.name), qkv_rows(source.config, weight.layer_kind)):
                 yield name, part.dtype, (rows, weight.shape[-1])
             continue
         for part, _, name in tensors_of(weight):
             yield name, part.dtype, part.tensor_shape
 
 
-def _check_names(config: ModelConfig, layout: str, files: dict[str, TensorFile], directory: Path) -> None:
+def _check_names(source: HuggingFaceCheckpoint) -> None:
     """Every expected tensor is there with its dtype and shape, and no other is."""
+    files, directory = source.files, source.directory
     missing, matched = [], 0
-    for name, dtype, shape in _expected(config, layout):
+    for name, dtype, shape in _expected(source):
         if name not in files:
             missing.append(name)
             if len(missing) > _NAMED:  # a hostile config may expect billions
@@ -202,7 +220,7 @@ def _check_names(config: ModelConfig, layout: str, files: dict[str, TensorFile],
         more = " and more" if len(missing) > _NAMED else ""
         raise UserError(f"{directory}: missing {', '.join(missing[:_NAMED])}{more}")
     if matched != len(files):
-        known = {name for name, _, _ in _expected(config, layout)}
+        known = {name for name, _, _ in _expected(source)}
         extra = [name for name in files if name not in known]
         raise UserError(
             f"{directory}: {len(extra)} tensors that this model does not have: "
@@ -218,18 +236,12 @@ def read_params(
 
     `advance` is told the bytes of everything read. On CPU an array takes over its buffer, so nothing is held twice.
     """
-    params: dict[str, Any] = {}
-    for weight in weights(source.config):
-        arrays = []
-        for part in weight.parts:
-            path = (*weight.path, *filter(None, [part.field]))
-            sharding = sharding_of(path, part.shape) if sharding_of else None
-            arrays.append(_read_part(source, weight, part, sharding, advance or (lambda nbytes: None)))
-        node = params
-        for key in weight.path[:-1]:
-            node = node.setdefault(key, {})
-        node[weight.path[-1]] = CONTAINERS[weight.format](*arrays)
-    return params
+
+    def read(weight: Weight, part: Part) -> jax.Array:
+        sharding = sharding_of(array_path(part), part.shape) if sharding_of else None
+        return _read_part(source, weight, part, sharding, advance or (lambda nbytes: None))
+
+    return build_tree(source.weights(), read)
 
 
 def _read_part(
@@ -243,7 +255,7 @@ def _read_part(
 
     def read(region: Region | None = None) -> np.ndarray:
         region = region or (slice(None),) * len(part.shape)
-        bounds = tuple(cut.indices(size)[:2] for cut, size in zip(region, part.shape))
+        bounds = tuple(span.indices(size)[:2] for span, size in zip(region, part.shape))
         if bounds not in held:  # replicas share one
             held[bounds] = _aligned_empty(tuple(stop - start for start, stop in bounds), DTYPES[part.dtype])
             _fill(source, weight, part, tuple(slice(*bound) for bound in bounds), held[bounds], advance)
@@ -272,9 +284,9 @@ def _fill(
 ) -> None:
     """Reads the `region` of one array of the tree into `buffer`."""
     first, *rest = region or (slice(None),)
-    if weight.path[-1] == "qkv" and source.qkv_layout != qkv.INTERLEAVED:
+    if weight.path[-1] == "qkv" and source.qkv_order != qkv.INTERLEAVED:
         return _fill_dense_qkv(source, weight, region, buffer, advance)
-    if part.layout != "stack":
+    if part.split != "stack":
         tensor = source.read(part.name).reshape(part.shape)[region]
         _check_values(part, weight, tensor, part.name)
         buffer[...] = tensor
@@ -290,7 +302,7 @@ def _fill(
 def _check_values(part: Part, weight: Weight, tensor: np.ndarray, name: str) -> None:
     if part.field != "scales":
         return
-    if weight.format == "mxfp4":
+    if weight.stored == "mxfp4":
         check_scales(tensor, name)
     elif not np.isfinite(tensor).all():
         index = [int(i) for i in np.argwhere(~np.isfinite(tensor))[0]]
@@ -303,17 +315,17 @@ def _fill_dense_qkv(
     """Chunks `region[0]` of the fused projection, from three tensors or from one that holds [Q | K | V]."""
     chunks, rows, cols = region
     thirds = _qkv_thirds(source, weight)
-    cut = [third.reshape(source.config.qkv_chunks, -1, third.shape[-1])[chunks] for _, third in thirds]
-    buffer[...] = np.concatenate(cut, axis=1)[:, rows, cols]
-    for (name, _), part in zip(thirds, cut):
+    parts = [third.reshape(source.config.qkv_chunks, -1, third.shape[-1])[chunks] for _, third in thirds]
+    buffer[...] = np.concatenate(parts, axis=1)[:, rows, cols]
+    for (name, _), part in zip(thirds, parts):
         _done(source, name, part.nbytes, advance)
 
 
 def _qkv_thirds(source: HuggingFaceCheckpoint, weight: Weight) -> list[tuple[str, np.ndarray]]:
     name = weight.parts[0].name
-    if source.qkv_layout == qkv.SEPARATE:
+    if source.qkv_order == qkv.SEPARATE:
         return [(third, source.read(third)) for third in split_names(name)]
-    query, key, _ = qkv.qkv_rows(source.config, weight.kind)
+    query, key, _ = qkv_rows(source.config, weight.layer_kind)
     return [(name, third) for third in np.split(source.read(name), (query, query + key))]
 
 
@@ -328,36 +340,15 @@ def probe_qkv(source: HuggingFaceCheckpoint, params: dict[str, Any]) -> int:
     Returns how many heads were compared; a difference from the tree is an error.
     """
     chosen: dict[tuple[str, int, str], Weight] = {}
-    for weight in weights(source.config):
+    for weight in source.weights():
         if weight.path[-2:-1] == ("attention",) and weight.path[-1] in ("qkv", "q", "k", "v"):
-            chosen.setdefault((weight.path[0].split("_")[0], weight.kind, weight.path[-1]), weight)
-    return qkv.probe(source.config, list(chosen.values()), params, source.qkv_layout, source.read)
+            chosen.setdefault((weight.path[0].split("_")[0], weight.layer_kind, weight.path[-1]), weight)
+    return qkv.probe(source.config, list(chosen.values()), params, source.qkv_order, source.read)
 
 
-def read_checkpoint(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a Hugging Face directory, probed; see `read_params` for placement."""
+def read_checkpoint(directory: str | Path, sharding_of: ShardingOf | None = None) -> Checkpoint:
+    """A Hugging Face directory, probed; see `read_params` for placement."""
     source = open_checkpoint(Path(directory))
     params = read_params(source, sharding_of)
     probe_qkv(source, params)
-    return source.config, params
-
-
-def read_any(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a Hugging Face or an Orbax directory; see `read_params` for placement."""
-    if not (Path(directory) / "params").is_dir():
-        return read_checkpoint(directory, sharding_of)
-    from mimo_jax.checkpoint.orbax import read_orbax  # importing Orbax takes longer than reading a small model
-
-    return read_orbax(directory, sharding_of)
-
-
-__all__ = [
-    "HuggingFaceCheckpoint",
-    "open_checkpoint",
-    "probe_qkv",
-    "read_any",
-    "read_checkpoint",
-    "read_hf_config",
-    "read_params",
-    "write_checkpoint",
-]
+    return Checkpoint(source.config, source.file_format, params)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.checkpoint.tensorfile import load_json, open_regular, read_bytes
+from mimo_jax.checkpoint.files.tensorfile import load_json, open_regular, read_bytes
 from mimo_jax.errors import UserError
 from mimo_jax.files import sync_directory
 

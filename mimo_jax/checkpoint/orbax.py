@@ -27,7 +27,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from mimo_jax.checkpoint.export import json_bytes
-from mimo_jax.checkpoint.huggingface import CONTAINERS, ShardingOf, read_hf_config, read_torch_dtype
+from mimo_jax.checkpoint.huggingface import Checkpoint, read_hf_config, read_torch_dtype
 from mimo_jax.checkpoint.manifest import (
     check_whole,
     new_directory,
@@ -36,11 +36,10 @@ from mimo_jax.checkpoint.manifest import (
     remove_all,
     write_manifest,
 )
-from mimo_jax.checkpoint.names import weights
-from mimo_jax.checkpoint.tensorfile import DTYPES
-from mimo_jax.config import ModelConfig
+from mimo_jax.config.huggingface import to_hf
+from mimo_jax.config.model import FileFormat, ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.hf_config import to_hf
+from mimo_jax.weights.params import ShardingOf, abstract_tree, weights
 
 PARAMS = "params"
 _IN_FLIGHT_BYTES = 32 << 20
@@ -142,25 +141,10 @@ def restore_latest(directory: Path, abstract: Any) -> Any:
     return restore_tree(directory / f"{found[-1]:08d}", abstract)
 
 
-def abstract_tree(config: ModelConfig, sharding_of: ShardingOf | None = None) -> dict[str, Any]:
-    """The parameter tree of a checkpoint of `config` as shapes and dtypes, with a sharding per path if given."""
-    tree: dict[str, Any] = {}
-    for weight in weights(config):
-        leaves = []
-        for part in weight.parts:
-            path = (*weight.path, *filter(None, [part.field]))
-            sharding = sharding_of(path, part.shape) if sharding_of else None
-            leaves.append(jax.ShapeDtypeStruct(part.shape, DTYPES[part.dtype], sharding=sharding))
-        node = tree
-        for key in weight.path[:-1]:
-            node = node.setdefault(key, {})
-        node[weight.path[-1]] = CONTAINERS[weight.format](*leaves)
-    return tree
-
-
 def write_orbax(
     directory: str | Path,
     config: ModelConfig,
+    file_format: FileFormat,
     params: dict[str, Any],
     extra_files: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
@@ -169,7 +153,7 @@ def write_orbax(
     """Writes a model directory; nothing called `directory` exists until everything is on disk."""
     advance = advance or (lambda nbytes: None)
     with new_directory(Path(directory), overwrite) as folder:
-        described = json_bytes({**to_hf(config), "torch_dtype": config.param_dtype})
+        described = json_bytes(to_hf(config, file_format))
         for name, data in {**(extra_files or {}), "config.json": described}.items():
             place_file(folder / name, data)
         try:
@@ -200,14 +184,14 @@ def _on_host(leaf: Any) -> np.ndarray:
     return whole
 
 
-def read_orbax_config(directory: Path) -> ModelConfig:
-    """The config of a model directory, dense dtype included."""
-    config = read_hf_config(directory)
-    return dataclasses.replace(config, param_dtype=read_torch_dtype(directory) or config.param_dtype)
+def read_orbax_config(directory: Path) -> tuple[ModelConfig, FileFormat]:
+    """The config of a model directory, and how it stores weights."""
+    config, file_format = read_hf_config(directory)
+    return config, dataclasses.replace(file_format, dtype=read_torch_dtype(directory) or file_format.dtype)
 
 
-def read_orbax(directory: str | Path, sharding_of: ShardingOf | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Config and parameters of a model directory, onto the first device or wherever `sharding_of` says.
+def read_orbax(directory: str | Path, sharding_of: ShardingOf | None = None) -> Checkpoint:
+    """A model directory, onto the first device or wherever `sharding_of` says.
 
     The manifest must be there and whole (it is written last), every file have its size and the small ones their digest;
     those of the data are `verify`'s business.
@@ -216,13 +200,14 @@ def read_orbax(directory: str | Path, sharding_of: ShardingOf | None = None) -> 
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint directory")
     check_whole(directory, read_manifest(directory))
-    config = read_orbax_config(directory)
-    return config, restore_tree(directory / PARAMS, abstract_tree(config, sharding_of))
+    config, file_format = read_orbax_config(directory)
+    abstract = abstract_tree(weights(config, file_format), sharding_of)
+    return Checkpoint(config, file_format, restore_tree(directory / PARAMS, abstract))
 
 
 def verify_leaves(directory: Path, digests: dict[str, str]) -> None:
     """Restores the tree branch by branch and compares every leaf with its digest."""
-    abstract = abstract_tree(read_orbax_config(directory))
+    abstract = abstract_tree(weights(*read_orbax_config(directory)))
     found: dict[str, str] = {}
     for key, branch in abstract.items():
         found |= leaf_digests(restore_tree(directory / PARAMS, {key: branch}, partial_load=True))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import jax
 import numpy as np
+from jaxtyping import Array
 
-from mimo_jax.checkpoint.names import Weight, qkv_rows, split_names
-from mimo_jax.config import ModelConfig
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.quantization import BlockFp8Tensor, dequantize_fp8
+from mimo_jax.weights import BlockFp8Tensor, dequantize_fp8
+from mimo_jax.weights.params import Weight, qkv_rows, split_names
 
 INTERLEAVED, CONTIGUOUS, SEPARATE = "interleaved", "contiguous", "separate"
 _BLOCK = 128
@@ -60,7 +60,7 @@ def chunk_slices(config: ModelConfig, kind: int) -> tuple[slice, slice, slice]:
     return slice(0, query), slice(query, query + key), slice(query + key, query + key + value)
 
 
-def probe(config: ModelConfig, weights: list[Weight], params: dict, layout: str, read: Callable) -> int:
+def probe(config: ModelConfig, weights: list[Weight], params: dict, order: str, read: Callable) -> int:
     """Recomputes one Q, K and V head per given projection from the file's bytes and compares with the tree.
 
     `read(name)` gives a raw tensor. Returns the number of heads compared; a difference is an error. Of a tree spread
@@ -68,32 +68,30 @@ def probe(config: ModelConfig, weights: list[Weight], params: dict, layout: str,
     """
     compared = 0
     for weight in weights:
-        leaf = params
-        for key in weight.path:
-            leaf = leaf[key]
+        leaf = weight.of(params)
         for letter in LETTERS if weight.path[-1] == "qkv" else weight.path[-1]:
-            heads = config.num_heads if letter == "q" else config.kv_heads(weight.kind)
-            order = [(2 * heads // 3 + step) % heads for step in range(heads)]
-            rows = ((head, _tree_rows(config, weight, leaf, letter, head)) for head in order)
+            heads = config.num_heads if letter == "q" else config.kv_heads(weight.layer_kind)
+            tried = [(2 * heads // 3 + step) % heads for step in range(heads)]
+            rows = ((head, _tree_rows(config, weight, leaf, letter, head)) for head in tried)
             head, held = next(((head, row) for head, row in rows if row is not None), (0, None))
             if held is None:
                 continue
-            raw = _raw_rows(config, weight, letter, head, layout, read)
+            raw = _raw_rows(config, weight, letter, head, order, read)
             if not np.array_equal(raw, held, equal_nan=True):
                 raise UserError(f"{weight.label}: head {head} of {letter} differs from the file's bytes; not loaded")
             compared += 1
     return compared
 
 
-def _head_rows(config: ModelConfig, kind: int, letter: str, head: int, layout: str) -> np.ndarray:
+def _head_rows(config: ModelConfig, kind: int, letter: str, head: int, order: str) -> np.ndarray:
     """Rows of one head in the file's tensor, by the published formula."""
     dim = config.v_head_dim if letter == "v" else config.head_dim
     within = np.arange(dim)
-    if layout == SEPARATE:
+    if order == SEPARATE:
         return head * dim + within
     sizes = qkv_rows(config, kind)
     before = sum(sizes[: LETTERS.index(letter)])
-    if layout == CONTIGUOUS:
+    if order == CONTIGUOUS:
         return before + head * dim + within
     chunks = config.qkv_chunks
     heads_per_chunk = sizes[LETTERS.index(letter)] // dim // chunks
@@ -101,14 +99,14 @@ def _head_rows(config: ModelConfig, kind: int, letter: str, head: int, layout: s
     return chunk * (sum(sizes) // chunks) + before // chunks + local * dim + within
 
 
-def _raw_rows(config: ModelConfig, weight: Weight, letter: str, head: int, layout: str, read: Callable) -> np.ndarray:
+def _raw_rows(config: ModelConfig, weight: Weight, letter: str, head: int, order: str, read: Callable) -> np.ndarray:
     part = weight.parts[0]
     name = part.tensor_name()
-    if weight.path[-1] == "qkv" and layout == SEPARATE:
+    if weight.path[-1] == "qkv" and order == SEPARATE:
         name = split_names(name)[LETTERS.index(letter)]
-    rows = _head_rows(config, weight.kind, letter, head, SEPARATE if weight.path[-1] != "qkv" else layout)
+    rows = _head_rows(config, weight.layer_kind, letter, head, SEPARATE if weight.path[-1] != "qkv" else order)
     values = read(name)[rows].astype(np.float32)
-    if weight.format != "fp8":
+    if weight.stored != "fp8":
         return values
     chunk_rows = part.shape[-2]
     grid_rows = -(-chunk_rows // _BLOCK)
@@ -122,7 +120,7 @@ def _tree_rows(config: ModelConfig, weight: Weight, leaf, letter: str, head: int
     dim = config.v_head_dim if letter == "v" else config.head_dim
     if weight.path[-1] != "qkv":
         return _numbers(leaf, head * dim, (head + 1) * dim)
-    rows = chunk_slices(config, weight.kind)[LETTERS.index(letter)]
+    rows = chunk_slices(config, weight.layer_kind)[LETTERS.index(letter)]
     chunk, local = divmod(head, (rows.stop - rows.start) // dim)
     held = _numbers(leaf, chunk, chunk + 1)
     return None if held is None else held[0, rows][local * dim : (local + 1) * dim]
@@ -142,7 +140,7 @@ def _numbers(leaf, start: int, stop: int) -> np.ndarray | None:
     return numbers[start:stop] if is_matrix else numbers
 
 
-def _held(array: jax.Array | np.ndarray, start: int, stop: int) -> np.ndarray | None:
+def _held(array: Array | np.ndarray, start: int, stop: int) -> np.ndarray | None:
     """Rows of the leading axis, if one of this process's devices has them whole."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)[start:stop]

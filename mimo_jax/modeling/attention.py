@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mimo_jax.cache import LayerCache, append, row_positions
-from mimo_jax.config import GLOBAL, MAX_BLOCK, SLIDING, ModelConfig
-from mimo_jax.modeling.fp8_linear import fp8_linear
-from mimo_jax.modeling.layers import linear, matrix_init, rotate, weight_init
-from mimo_jax.quantization import TurnedMatrix, Weight, dequantize
-from mimo_jax.sharding import CACHE, PARAMETERS, current_mesh, spec_of
-from pallas_kernels.attention import attend_long
-from pallas_kernels.attention.reference import CHUNK, scores
+from mimo_jax.config.model import GLOBAL, MAX_BLOCK, SLIDING, ModelConfig
+from mimo_jax.modeling.cache import CACHE_AXES, LayerCache, append, row_positions
+from mimo_jax.modeling.layers import rotate
+from mimo_jax.modeling.linear import linear, matrix, parameter
+from mimo_jax.sharding import current_mesh, spec_of
+from pallas_kernels.attention import CHUNK, attend_long, scores
 
 
 def attend(
@@ -48,11 +46,11 @@ def attend_rows(
     query_BT: Int[Array, "B T"],
     sink_H: Float[Array, "H"] | None,
 ) -> Float[Array, "B T H V"]:
-    """What `attend` gives for a cache whose rows are positions; those behind the last query are not read."""
+    """What `attend` gives for a cache whose rows are positions; those after the last query are not read."""
     if current_mesh() is None:
         return attend_long(q_BTHQ, layer.keys, layer.values, query_BT, sink_H)
-    # By hand: the compiler cannot cut a kernel by heads.
-    queries, rows, heads = spec_of(("batch", None, "heads", None)), spec_of(CACHE), spec_of(("heads",))
+    # By hand: the compiler cannot split a kernel by heads.
+    queries, rows, heads = spec_of(("batch", None, "heads", None)), spec_of(CACHE_AXES), spec_of(("heads",))
     in_specs = (queries, rows, rows, spec_of(("batch", None)), None if sink_H is None else heads)
     per_device = jax.shard_map(attend_long, in_specs=in_specs, out_specs=queries, check_vma=False)
     return per_device(q_BTHQ, layer.keys, layer.values, query_BT, sink_H)
@@ -73,12 +71,12 @@ def visibility(query_BT: Int[Array, "B T"], key_BS: Int[Array, "B S"], window: i
 def attend_banded(q_BTHQ: Array, k_BTKQ: Array, v_BTKV: Array, window: int, sink_H: Array | None) -> Array:
     """Sliding attention over a whole sequence at the cost of two windows of keys per query.
 
-    The sequence is cut into blocks as long as the window; a block sees itself and the block before it.
+    The sequence is split into blocks as long as the window; a block sees itself and the block before it.
     """
     batch, steps = q_BTHQ.shape[:2]
     blocks = -(-steps // window)
 
-    def cut(x: Array) -> Array:
+    def in_blocks(x: Array) -> Array:
         padded = jnp.pad(x, [(0, 0), (0, blocks * window - steps), (0, 0), (0, 0)])
         return padded.reshape(batch, blocks, window, *x.shape[2:])
 
@@ -90,8 +88,8 @@ def attend_banded(q_BTHQ: Array, k_BTKQ: Array, v_BTKV: Array, window: int, sink
     query = jnp.arange(blocks * window).reshape(blocks, window)
     key = jnp.concatenate([query - window, query], axis=1)  # negative in the first block: nothing there
     visible = jnp.tile(visibility(query, key, window), (batch, 1, 1))
-    q = cut(q_BTHQ).reshape(batch * blocks, window, *q_BTHQ.shape[2:])
-    out = attend(q, with_previous(cut(k_BTKQ)), with_previous(cut(v_BTKV)), visible, sink_H)
+    q = in_blocks(q_BTHQ).reshape(batch * blocks, window, *q_BTHQ.shape[2:])
+    out = attend(q, with_previous(in_blocks(k_BTKQ)), with_previous(in_blocks(v_BTKV)), visible, sink_H)
     return out.reshape(batch, blocks * window, *out.shape[2:])[:, :steps]
 
 
@@ -110,7 +108,7 @@ class Attention(nn.Module):
         lengths_B: Int[Array, "B"] | None = None,
         counts_B: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Without a cache, attends over the T tokens themselves; with one, behind its `lengths_B` tokens."""
+        """Without a cache, attends over the T tokens themselves; with one, after its `lengths_B` tokens."""
         config = self.config
         window = config.sliding_window if self.kind == SLIDING else None
         q, k, v = self._project(x_BTD)
@@ -118,7 +116,7 @@ class Attention(nn.Module):
         v = (v.astype(jnp.float32) * config.value_scale).astype(v.dtype)
         sink_H = None
         if config.has_sink(self.kind):
-            sink_H = self.param("sink", nn.initializers.zeros, (config.num_heads,), jnp.dtype(config.param_dtype))
+            sink_H = parameter(self, "sink", (config.num_heads,), nn.initializers.zeros)
         if cache is not None:
             out_BTHV, cache = self._attend_cached(q, k, v, sink_H, window, cache, lengths_B, counts_B)
         elif window is not None and x_BTD.shape[1] > 2 * window:
@@ -127,7 +125,7 @@ class Attention(nn.Module):
             position = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
             out_BTHV = attend(q, heads_first(k), heads_first(v), visibility(position, position, window), sink_H)
         shape = (config.hidden_size, config.num_heads * config.v_head_dim)
-        o = self.param("o", matrix_init(config, shape))
+        o = matrix(self, "o", shape, config.init_range)
         return linear(out_BTHV.reshape(*x_BTD.shape[:2], -1), o), cache
 
     def _attend_cached(self, q, k, v, sink_H, window, cache, lengths_B, counts_B):
@@ -144,7 +142,7 @@ class Attention(nn.Module):
             key_BS = jnp.concatenate([held_BS, query_BT], axis=1)
         else:
             # In the order of the cache's rows, which is the same for a token that is read alone or in a block: on
-            # a mesh its logits do not depend on that (`decoding.FlaxStep`).
+            # a mesh its logits do not depend on that (`decode.step`).
             keys, values = updated.keys, updated.values
             key_BS = row_positions(self.kind, keys.shape[2], lengths_B + counts_B)
         return attend(q, keys, values, visibility(query_BT, key_BS, window), sink_H), updated
@@ -153,36 +151,19 @@ class Attention(nn.Module):
         config = self.config
         heads, kv_heads = config.num_heads, config.kv_heads(self.kind)
         sizes = (heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.v_head_dim)
-
-        def weight(name: str, shape: tuple[int, ...]):
-            init = weight_init(config.linear_format, shape, config.init_range, config.param_dtype)
-            return self.param(name, init)
-
-        lead = x_BTD.shape[:2]
-        if config.qkv_layout == "split":
-            parts = [
-                linear(x_BTD, weight(name, (size, config.hidden_size)), axes=PARAMETERS[name])
-                for name, size in zip("qkv", sizes)
-            ]
-        else:
+        if config.fused_qkv:
             chunks = config.qkv_chunks
             rows = [size // chunks for size in sizes]
-            qkv = weight("qkv", (chunks, sum(rows), config.hidden_size))
-            fused = linear_chunked(x_BTD, qkv, chunks)
-            parts = jnp.split(fused, (rows[0], rows[0] + rows[1]), axis=-1)
-        q, k, v = parts
+            qkv = matrix(self, "qkv", (chunks, sum(rows), config.hidden_size), config.init_range)
+            q, k, v = jnp.split(linear(x_BTD, qkv), (rows[0], rows[0] + rows[1]), axis=-1)
+        else:
+            q, k, v = (
+                linear(x_BTD, matrix(self, name, (size, config.hidden_size), config.init_range))
+                for name, size in zip("qkv", sizes)
+            )
+        lead = x_BTD.shape[:2]
         return (
             q.reshape(*lead, heads, config.head_dim),
             k.reshape(*lead, kv_heads, config.head_dim),
             v.reshape(*lead, kv_heads, config.v_head_dim),
         )
-
-
-def linear_chunked(x_BTD: Float[Array, "B T D"], weight: Weight, chunks: int) -> Float[Array, "B T G M"]:
-    """x W^T for a weight stored as [G chunks, M rows, D]; the chunk axis is kept."""
-    if (y_BTGM := fp8_linear(x_BTD, weight, PARAMETERS["qkv"])) is not None:
-        return y_BTGM.astype(x_BTD.dtype)
-    # As one flat matrix: contracted with three axes, XLA on CPU transposes the whole weight at every step.
-    if not isinstance(weight, TurnedMatrix):
-        weight = dequantize(weight, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
-    return linear(x_BTD, weight).reshape(*x_BTD.shape[:2], chunks, -1)

@@ -1,7 +1,7 @@
 """The MiMo-V2 text model as Flax modules: tokens and a cache in; logits, features and the cache out.
 
-Pure functions over explicit state. `Backbone(config).apply({"params": params}, tokens, cache)` is all there is; one
-config field, `storage`, decides whether a weight is a plain array, a packed tensor or a turned matrix.
+Pure functions over explicit state. `Backbone(config).apply({"params": params}, tokens, cache)` is all there is. Weights
+are plain arrays, or what a layout made of them (`modeling.linear`).
 """
 
 from __future__ import annotations
@@ -14,27 +14,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.cache import Cache, LayerCache
-from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
+from mimo_jax.config.model import GLOBAL, SLIDING, ModelConfig
 from mimo_jax.modeling.attention import Attention
-from mimo_jax.modeling.layers import DenseMlp, Params, linear, matrix_init, norm, rotary_table, weight_init
+from mimo_jax.modeling.cache import Cache, LayerCache
+from mimo_jax.modeling.layers import DenseMlp, RMSNorm, rotary_table
+from mimo_jax.modeling.linear import linear, matrix
 from mimo_jax.modeling.moe import MoE
-from mimo_jax.sharding import rows_of
+from mimo_jax.sharding import embedding_lookup
+from mimo_jax.weights import Params
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What the step shows besides logits: the final residual stream, per MoE layer the tokens of each expert, and the
-    tapped residual streams, side by side in the order of the taps."""
+    """What the step shows besides logits: the final hidden states, per MoE layer the tokens of each expert, and the
+    auxiliary hidden states, side by side in the order they were asked for."""
 
     hidden: Float[Array, "B T D"]
     expert_counts: Int[Array, "L E"]
-    taps: Float[Array, "B T Z"]
-
-
-def dense_mlp(config: ModelConfig) -> DenseMlp:
-    return DenseMlp(config.intermediate_size, config.linear_format, config.init_range, config.param_dtype)
+    aux: Float[Array, "B T Z"]
 
 
 class Block(nn.Module):
@@ -45,13 +43,13 @@ class Block(nn.Module):
     has_experts: bool
 
     def setup(self) -> None:
-        self.input_norm = norm(self.config)
+        self.input_norm = RMSNorm(self.config.norm_eps)
         self.attention = Attention(self.config, self.kind)
-        self.post_norm = norm(self.config)
+        self.post_norm = RMSNorm(self.config.norm_eps)
         if self.has_experts:
             self.moe = MoE(self.config)
         else:
-            self.mlp = dense_mlp(self.config)
+            self.mlp = DenseMlp(self.config.intermediate_size, self.config.init_range)
 
     def __call__(self, x_BTD, rotary, cache, lengths_B, counts_B) -> tuple[Array, Array | None, LayerCache | None]:
         """The residual stream, tokens per expert (None for a dense layer), and the updated cache."""
@@ -70,12 +68,16 @@ class MtpLayer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.embed_norm, self.hidden_norm = norm(config), norm(config)
+        self.embed_norm, self.hidden_norm = RMSNorm(config.norm_eps), RMSNorm(config.norm_eps)
         shape = (config.hidden_size, 2 * config.hidden_size)
-        self.eh_proj = self.param("eh_proj", matrix_init(config, shape))
-        self.input_norm, self.pre_mlp_norm, self.final_norm = norm(config), norm(config), norm(config)
+        self.eh_proj = matrix(self, "eh_proj", shape, config.init_range)
+        self.input_norm, self.pre_mlp_norm, self.final_norm = (
+            RMSNorm(config.norm_eps),
+            RMSNorm(config.norm_eps),
+            RMSNorm(config.norm_eps),
+        )
         self.attention = Attention(config, SLIDING)
-        self.mlp = dense_mlp(config)
+        self.mlp = DenseMlp(config.intermediate_size, config.init_range)
 
     def __call__(self, embedded_BTD, hidden_BTD, rotary, cache=None, lengths_B=None, counts_B=None):
         """`embedded_BTD` is the embedding of the token after each position of `hidden_BTD`."""
@@ -90,20 +92,20 @@ class MtpLayer(nn.Module):
 class Backbone(nn.Module):
     """Embedding, layers, final norm and head, plus the MTP layers that share the embedding and the head.
 
-    `taps` are the layers whose residual streams a drafter reads, each after its layer (before the final norm); -1 is
-    the stream before the first layer, the embedding.
+    `aux_layers` are the layers whose hidden states a drafter reads (the published config's `target_layer_ids`), each
+    after its layer, before the final norm; -1 is the state before the first layer, the embedding.
     """
 
     config: ModelConfig
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def setup(self) -> None:
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = self.param("embed", weight_init("dense", shape, config.init_range, config.param_dtype))
+        self.embed = matrix(self, "embed", shape, config.init_range)
         self.layers = [Block(config, kind, bool(moe)) for kind, moe in zip(config.layer_pattern, config.moe_pattern)]
-        self.norm = norm(config)
-        self.head = self.param("head", matrix_init(config, shape))
+        self.norm = RMSNorm(config.norm_eps)
+        self.head = matrix(self, "head", shape, config.init_range)
         self.mtp = [MtpLayer(config) for _ in range(config.mtp_layers)]
 
     def __call__(
@@ -112,8 +114,8 @@ class Backbone(nn.Module):
         cache: Cache | None = None,
         counts_B: Int[Array, "B"] | None = None,
         logits: Literal["all", "last"] = "all",
-    ) -> tuple[Float[Array, "B T C"], Features, Cache | None]:
-        """One forward pass over T tokens behind the cache's (or over a whole sequence, without a cache).
+    ) -> tuple[Float[Array, "B _ C"], Features, Cache | None]:
+        """One forward pass over T tokens after the cache's (or over a whole sequence, without a cache).
 
         Only the first `counts_B` (default T) tokens of each row are real: the rest is padding, never cached. With
         logits="last" only the last real position's logits are computed, [B, 1, C]. Logits are float32.
@@ -123,12 +125,12 @@ class Backbone(nn.Module):
         counts_B = jnp.full(batch, steps) if counts_B is None else counts_B
         rotary = self._rotary(lengths_B[:, None] + jnp.arange(steps))
         x_BTD = self._embedded(tokens_BT)
-        layer_caches, expert_counts, streams = [], [], {-1: x_BTD}
+        layer_caches, expert_counts, hidden_states = [], [], {-1: x_BTD}
         for index, layer in enumerate(self.layers):
             held = cache.layers[index] if cache else None
             x_BTD, counts_E, held = layer(x_BTD, rotary[layer.kind], held, lengths_B, counts_B)
             layer_caches.append(held)
-            streams[index] = x_BTD
+            hidden_states[index] = x_BTD
             if counts_E is not None:
                 expert_counts.append(counts_E)
         x_BTD = self.norm(x_BTD)
@@ -136,7 +138,7 @@ class Backbone(nn.Module):
         features = Features(
             hidden=x_BTD,
             expert_counts=jnp.stack(expert_counts) if expert_counts else jnp.zeros((0, 0), jnp.int32),
-            taps=jnp.concatenate([x_BTD[..., :0], *(streams[tap] for tap in self.taps)], axis=-1),
+            aux=jnp.concatenate([x_BTD[..., :0], *(hidden_states[layer] for layer in self.aux_layers)], axis=-1),
         )
         updated = Cache(tuple(layer_caches), lengths_B + counts_B) if cache else None
         return linear(shown, self.head, jnp.float32), features, updated
@@ -158,7 +160,7 @@ class Backbone(nn.Module):
             logits.append(linear(hidden_BTD, self.head, jnp.float32))
         return logits
 
-    def look_ahead(
+    def mtp_step(
         self,
         hidden_BTD: Float[Array, "B T D"],
         tokens_BT: Int[Array, "B T"],
@@ -166,9 +168,9 @@ class Backbone(nn.Module):
         lengths_B: Int[Array, "B"],
         counts_B: Int[Array, "B"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The first MTP layer behind its cache of `lengths_B` rows; `tokens_BT` are one place ahead of `hidden_BTD`.
+        """The first MTP layer after its cache of `lengths_B` rows; `tokens_BT` are one place ahead of `hidden_BTD`.
 
-        Returns hidden states for the head, which predict the token behind each of `tokens_BT`, and the cache.
+        Returns hidden states for the head, which predict the token after each of `tokens_BT`, and the cache.
         """
         rotary = self._rotary(lengths_B[:, None] + jnp.arange(tokens_BT.shape[1]))[SLIDING]
         return self.mtp[0](self._embedded(tokens_BT), hidden_BTD, rotary, cache, lengths_B, counts_B)
@@ -179,7 +181,7 @@ class Backbone(nn.Module):
         return logits, self.predict_ahead(features.hidden, tokens_BT)
 
     def _embedded(self, tokens_BT: Array) -> Array:
-        return rows_of(self.embed, tokens_BT).astype(self.config.dtype)
+        return embedding_lookup(self.embed, tokens_BT).astype(self.config.dtype)
 
     def _rotary(self, positions_BT: Array) -> dict[int, tuple[Array, Array]]:
         config = self.config
@@ -190,7 +192,7 @@ class Backbone(nn.Module):
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Random parameters in the config's storage, MTP layers included."""
+    """Random parameters, plain float32 arrays, MTP layers included."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     init = jax.jit(lambda key: Backbone(config).init(key, tokens, method="everything")["params"])
     return init(key)  # jitted: op by op it takes minutes
@@ -199,17 +201,3 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 def abstract_params(config: ModelConfig) -> Params:
     """The parameter tree as shapes and dtypes: nothing is allocated, whatever the size."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-MATRICES = ("qkv", "q", "k", "v", "o", "gate", "up", "down", "eh_proj", "head", "fuse", "guess")
-
-
-def is_expert(path) -> bool:
-    """Whether a parameter's tree path leads to the weights of routed experts."""
-    names = [key.key for key in path]
-    return len(names) > 1 and names[-2] == "moe" and names[-1] in ("gate", "up", "down")
-
-
-def is_matrix(path) -> bool:
-    """Whether a tree path of a model's or a drafter's parameters leads to a matrix that `layers.linear` multiplies."""
-    return path[-1].key in MATRICES and not is_expert(path)

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.config import ModelConfig
-from mimo_jax.modeling.experts import routed_ffn
-from mimo_jax.modeling.layers import weight_init
-from mimo_jax.quantization import quantize_mx
-from mimo_jax.sharding import gathered
-from pallas_kernels.expert_matmul import PackedExperts, TiledExperts, tile_experts
+from mimo_jax.config.model import ModelConfig
+from mimo_jax.modeling.experts import DenseExperts, Experts, routed_ffn
+from mimo_jax.modeling.linear import matrix, parameter
+from mimo_jax.sharding import replicate
 
 
 def route(
@@ -22,7 +20,7 @@ def route(
     logits_TE = jnp.einsum(
         "td,ed->te", x_TD.astype(jnp.float32), router_ED.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    scores_TE = gathered(jax.nn.sigmoid(logits_TE))
+    scores_TE = replicate(jax.nn.sigmoid(logits_TE))
     _, ids_TX = jax.lax.top_k(scores_TE + bias_E, chosen)
     picked_TX = jnp.take_along_axis(scores_TE, ids_TX, axis=-1)
     return ids_TX, picked_TX / (jnp.sum(picked_TX, axis=-1, keepdims=True) + 1e-20)
@@ -38,36 +36,24 @@ class MoE(nn.Module):
         self, x_BTD: Float[Array, "B T D"], counts_B: Int[Array, "B"]
     ) -> tuple[Float[Array, "B T D"], Int[Array, "E"]]:
         config = self.config
-        num_experts, hidden, features = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        router_ED = self.param("router", nn.initializers.normal(config.init_range), (num_experts, hidden), jnp.float32)
-        bias_E = self.param("router_bias", nn.initializers.zeros, (num_experts,), jnp.float32)
-        if config.expert_format == "tiled":
-            experts = self.param("tiles", self._tiles)
-        else:
-            experts = (
-                self._expert_weights("gate", features, hidden),
-                self._expert_weights("up", features, hidden),
-                self._expert_weights("down", hidden, features),
-            )
-        x_TD = x_BTD.reshape(-1, hidden)
+        init = nn.initializers.normal(config.init_range)
+        router_ED = parameter(self, "router", (config.num_experts, config.hidden_size), init)
+        bias_E = parameter(self, "router_bias", (config.num_experts,), nn.initializers.zeros)
+        x_TD = x_BTD.reshape(-1, config.hidden_size)
         ids_TX, weights_TX = route(x_TD, router_ED, bias_E, config.experts_per_token)
         is_real_BT = jnp.arange(x_BTD.shape[1]) < counts_B[:, None]
-        ids_TX = jnp.where(is_real_BT.reshape(-1, 1), ids_TX, num_experts)
-        y_TD = routed_ffn(x_TD, ids_TX, weights_TX, experts, config.expert_backend)
-        return y_TD.reshape(x_BTD.shape), jnp.bincount(ids_TX.reshape(-1), length=num_experts)
+        ids_TX = jnp.where(is_real_BT.reshape(-1, 1), ids_TX, config.num_experts)
+        y_TD = routed_ffn(x_TD, ids_TX, weights_TX, self._experts())
+        return y_TD.reshape(x_BTD.shape), jnp.bincount(ids_TX.reshape(-1), length=config.num_experts)
 
-    def _expert_weights(self, name: str, rows: int, cols: int):
-        config = self.config
-        if config.expert_format != "unpacked":
-            shape = (config.num_experts, rows, cols)
-            return self.param(name, weight_init(config.expert_format, shape, config.init_range, config.param_dtype))
-        one = weight_init("dense", (cols, rows), config.init_range, config.param_dtype)
-        return self.param(name, lambda key: tuple(one(k) for k in jax.random.split(key, config.num_experts)))
-
-    def _tiles(self, key: Array) -> TiledExperts:
+    def _experts(self) -> Experts:
+        """What a layout put there, or the three plain stacks."""
+        if (held := self.get_variable("params", "experts")) is not None:
+            return held
         config = self.config
         wide = (config.num_experts, config.moe_intermediate_size, config.hidden_size)
-        shapes = (wide, wide, (wide[0], wide[2], wide[1]))
-        draws = (jax.random.normal(one, shape) for one, shape in zip(jax.random.split(key, 3), shapes))
-        stacks = (quantize_mx(config.init_range * draw) for draw in draws)
-        return jax.jit(tile_experts)(PackedExperts(*((stack.codes, stack.scales) for stack in stacks)))  # traced once
+        return DenseExperts(
+            matrix(self, "gate", wide, config.init_range),
+            matrix(self, "up", wide, config.init_range),
+            matrix(self, "down", (wide[0], wide[2], wide[1]), config.init_range),
+        )

@@ -1,15 +1,12 @@
 """Compiles the real programs for GPUs that are not there, and reads off memory, transfers and wasted bytes.
 
-XLA needs the CUDA plugin and its compiler tools for that, but no GPU: a topology described by a text file stands for
-the machine.
+`pallas_kernels.topology` says what that needs.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.metadata
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,30 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mimo_jax import decoding
-from mimo_jax.cache import init_cache
-from mimo_jax.checkpoint.orbax import abstract_tree
-from mimo_jax.drafting import BlockDrafter
+from mimo_jax import layouts
+from mimo_jax.decode import loop
+from mimo_jax.decode.drafter import Weights
+from mimo_jax.decode.sampling import Greedy
+from mimo_jax.decode.step import FlaxStep
+from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.drafter import abstract_drafter
+from mimo_jax.modeling.cache import init_cache
 from mimo_jax.planning.hlo import executed, is_collective, parameter_shapes, result_shape
-from mimo_jax.planning.machines import Target, target_description
+from mimo_jax.planning.machines import Target
 from mimo_jax.planning.traffic import Plan, distinct_experts, round_reads
-from mimo_jax.sampling import Greedy
-from mimo_jax.sharding import cache_shardings, make_mesh, parameter_shardings, shapes_on
-from mimo_jax.tiles import abstract_tiled, wants_tiles
-from pallas_kernels import triton_call
-from pallas_kernels.attention.reference import CHUNK
+from mimo_jax.sharding import make_mesh, shapes_on
+from mimo_jax.weights.params import abstract_tree
+from pallas_kernels import topology
+from pallas_kernels.attention import CHUNK
 from pallas_kernels.devices import compiling_for
 
-PACKAGES = {"jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"}
-INSTALL = (
-    "pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm "
-    "jax-triton triton"
-)
 LARGE = 1_000_000  # bytes: smaller results stay in the caches of the chip
 NEGLIGIBLE = 0.01  # of the bytes that a program needs
-PREFILL_TOKENS = decoding.PREFILL_BUCKETS[-1]
+PREFILL_TOKENS = loop.PREFILL_BUCKETS[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,34 +55,9 @@ class Program:
         return {place: nbytes for place, nbytes in self.expansions.items() if nbytes > NEGLIGIBLE * self.needed}
 
 
-def missing() -> str | None:
-    """What keeps programs from being compiled for GPUs here, and the command that helps; None if nothing does."""
-    if PACKAGES <= {distribution.name for distribution in importlib.metadata.distributions()}:
-        return None
-    return "compiling needs the CUDA plugin, which is not installed: " + INSTALL.format(version=jax.__version__)
-
-
-def without_triton() -> str | None:
-    """That the compiled programs lack the Triton kernels, and the command that helps; None if they have them."""
-    if triton_call.is_installed():
-        return None
-    return "without the Triton kernels, which move fewer bytes: pip install --no-deps jax-triton triton"
-
-
-def topology(target: Target) -> list[Any]:
-    """Devices of a compile-only machine."""
-    from jax.experimental import topologies
-
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back from it
-    description = target_description(target.gpu)
-    described = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{target.count}")
-    return list(described.devices)
-
-
 def compile_programs(plan: Plan, target: Target, context: int) -> dict[str, Program]:
-    """The prefill of a chunk and a drafted round, behind a cache of `context` tokens."""
-    mesh = make_mesh(plan.layout, topology(target))
+    """The prefill of a chunk and a drafted round, after a cache of `context` tokens."""
+    mesh = make_mesh(plan.shape, topology.devices(target.gpu, target.count))
     # name -> (tokens, loops around what counts, the program): rounds are the body of the decoding loop.
     with compiling_for(10 * target.gpu.capability):
         inputs = _Inputs(plan, mesh, context)
@@ -106,36 +74,34 @@ class _Inputs:
     """Shapes, dtypes and shardings of everything the programs take."""
 
     def __init__(self, plan: Plan, mesh: Mesh, context: int) -> None:
-        drafter = BlockDrafter(plan.drafter)
-        self.mesh, self.rows = mesh, plan.layout.data  # one row decodes on every copy of the model
-        config, target = plan.config, abstract_tree(plan.config)
-        if wants_tiles(config):
-            config, target = dataclasses.replace(config, storage="tiled"), abstract_tiled(target)
-        target = shapes_on(target, parameter_shardings(target, mesh))
-        self.engine = decoding.Engine(decoding.FlaxStep(config, drafter.taps, mesh), drafter)
-        own = abstract_drafter(plan.drafter)
-        self.weights = decoding.Weights(target, shapes_on(own, parameter_shardings(own, mesh)))
+        drafter = DFlashDrafter(plan.drafter)
+        self.mesh, self.rows = mesh, plan.shape.data  # one row decodes on every copy of the model
+        layout = layouts.choose(mesh, plan.backend)
+        target = layouts.abstract(layout, plan.config, abstract_tree(plan.weights()), plan.backend)
+        own = abstract_tree(plan.drafter_weights())
+        self.decoder = loop.Decoder(FlaxStep(plan.config, drafter.aux_layers, mesh), drafter)
+        self.weights = Weights(self._on_mesh(target), self._on_mesh(own))
         self.cache = self._on_mesh(jax.eval_shape(lambda: init_cache(plan.config, self.rows, context)))
         self.draft_cache = self._on_mesh(jax.eval_shape(lambda: drafter.init_cache(self.rows, context)))
         self.logits = self._on_mesh(jax.ShapeDtypeStruct((self.rows, plan.config.vocab_size), jnp.float32))
 
     def _on_mesh(self, tree: Any) -> Any:
-        """Caches by heads, everything else on every device."""
-        return shapes_on(tree, cache_shardings(tree, self.mesh))
+        """Where weights and caches lie."""
+        return shapes_on(tree, self.mesh)
 
     def lower_prefill(self) -> Any:
         tokens = np.zeros((self.rows, PREFILL_TOKENS), np.int32)
         counts = np.full(self.rows, PREFILL_TOKENS, np.int32)
-        return decoding._prefill_chunk.lower(
-            self.engine, self.weights, tokens, counts, self.cache, self.draft_cache, self.logits
+        return loop._prefill_chunk.lower(
+            self.decoder, self.weights, tokens, counts, self.cache, self.draft_cache, self.logits
         )
 
     def lower_decode(self) -> Any:
         limits, stops = np.ones(self.rows, np.int32), np.zeros(1, np.int32)
-        keys = jax.eval_shape(lambda: decoding.row_keys([0] * self.rows))
+        keys = jax.eval_shape(lambda: loop.row_keys([0] * self.rows))
         arguments = (self.cache, self.draft_cache, self.logits, limits, keys, stops, Greedy())
-        state = jax.eval_shape(lambda *inputs: decoding.start(self.engine, *inputs), *arguments)
-        return decoding.decode.lower(self.engine, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
+        state = jax.eval_shape(lambda *inputs: loop.start(self.decoder, *inputs), *arguments)
+        return loop.decode.lower(self.decoder, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
 
 
 def _compiled(plan: Plan, context: int, tokens: int, depth: int, lowered: Any) -> Program:
@@ -158,7 +124,7 @@ def _moved(
 
     Loops further in visit experts, or chunks of a long cache.
     """
-    visits = distinct_experts(plan.config, tokens) / plan.layout.expert
+    visits = distinct_experts(plan.config, tokens) / plan.shape.expert
     chunks = -(-context // CHUNK)
     carried = parameter_shapes(text)
     collectives: dict[str, tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))

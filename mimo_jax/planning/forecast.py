@@ -23,7 +23,7 @@ BOUNDS = {"low": Assumptions(0.6, 8e-6), "high": Assumptions(0.9, 2.5e-6)}
 
 def all_reduces(plan: Plan, draft: bool) -> int:
     """Sums over the devices in a round: two per layer, one for the embedding, two for the head; none on one device."""
-    if plan.layout.replica == 1:
+    if plan.shape.replica == 1:
         return 0
     layers = len(plan.config.layer_pattern) + (plan.drafter.num_layers if draft else 0)
     return 2 * layers + 3

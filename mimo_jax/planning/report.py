@@ -22,7 +22,7 @@ def record_of(plan: Plan, target: Target, context: int, programs: dict[str, Prog
     rounds = {"plain": (1, False), "drafted": (plan.drafter.block_size, True)}
     return {
         "target": str(target),
-        "layout": dataclasses.asdict(plan.layout),
+        "layout": dataclasses.asdict(plan.shape),
         "context": context,
         "memory": target.gpu.memory,
         "weights": weights,
@@ -61,7 +61,7 @@ def text_of(record: dict[str, Any]) -> str:
     for name, reads in record["reads"].items():
         milliseconds, flops = record["roofline_seconds"][name] * 1e3, record["flops"][name] / 1e9
         lines.append(
-            f"a {name} round behind {record['context'] // 1024}k tokens: {milliseconds:.2f} ms at full bandwidth, "
+            f"a {name} round after {record['context'] // 1024}k tokens: {milliseconds:.2f} ms at full bandwidth, "
             f"{flops:.1f} GFLOP, {record['all_reduces'][name]} all-reduces"
         )
         lines += _table("reads", reads)

@@ -9,19 +9,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from mimo_jax.cache import MAX_BLOCK
-from mimo_jax.checkpoint.names import weights
-from mimo_jax.checkpoint.tensorfile import DTYPES
-from mimo_jax.config import GLOBAL, SLIDING, ModelConfig
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.config.drafter import DrafterConfig
+from mimo_jax.config.model import GLOBAL, MAX_BLOCK, SLIDING, FileFormat, ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.drafter import abstract_drafter
-from mimo_jax.sharding import Layout, parameter_sharding, parameter_shardings
+from mimo_jax.sharding import MeshShape, weight_bytes
+from mimo_jax.weights.params import Weight, drafter_weights, weights
 
 _TRIALS = 200
 
@@ -31,29 +28,38 @@ class Plan:
     """What is planned: the model, its drafter, how both are spread, and the bytes of one cached number."""
 
     config: ModelConfig
-    drafter: DrafterConfig
-    layout: Layout
+    file_format: FileFormat
+    drafter: DrafterConfig  # stored as BF16
+    shape: MeshShape
     cache_itemsize: int
+    backend: str | None = None  # that multiplies the experts; None: the target's fastest
+
+    def weights(self) -> Iterator[Weight]:
+        """The target's."""
+        return weights(self.config, self.file_format)
+
+    def drafter_weights(self) -> Iterator[Weight]:
+        return drafter_weights(self.drafter, "bfloat16")
 
     @property
     def mesh(self) -> AbstractMesh:
-        sizes = dataclasses.asdict(self.layout)
+        sizes = dataclasses.asdict(self.shape)
         return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def layout_for(config: ModelConfig, devices: int, groups: int) -> Layout:
-    """The layout of `devices` that spreads one copy of the model over as many of them as its heads allow."""
+def mesh_shape_for(config: ModelConfig, devices: int, groups: int) -> MeshShape:
+    """The shape of a mesh of `devices` that spreads one copy of the model over as many of them as its heads allow."""
     for replica in range(devices, groups - 1, -1):
         if devices % replica or replica % groups:
             continue
-        layout = Layout(devices // replica, groups, replica // groups)
+        shape = MeshShape(devices // replica, groups, replica // groups)
         try:
-            layout.check_divides(config)
+            shape.check_divides(config)
         except UserError as error:
             if replica == groups:
                 raise error
             continue
-        return layout
+        return shape
     raise UserError(f"mesh: {devices} devices cannot be shared by {groups} groups of experts")
 
 
@@ -63,29 +69,26 @@ def distinct_experts(config: ModelConfig, tokens: int) -> float:
 
 
 def busiest_share(plan: Plan, tokens: int) -> float:
-    """Touched experts on the busiest device over those of the mean one; 1 without expert parallelism."""
-    groups, config = plan.layout.expert, plan.config
+    """Active experts on the busiest device over those of the mean one; 1 without expert parallelism."""
+    groups, config = plan.shape.expert, plan.config
     if groups == 1:
         return 1.0
     rng = np.random.default_rng(0)
     scores = rng.random((_TRIALS, tokens, config.num_experts))
     chosen = np.argsort(scores, axis=-1)[..., : config.experts_per_token]
-    touched = np.zeros((_TRIALS, config.num_experts), bool)
+    active = np.zeros((_TRIALS, config.num_experts), bool)
     for trial, ids in enumerate(chosen):
-        touched[trial, ids] = True
-    per_group = touched.reshape(_TRIALS, groups, -1).sum(-1)
+        active[trial, ids] = True
+    per_group = active.reshape(_TRIALS, groups, -1).sum(-1)
     return float(np.mean(per_group.max(-1) / per_group.mean(-1)))
 
 
 def resident_weights(plan: Plan) -> dict[str, float]:
     """Bytes of weights on each device, by part of the model."""
     held: collections.Counter[str] = collections.Counter()
-    for weight in weights(plan.config):
-        for part in weight.parts:
-            path = (*weight.path, *filter(None, [part.field]))
-            shape = parameter_sharding(path, part.shape, plan.mesh).shard_shape(part.shape)
-            held[_part_of(weight.path)] += math.prod(shape) * DTYPES[part.dtype].itemsize
-    return {**held, "drafter": drafter_bytes(plan)}
+    for weight in plan.weights():
+        held[_part_of(weight.path)] += weight_bytes(iter([weight]), plan.mesh)
+    return {**held, "drafter": weight_bytes(plan.drafter_weights(), plan.mesh)}
 
 
 def _part_of(path: tuple[str, ...]) -> str:
@@ -95,14 +98,6 @@ def _part_of(path: tuple[str, ...]) -> str:
         return "router" if path[-1].startswith("router") else "experts"
     named = {"embed": "embedding", "head": "head", "qkv": "QKV", "q": "QKV", "k": "QKV", "v": "QKV", "o": "o_proj"}
     return named.get(path[-1], "dense MLP" if "mlp" in path else "norms and sinks")
-
-
-def drafter_bytes(plan: Plan) -> float:
-    """Bytes of the drafter's own weights on each device."""
-    tree = abstract_drafter(plan.drafter)
-    shardings = parameter_shardings(tree, plan.mesh)
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))
-    return float(sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in pairs))
 
 
 def cache_bytes(plan: Plan, context: int) -> float:
@@ -116,11 +111,11 @@ def cache_bytes(plan: Plan, context: int) -> float:
     )
     ring = min(context, drafter.window + drafter.block_size)
     numbers += drafter.num_layers * ring * drafter.num_kv_heads * 2 * drafter.head_dim
-    return numbers * plan.cache_itemsize / plan.layout.replica
+    return numbers * plan.cache_itemsize / plan.shape.replica
 
 
 def round_reads(plan: Plan, tokens: int, context: int, draft: bool) -> dict[str, float]:
-    """Bytes the busiest device reads to verify `tokens` tokens behind `context`, and to draft them if `draft`."""
+    """Bytes the busiest device reads to verify `tokens` tokens after `context`, and to draft them if `draft`."""
     config, held = plan.config, resident_weights(plan)
     per_expert = held["experts"] / config.num_experts
     reads = {name: size for name, size in held.items() if name not in ("MTP layers", "embedding", "drafter")}
@@ -133,10 +128,10 @@ def round_reads(plan: Plan, tokens: int, context: int, draft: bool) -> dict[str,
 
 
 def round_flops(plan: Plan, tokens: int, context: int) -> float:
-    """Operations of each device to verify `tokens` tokens behind `context`: two per weight and token, and attention."""
+    """Operations of each device to verify `tokens` tokens after `context`: two per weight and token, and attention."""
     config = plan.config
     numbers = 0.0
-    for weight in weights(config):
+    for weight in plan.weights():
         if weight.path[0].startswith("mtp") or weight.path[-1] == "embed":
             continue
         share = config.experts_per_token / config.num_experts if _part_of(weight.path) == "experts" else 1.0
@@ -145,4 +140,4 @@ def round_flops(plan: Plan, tokens: int, context: int) -> float:
     attention = sum(
         seen[kind] * config.num_heads * (config.head_dim + config.v_head_dim) for kind in config.layer_pattern
     )
-    return 2 * tokens * (numbers + attention) / plan.layout.replica
+    return 2 * tokens * (numbers + attention) / plan.shape.replica

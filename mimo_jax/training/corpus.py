@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mimo_jax.cli.progress import progress
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
-from mimo_jax.progress import progress
 from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
 
 MIN_BYTES, MAX_BYTES = 200, 200_000

@@ -1,6 +1,6 @@
-"""Training of the DFlash drafter on text of its target: random anchors, one block behind each, one step of denoising.
+"""Training of the DFlash drafter on text of its target: random anchors, one block after each, one step of denoising.
 
-A block behind anchor position a learns the tokens at a + 1 ... a + 7 from the context strictly before a, through the
+A block after anchor position a learns the tokens at a + 1 ... a + 7 from the context strictly before a, through the
 same code that drafts at inference. The target's features are computed on the fly and get no gradient.
 """
 
@@ -17,26 +17,27 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from mimo_jax.cache import LayerCache
-from mimo_jax.config import ModelConfig
-from mimo_jax.drafter_config import LONGEST_MATCH, DrafterConfig
+from mimo_jax.config.drafter import LONGEST_MATCH, DrafterConfig
+from mimo_jax.config.model import ModelConfig
+from mimo_jax.drafters.prompt_lookup import continuation
 from mimo_jax.errors import UserError
-from mimo_jax.lookup import continuation
-from mimo_jax.model import Model
+from mimo_jax.loading import Model
 from mimo_jax.modeling.attention import heads_first
-from mimo_jax.modeling.backbone import Backbone, Params
-from mimo_jax.modeling.drafter import Drafter, KeysValues, abstract_drafter, init_drafter
-from mimo_jax.modeling.layers import linear
+from mimo_jax.modeling.backbone import Backbone
+from mimo_jax.modeling.cache import LayerCache
+from mimo_jax.modeling.dflash import DFlash, KeysValues, abstract_drafter, init_drafter
+from mimo_jax.modeling.linear import linear
 from mimo_jax.sharding import place_batch
 from mimo_jax.tokenizer import MASK, Tokenizer
 from mimo_jax.training.corpus import batch_at, shuffled
 from mimo_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from mimo_jax.training.pretraining import TrainState, cross_entropy
-from mimo_jax.training.run import Metrics, Update, read_run, restore
-from mimo_jax.training.selfgen import Texts
+from mimo_jax.training.run import Metrics, Update, configs_of, restore
+from mimo_jax.training.self_distillation import Texts
+from mimo_jax.weights import Params
 
 # loss -> (share of cross-entropy with the text, with the target's distribution, of the L1 distance to that; weights of
-# the slots)
+# the positions)
 LOSSES = {
     "soft": (0.0, 1.0, 0.0, "decay"),  # distillation, arXiv 1503.02531
     "soft-dpace": (0.0, 1.0, 0.0, "dpace"),
@@ -55,7 +56,7 @@ class DraftTrainConfig:
     steps: int
     batch: int = 16
     anchors: int = 24
-    kind: str = "block"  # or "chain": the autoregressive control, see `baselines.ChainDrafter`
+    kind: str = "block"  # or "chain": the autoregressive control, see `drafters.autoregressive`
     loss: str = "soft"
     gamma: float = 4.0  # of the decay exp(-(k - 1) / gamma); 4 is the paper's for blocks of 8
     optimizer: str = "muon"
@@ -81,6 +82,17 @@ class DraftTrainConfig:
         return optax.warmup_cosine_decay_schedule(0.0, self.peak_rate, warmup, max(self.steps, warmup + 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What is chosen of a new drafter; the rest is in proportion to its target. See `DrafterConfig`."""
+
+    layers: int = 2
+    window: int = 128
+    bias_rank: int = 0
+    lookup: int = 0
+    target_layer_ids: tuple[int, ...] | None = None
+
+
 def init_state(config: DrafterConfig, train: DraftTrainConfig, params: Params | None = None) -> TrainState:
     """The state before the first update: random parameters unless float32 `params` are given."""
     params = init_drafter(config, jax.random.key(train.seed)) if params is None else params
@@ -104,32 +116,32 @@ def draft_hidden(
     config: DrafterConfig,
     kind: str,
     embed_CD: Float[Array, "C D"],
-    taps_BTZ: Float[Array, "B T Z"],
+    aux_BTZ: Float[Array, "B T Z"],
     tokens_BT: Int[Array, "B T"],
     anchors_BA: Int[Array, "B A"],
-) -> Float[Array, "P M D"]:
-    """Hidden rows that predict the tokens behind every anchor; P runs over rows, then anchors.
+) -> Float[Array, "Y M D"]:
+    """Hidden rows that predict the tokens after every anchor; Y runs over rows, then anchors.
 
     Each block gets a copy of the context window before it, so that no mask over all blocks and keys is ever built.
     """
-    apply = partial(Drafter(config).apply, {"params": params})
+    apply = partial(DFlash(config).apply, {"params": params})
     blocks, drafts = anchors_BA.size, config.block_size - 1
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    layers = apply(taps_BTZ, positions_BT, method="context")
+    layers = apply(aux_BTZ, positions_BT, method="context")
     before_BAW = anchors_BA[..., None] + jnp.arange(-config.window, 0)  # negative: nothing there, never visible
     windows = tuple(_gather_windows(layer, before_BAW) for layer in layers)
-    before_PW, starts_P = before_BAW.reshape(blocks, -1), anchors_BA.reshape(-1)
+    before_YW, starts_Y = before_BAW.reshape(blocks, -1), anchors_BA.reshape(-1)
     if kind == "chain":
         places_BAM = jnp.minimum(anchors_BA[..., None] + jnp.arange(drafts), tokens_BT.shape[1] - 1)
-        x_PMD = embed_CD[_at(tokens_BT, places_BAM)].reshape(blocks, drafts, -1)
-        return apply(x_PMD, starts_P, windows, before_PW, causal=True, method="read")[0]
-    anchor_PD = embed_CD[_at(tokens_BT, anchors_BA)].reshape(blocks, -1)
+        x_YMD = embed_CD[_at(tokens_BT, places_BAM)].reshape(blocks, drafts, -1)
+        return apply(x_YMD, starts_Y, windows, before_YW, causal=True, method="read")[0]
+    anchor_YD = embed_CD[_at(tokens_BT, anchors_BA)].reshape(blocks, -1)
     guesses = None
     if config.lookup:
         look_up = partial(continuation, longest=LONGEST_MATCH, count=drafts)
         tokens_BAM, matched_BA = jax.vmap(jax.vmap(look_up, in_axes=(None, 0)))(tokens_BT, anchors_BA)
         guesses = embed_CD[tokens_BAM].reshape(blocks, drafts, -1), matched_BA.reshape(-1)
-    return apply(anchor_PD, starts_P, windows, before_PW, guesses)[:, 1:]
+    return apply(anchor_YD, starts_Y, windows, before_YW, guesses)[:, 1:]
 
 
 def _at(values: Array, places: Int[Array, "B ..."]) -> Array:
@@ -147,19 +159,19 @@ def _gather_windows(layer: KeysValues, positions_BAW: Array) -> LayerCache:
     return LayerCache(keys, values)
 
 
-def slot_weights(
-    kind: str, loss_PM: Float[Array, "P M"], valid_PM: Bool[Array, "P M"], gamma: float
-) -> Float[Array, "P M"]:
-    """How much each slot counts. Without a gradient.
+def position_weights(
+    kind: str, loss_YM: Float[Array, "Y M"], valid_YM: Bool[Array, "Y M"], gamma: float
+) -> Float[Array, "Y M"]:
+    """How much each draft position counts. Without a gradient.
 
     "decay": exp(-(k - 1) / gamma). "dpace": sum over m >= k of prod over i <= m of ((1 - a) q_i + a), q = exp(-loss):
-    the share of the expected accepted length that hangs on slot k.
+    the share of the expected accepted length that hangs on position k.
     """
     if kind == "decay":
-        return valid_PM * jnp.exp(-jnp.arange(loss_PM.shape[1]) / gamma)
-    smoothed_PM = (1 - DPACE_FLOOR) * jnp.exp(-jax.lax.stop_gradient(loss_PM)) + DPACE_FLOOR
-    reach_PM = jnp.cumprod(smoothed_PM, axis=1) * valid_PM
-    return valid_PM * jnp.cumsum(reach_PM[:, ::-1], axis=1)[:, ::-1]
+        return valid_YM * jnp.exp(-jnp.arange(loss_YM.shape[1]) / gamma)
+    smoothed_YM = (1 - DPACE_FLOOR) * jnp.exp(-jax.lax.stop_gradient(loss_YM)) + DPACE_FLOOR
+    reach_YM = jnp.cumprod(smoothed_YM, axis=1) * valid_YM
+    return valid_YM * jnp.cumsum(reach_YM[:, ::-1], axis=1)[:, ::-1]
 
 
 def loss_fn(
@@ -171,39 +183,39 @@ def loss_fn(
     config: DrafterConfig,
     train: DraftTrainConfig,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The objective over all valid slots, and metrics; `accepted` is the drafts per block that equal the text."""
+    """The objective over all valid positions, and metrics; `accepted` is the drafts per block that equal the text."""
     tokens_BT = jnp.asarray(batch.tokens, jnp.int32)
     starts_B, ends_B = jnp.asarray(batch.starts), jnp.asarray(batch.ends)
     backbone = Backbone(target, config.target_layer_ids)
     target_BTC, features, _ = jax.lax.stop_gradient(backbone.apply({"params": target_params}, tokens_BT))
     anchors_BA, drawn_BA = draw_anchors(key, starts_B, ends_B, tokens_BT.shape[1], train.anchors)
     embed_CD = target_params["embed"]
-    hidden_PMD = draft_hidden(params, config, train.kind, embed_CD, features.taps, tokens_BT, anchors_BA)
-    logits_PMC = linear(hidden_PMD, target_params["head"], jnp.float32)[..., : config.vocab_size]
+    hidden_YMD = draft_hidden(params, config, train.kind, embed_CD, features.aux, tokens_BT, anchors_BA)
+    logits_YMC = linear(hidden_YMD, target_params["head"], jnp.float32)[..., : config.vocab_size]
 
     places_BAM = anchors_BA[..., None] + jnp.arange(1, config.block_size)
-    valid_PM = ((places_BAM < ends_B[:, None, None]) & drawn_BA[..., None]).reshape(-1, config.block_size - 1)
+    valid_YM = ((places_BAM < ends_B[:, None, None]) & drawn_BA[..., None]).reshape(-1, config.block_size - 1)
     places_BAM = jnp.minimum(places_BAM, tokens_BT.shape[1] - 1)
-    labels_PM = _at(tokens_BT, places_BAM).reshape(valid_PM.shape)
+    labels_YM = _at(tokens_BT, places_BAM).reshape(valid_YM.shape)
     if config.bias_rank:
-        previous_PM = _at(tokens_BT, places_BAM - 1).reshape(valid_PM.shape)
-        logits_PMC += Drafter(config).apply({"params": params}, previous_PM, method="bias")
+        previous_YM = _at(tokens_BT, places_BAM - 1).reshape(valid_YM.shape)
+        logits_YMC += DFlash(config).apply({"params": params}, previous_YM, method="bias")
 
     text_share, target_share, distance_share, weighting = LOSSES[train.loss]
-    ce_PM = cross_entropy(logits_PMC, labels_PM)
-    objective_PM = text_share * ce_PM
+    ce_YM = cross_entropy(logits_YMC, labels_YM)
+    objective_YM = text_share * ce_YM
     if target_share or distance_share:
-        law_PMC = jax.nn.softmax(_at(target_BTC, places_BAM - 1), axis=-1).reshape(logits_PMC.shape)
-        log_q_PMC = jax.nn.log_softmax(logits_PMC, axis=-1)
-        objective_PM -= target_share * jnp.sum(law_PMC * log_q_PMC, axis=-1)
-        objective_PM += distance_share * jnp.sum(jnp.abs(jnp.exp(log_q_PMC) - law_PMC), axis=-1)
-    weights_PM = slot_weights(weighting, ce_PM, valid_PM, train.gamma)
-    loss = jnp.sum(weights_PM * objective_PM) / jnp.sum(weights_PM)
-    right_PM = jnp.cumprod(valid_PM & (jnp.argmax(logits_PMC, axis=-1) == labels_PM), axis=1)
+        p_YMC = jax.nn.softmax(_at(target_BTC, places_BAM - 1), axis=-1).reshape(logits_YMC.shape)
+        log_q_YMC = jax.nn.log_softmax(logits_YMC, axis=-1)
+        objective_YM -= target_share * jnp.sum(p_YMC * log_q_YMC, axis=-1)
+        objective_YM += distance_share * jnp.sum(jnp.abs(jnp.exp(log_q_YMC) - p_YMC), axis=-1)
+    weights_YM = position_weights(weighting, ce_YM, valid_YM, train.gamma)
+    loss = jnp.sum(weights_YM * objective_YM) / jnp.sum(weights_YM)
+    right_YM = jnp.cumprod(valid_YM & (jnp.argmax(logits_YMC, axis=-1) == labels_YM), axis=1)
     metrics = {
         "loss": loss,
-        "cross_entropy": jnp.sum(ce_PM * valid_PM) / jnp.sum(valid_PM),
-        "accepted": jnp.sum(right_PM) / jnp.sum(drawn_BA),
+        "cross_entropy": jnp.sum(ce_YM * valid_YM) / jnp.sum(valid_YM),
+        "accepted": jnp.sum(right_YM) / jnp.sum(drawn_BA),
     }
     return loss, metrics
 
@@ -258,17 +270,15 @@ def latest_state(run: Path, config: DrafterConfig, train: DraftTrainConfig) -> T
 
 def read_settings(run: Path) -> tuple[DrafterConfig, DraftTrainConfig]:
     """The configs a run was started with."""
-    model, train = read_run(run)
-    return DrafterConfig(**model), DraftTrainConfig(**train)
+    return configs_of(run, DrafterConfig, DraftTrainConfig)
 
 
-def extended(
-    config: DrafterConfig, params: Params, bias_rank: int, lookup: int, seed: int
-) -> tuple[DrafterConfig, Params]:
+def extended(config: DrafterConfig, params: Params, geometry: Geometry, seed: int) -> tuple[DrafterConfig, Params]:
     """A finished drafter as a start: what it accepted is forgotten; a bias and guesses are added if it has none."""
+    bias_rank = geometry.bias_rank
     if bias_rank and config.bias_rank and bias_rank != config.bias_rank:
         raise UserError(f"drafter: bias_rank={bias_rank}, but the drafter to start from has {config.bias_rank}")
-    added = {"bias_rank": bias_rank or config.bias_rank, "lookup": lookup or config.lookup}
+    added = {"bias_rank": bias_rank or config.bias_rank, "lookup": geometry.lookup or config.lookup}
     config = dataclasses.replace(config, acceptance_length=None, **added)
     return config, {**init_drafter(config, jax.random.key(seed)), **params}
 
@@ -279,34 +289,25 @@ def as_chain(config: DrafterConfig, params: Params) -> tuple[DrafterConfig, Para
     return bare, {name: params[name] for name in abstract_drafter(bare)}
 
 
-def drafter_for(
-    target: ModelConfig,
-    tokenizer: Tokenizer,
-    layers: int,
-    window: int,
-    bias_rank: int,
-    lookup: int,
-    taps: tuple[int, ...] | None = None,
-) -> DrafterConfig:
-    """A drafter in proportion to `target`; by default it taps five layers from the first to the last."""
+def drafter_for(target: ModelConfig, tokenizer: Tokenizer, geometry: Geometry) -> DrafterConfig:
+    """A drafter in proportion to `target`; by default it reads five layers from the first to the last."""
     last = target.num_layers - 1
     return DrafterConfig(
         hidden_size=target.hidden_size,
         intermediate_size=4 * target.hidden_size,
-        num_layers=layers,
+        num_layers=geometry.layers,
         num_heads=target.num_heads,
         num_kv_heads=target.num_kv_heads,
         head_dim=target.hidden_size // target.num_heads,
-        target_layer_ids=taps or tuple(sorted({round(i * last / 4) for i in range(5)})),
+        target_layer_ids=geometry.target_layer_ids or tuple(sorted({round(i * last / 4) for i in range(5)})),
         num_target_layers=target.num_layers,
         vocab_size=target.vocab_size,
         mask_token_id=tokenizer.id_of(MASK),
-        window=window,
+        window=geometry.window,
         value_scale=target.value_scale,
-        bias_rank=bias_rank,
-        lookup=lookup,
+        bias_rank=geometry.bias_rank,
+        lookup=geometry.lookup,
         norm_eps=target.norm_eps,
         max_position=target.max_position,
         dtype="float32",
-        param_dtype="float32",
     )

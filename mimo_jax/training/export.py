@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
-from mimo_jax.config import ModelConfig
-from mimo_jax.modeling.backbone import Params
+from mimo_jax.checkpoint.dflash import attach_drafter, write_drafter
+from mimo_jax.checkpoint.export import write_checkpoint
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.tokenizer import END_OF_TEXT, TURN_END, TURN_START, Tokenizer
+from mimo_jax.training import drafter, run
 
 # ChatML without a newline after the turn's end, as the family's template writes it; thinking is on by default.
 CHAT_TEMPLATE = (
@@ -50,9 +54,27 @@ def extra_files(config: ModelConfig, tokenizer: Tokenizer, tokenizer_json: bytes
     }
 
 
-def export(out: Path, config: ModelConfig, params: Params, tokenizer_path: Path) -> None:
-    """Writes `params` (float32 masters) to `out` in the FP4-DFlash layout."""
-    from mimo_jax.checkpoint.huggingface import write_checkpoint
-
+def export(run_directory: Path, tokenizer_path: Path, out: Path) -> dict[str, Any]:
+    """Writes a finished run to `out` in the FP4-DFlash layout."""
+    config, train = run.read_settings(run_directory)
+    state = run.latest_state(run_directory, config, train)
     tokenizer = Tokenizer.load(tokenizer_path)
-    write_checkpoint(out, config, params, extra_files(config, tokenizer, tokenizer_path.read_bytes()))
+    write_checkpoint(out, config, state.params, extra_files(config, tokenizer, tokenizer_path.read_bytes()))
+    return {"checkpoint": str(out), "step": int(state.step)}
+
+
+def export_drafter(
+    run_directory: Path, out: Path | None, checkpoint: Path | None, expected: float | None
+) -> dict[str, Any]:
+    """Writes a finished run's drafter to the new folder `out`, or into a checkpoint in place of the one it has.
+
+    `expected` is the tokens per round that were measured with its target.
+    """
+    config, train = drafter.read_settings(run_directory)
+    state = drafter.latest_state(run_directory, config, train)
+    config = dataclasses.replace(config, acceptance_length=expected)
+    if checkpoint:
+        attach_drafter(checkpoint, config, state.params)
+    elif out:
+        write_drafter(out, config, state.params)
+    return {"drafter": str(checkpoint or out), "step": int(state.step)}

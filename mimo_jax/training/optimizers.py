@@ -8,19 +8,24 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-ADAM_NAMES = {"embed", "head", "router", "router_bias", "sink", "weight", "mask", "bias_in", "bias_out", "matched"}
+from mimo_jax.weights.params import path_names, row_of
+
 OPTIMIZERS = ("muon", "adamw")
 
 
-def _name(path) -> str:
-    return path[-1].key
+def _is_muons(path) -> bool:
+    """Whether the table of parameters gives the leaf to Muon; one that it does not know is an error."""
+    row = row_of(path_names(path))
+    if row is None:
+        raise ValueError(f"{'/'.join(path_names(path))}: no row of weights.params")
+    return row.optimizer == "muon"
 
 
 def matrix_axes(params) -> Any:
     """Per leaf, Muon's (input, output) axes, or None for what AdamW updates. Stacks are sets of matrices [.., N, K]."""
 
     def axes(path, leaf):
-        if _name(path) in ADAM_NAMES or leaf.ndim < 2:
+        if not _is_muons(path):
             return None
         return MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
 
@@ -44,7 +49,7 @@ def make_optimizer(schedule: optax.Schedule, weight_decay: float, name: str = "m
     """
 
     def decayed(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) not in ADAM_NAMES, params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: _is_muons(path), params)
 
     rules = {
         "muon": lambda: muon(

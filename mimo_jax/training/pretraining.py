@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.config import ModelConfig
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.backbone import Backbone, Params, init_params
+from mimo_jax.modeling.backbone import Backbone, init_params
 from mimo_jax.training.optimizers import learning_rate, make_optimizer
+from mimo_jax.weights import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def cross_entropy(logits_BTC: Float[Array, "B T C"], targets_BT: Int[Array, "B T
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTC.astype(jnp.float32), targets_BT)
 
 
-def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig):
+def loss_fn(params: Params, window_BT: Int[Array, "B _"], config: ModelConfig, train: TrainConfig):
     """Next-token loss plus the weighted MTP loss; the second value holds both, the expert counts and the logits."""
     apply: Callable[..., Any] = Backbone(config).apply
     tokens_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
@@ -93,7 +94,9 @@ def loss_fn(params: Params, window_BT: Int[Array, "B T+1"], config: ModelConfig,
     return loss + train.mtp_weight * mtp_loss, (loss, mtp_loss, features.expert_counts, logits_BTC)
 
 
-def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelConfig, rate: float) -> Params:
+def balance_experts(
+    params: Params, counts_LE: Int[Array, "L E"], config: ModelConfig, rate: Float[Array, ""] | float
+) -> Params:
     """Raises the selection bias of experts below the mean load by `rate`, lowers it above."""
     layers = [f"layers_{layer}" for layer, has_experts in enumerate(config.moe_pattern) if has_experts]
     params = dict(params)
@@ -105,7 +108,7 @@ def balance_experts(params: Params, counts_LE: Int[Array, "L E"], config: ModelC
 
 
 def updated(
-    state: TrainState, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig
+    state: TrainState, window_BT: Int[Array, "B _"], config: ModelConfig, train: TrainConfig
 ) -> tuple[TrainState, dict[str, Array], Float[Array, "B T C"]]:
     """The state after one update, scalar metrics, and the logits before it."""
     gradients, (loss, mtp_loss, counts_LE, logits_BTC) = jax.grad(loss_fn, has_aux=True)(
@@ -129,7 +132,7 @@ def updated(
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def train_step(
-    state: TrainState, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig
+    state: TrainState, window_BT: Int[Array, "B _"], config: ModelConfig, train: TrainConfig
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
     return updated(state, window_BT, config, train)[:2]

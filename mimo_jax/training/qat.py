@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.config import ModelConfig
-from mimo_jax.modeling.backbone import Backbone, Params, is_expert
-from mimo_jax.quantization import fake_quantize
+from mimo_jax.config.model import ModelConfig
+from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.training.optimizers import make_optimizer
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, updated
+from mimo_jax.weights import Params, fake_quantize
+from mimo_jax.weights.params import is_expert
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +96,7 @@ def rounding_loss(
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def qat_step(
-    state: QatState, window_BT: Int[Array, "B T+1"], config: ModelConfig, train: TrainConfig
+    state: QatState, window_BT: Int[Array, "B _"], config: ModelConfig, train: TrainConfig
 ) -> tuple[QatState, dict[str, Array]]:
     """One update of the masters and one of the offsets. Returns the new state (the old one is donated) and metrics."""
     masters, metrics, masters_BTC = updated(state.masters, window_BT, config, train)

@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mimo_jax.checkpoint import orbax
-from mimo_jax.config import ModelConfig
+from mimo_jax.cli.progress import progress
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
-from mimo_jax.progress import progress
-from mimo_jax.sharding import parameter_shardings, place_batch, shapes_on
+from mimo_jax.sharding import place_batch, shapes_on
 from mimo_jax.training.corpus import batch_at
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
 from mimo_jax.training.qat import QatState, init_qat, qat_step
@@ -39,7 +39,7 @@ def restore(run: Path, fresh_state: Callable[[], State], mesh: Mesh | None = Non
     """The newest complete state of a run, in the form of the one that `fresh_state` would make, on `mesh`."""
     abstract: Any = jax.eval_shape(fresh_state)
     if mesh is not None:
-        abstract = shapes_on(abstract, parameter_shardings(abstract, mesh))
+        abstract = shapes_on(abstract, mesh)
     return orbax.restore_latest(run / "checkpoints", abstract)
 
 
@@ -132,16 +132,18 @@ def settings_of(model: Any, train: Any, **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"model": dataclasses.asdict(model), "train": dataclasses.asdict(train), **more}))
 
 
-def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of the two configs a run was started with."""
+def configs_of(run: Path, model_kind: Callable[..., Any], train_kind: Callable[..., Any]) -> tuple[Any, Any]:
+    """The two configs a run was started with."""
     if not (run / "run.json").is_file():
         raise UserError(f"{run}: not a run directory; expected run.json")
     settings = json.loads((run / "run.json").read_text())
     model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
-    return model, settings["train"]
+    try:
+        return model_kind(**model), train_kind(**settings["train"])
+    except TypeError as error:
+        raise UserError(f"{run / 'run.json'}: written by another version ({error})") from None
 
 
 def read_settings(run: Path) -> tuple[ModelConfig, TrainConfig]:
     """The configs a pretraining run was started with."""
-    model, train = read_run(run)
-    return ModelConfig(**model), TrainConfig(**train)
+    return configs_of(run, ModelConfig, TrainConfig)

@@ -23,7 +23,7 @@ from pallas_kernels.attention.shapes import SHAPES, Shape
 from pallas_kernels.timing import DATASHEET, seconds
 
 CACHE_BYTES = 128 << 20  # of all caches
-MOST_CACHES = 64  # calls of one program
+MAX_CACHES = 64  # calls of one program
 
 Caches = list[tuple[jax.Array, jax.Array]]
 
@@ -92,8 +92,8 @@ def compare(backend: str, shape: Shape, args: argparse.Namespace, has_gpu: bool)
                 if has_gpu:
                     row["of_datasheet"] = row["bytes_per_second"] / DATASHEET
                 rows.append(row)
-                share = f"{row['of_datasheet']:6.2f}" if has_gpu else ""
-                print(f"{backend:10} {tokens:4} tokens {context:7} keys {row['ms']:8.4f} ms {share}", flush=True)
+                of = f"{row['of_datasheet']:6.2f}" if has_gpu else ""
+                print(f"{backend:10} {tokens:4} tokens {context:7} keys {row['ms']:8.4f} ms {of}", flush=True)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as problem:
         print(f"{backend:10} cannot: {problem}", flush=True)
         return {"rows": rows, "cannot": str(problem)}
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=contexts)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS if has_gpu else ["reference"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--caches", type=int, default=MOST_CACHES if has_gpu else 2)
+    parser.add_argument("--caches", type=int, default=MAX_CACHES if has_gpu else 2)
     args = parser.parse_args()
     results = {name: compare(name, SHAPES[args.shape], args, has_gpu) for name in args.backends}
     report = {"shape": args.shape, "device": jax.devices()[0].device_kind}

@@ -1,4 +1,4 @@
-"""The op in plain JAX, a part of the cache at a time: what CPUs run, and what kernels must equal."""
+"""The op in plain JAX, a chunk of the cache at a time: what CPUs run, and what kernels must equal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.backends import Shaped
+
 MASKED = -1e30  # finite: a row of padding may have nothing visible at all
 CHUNK = 8192  # keys that are attended to at a time: the scores of more would not stay in a GPU's caches
 
 
-def unsupported(q_BTHQ: Array, k_BKSQ: Array, v_BKSV: Array) -> None:
+def unsupported(q_BTHQ: Shaped, k_BKSQ: Shaped, v_BKSV: Shaped) -> None:
     """Nothing is."""
 
 

@@ -38,27 +38,27 @@ def _visit(
 
 
 @triton.jit
-def attend_part(
+def attend_split(
     q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, top_ptr, total_ptr,
     T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, V: tl.constexpr,
-    LOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, SCALE: tl.constexpr,
+    LOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS (token, head of the group) pairs over every PARTS-th block of KEYS keys.
+    """ROWS (token, head of the group) pairs over every SPLITS-th block of KEYS keys.
 
     Writes their weighted values, and the maximum (in base 2) and the sum that these are relative to; where there is
     no block to read, a maximum alone, so low that `merge` reads nothing else.
     """
     tiles: tl.constexpr = (T * G + ROWS - 1) // ROWS
     head = tl.program_id(0) // tiles  # of all rows of the batch
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     is_row = rows < T * G
     token = head // K * T + rows // G
     position = tl.load(position_ptr + token, mask=is_row, other=-1)
-    where = (part * (tl.num_programs(0) // tiles) + head) * (T * G) + rows
+    where = (split * (tl.num_programs(0) // tiles) + head) * (T * G) + rows
     readable = tl.minimum(tl.max(position, axis=0) + 1, S)
     blocks = tl.cdiv(readable, KEYS)
-    if part >= blocks:
+    if split >= blocks:
         tl.store(top_ptr + where, tl.full((ROWS,), MASKED * SCALE, tl.float32), mask=is_row)
         return
     q_where = q_ptr + (token * (K * G) + head % K * G + rows % G)[:, None] * Q
@@ -71,12 +71,12 @@ def attend_part(
     top = tl.full((ROWS,), MASKED, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, V), tl.float32)
-    for block in range(part, seen_by_all, PARTS):
+    for block in range(split, seen_by_all, SPLITS):
         top, total, out = _visit(
             block, q_low, q_high, k_ptr, v_ptr, position, readable, top, total, out, Q, V, LOW, KEYS, SCALE, True
         )
-    rest = part + tl.maximum(tl.cdiv(seen_by_all - part, PARTS), 0) * PARTS
-    for block in range(rest, blocks, PARTS):
+    rest = split + tl.maximum(tl.cdiv(seen_by_all - split, SPLITS), 0) * SPLITS
+    for block in range(rest, blocks, SPLITS):
         top, total, out = _visit(
             block, q_low, q_high, k_ptr, v_ptr, position, readable, top, total, out, Q, V, LOW, KEYS, SCALE, False
         )
@@ -88,25 +88,25 @@ def attend_part(
 @triton.jit
 def merge(
     out_ptr, top_ptr, total_ptr, sink_ptr, result_ptr,
-    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one row of [B, K, T, G], brought to one maximum: a row of [B, T, K, G], in the result's dtype."""
+    """The splits of one row of [B, K, T, G], brought to one maximum: a row of [B, T, K, G], in the result's dtype."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     head = row // (T * G) % K * G + row % G
     columns = tl.arange(0, V)
     sink = tl.load(sink_ptr + head)
     top = sink
-    for first in range(0, PARTS, AT_ONCE):
-        parts = first + tl.arange(0, AT_ONCE)
-        tops = tl.load(top_ptr + parts * rows + row, mask=parts < PARTS, other=float("-inf"))
+    for first in range(0, SPLITS, AT_ONCE):
+        splits = first + tl.arange(0, AT_ONCE)
+        tops = tl.load(top_ptr + splits * rows + row, mask=splits < SPLITS, other=float("-inf"))
         top = tl.maximum(top, tl.max(tops, axis=0))
     total = tl.exp2(sink - top)
     out = tl.zeros((V,), tl.float32)
-    for first in range(0, PARTS, AT_ONCE):
-        parts = first + tl.arange(0, AT_ONCE)
-        tops = tl.load(top_ptr + parts * rows + row, mask=parts < PARTS, other=float("-inf"))
+    for first in range(0, SPLITS, AT_ONCE):
+        splits = first + tl.arange(0, AT_ONCE)
+        tops = tl.load(top_ptr + splits * rows + row, mask=splits < SPLITS, other=float("-inf"))
         weights = tl.exp2(tops - top)
-        where = parts * rows + row
+        where = splits * rows + row
         total += tl.sum(tl.load(total_ptr + where, mask=weights > 0, other=0.0) * weights, axis=0)
         outs = tl.load(out_ptr + where[:, None] * V + columns[None, :], mask=(weights > 0)[:, None], other=0.0)
         out += tl.sum(outs * weights[:, None], axis=0)

@@ -1,6 +1,20 @@
-"""MXFP4 experts: one op, `expert_ffn`, for every backend."""
+"""MXFP4 experts: one op, `expert_ffn`, for every backend; and its plain JAX for experts that are stored otherwise."""
 
 from pallas_kernels.expert_matmul.api import BACKENDS, expert_ffn
-from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts, tile_experts, untile_experts
+from pallas_kernels.expert_matmul.hopper_layout import HopperExperts, PackedExperts, from_hopper, to_hopper, unfit
+from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, TRANSPOSED, coefficients, ffn_of, swiglu
 
-__all__ = ["BACKENDS", "PackedExperts", "TiledExperts", "expert_ffn", "tile_experts", "untile_experts"]
+__all__ = [
+    "BACKENDS",
+    "DECODE_TOKENS",
+    "TRANSPOSED",
+    "HopperExperts",
+    "PackedExperts",
+    "coefficients",
+    "expert_ffn",
+    "ffn_of",
+    "from_hopper",
+    "swiglu",
+    "to_hopper",
+    "unfit",
+]

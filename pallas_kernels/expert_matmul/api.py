@@ -8,9 +8,9 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import Backends
-from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
+from pallas_kernels.expert_matmul.hopper_layout import HopperExperts, PackedExperts
 
-Experts = PackedExperts | TiledExperts
+Experts = PackedExperts | HopperExperts
 KERNELS = Backends("pallas_kernels.expert_matmul", ("mosaic_gpu", "triton", "reference"))
 BACKENDS = KERNELS.names
 
@@ -27,7 +27,7 @@ def expert_ffn(
 ) -> Float[Array, "T D"]:
     """sum_x weights[t, x] * expert[ids[t, x]](x[t]) in float32; every token of every expert, at any imbalance.
 
-    `experts` holds the stacks of one layer, or of several behind each other: then `num_experts` is what a layer has,
+    `experts` holds the stacks of one layer, or of several one after the other: then `num_experts` is what a layer has,
     and `layer` selects. A stack may be a slice of the features (the results of all slices add up), or of the experts:
     an id that is `num_experts` names none of them. Any other id outside of 0..num_experts is a mistake, which
     `checkify` reports; without it, the id names none either, and nothing is read.
@@ -63,7 +63,7 @@ def _check(x_TD: Array, ids_TX: Array, weights_TX: Array, experts: Experts, laye
         raise ValueError(f"ids of dtype {ids_TX.dtype}; integers are needed")
     if num_experts < 1 or stack % num_experts or not 0 <= layer < stack // num_experts:
         raise ValueError(f"layer {layer} of {num_experts} experts in stacks of {stack}")
-    wanted = jnp.int32 if isinstance(experts, TiledExperts) else jnp.uint8
+    wanted = jnp.int32 if isinstance(experts, HopperExperts) else jnp.uint8
     for leaf in jax.tree.leaves(experts):
         if leaf.dtype != wanted:
             raise ValueError(f"experts of dtype {leaf.dtype}; these stay packed, as {jnp.dtype(wanted)}")

@@ -3,7 +3,7 @@
 python -m pallas_kernels.expert_matmul.benchmark [--shape pro-tp8] [--tokens 1 ... 256] [--backends ...] [--repeats 7]
 
 Up to 16 tokens are blocks of decoding, 256 a chunk of a prompt. Each token draws its experts uniformly without
-replacement, anew in every round; stacks are larger than the L2 cache. Fractions are bytes of the touched experts' codes
+replacement, anew in every round; stacks are larger than the L2 cache. Fractions are bytes of the active experts' codes
 and scales over time, against the datasheet and against a streaming read measured in the same run. Without a GPU: a
 small shape, the reference alone, and no fraction of anything.
 """
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.expert_matmul import BACKENDS, PackedExperts, expert_ffn, tile_experts
-from pallas_kernels.expert_matmul.reference import coefficients, reader, touched_only
+from pallas_kernels.expert_matmul import BACKENDS, PackedExperts, expert_ffn, to_hopper
+from pallas_kernels.expert_matmul.reference import active_experts, coefficients, reader
 from pallas_kernels.expert_matmul.shapes import SHAPES, Shape
 from pallas_kernels.timing import DATASHEET, seconds
 
@@ -55,7 +55,7 @@ def draw_routing(shape: Shape, tokens: int, rounds: int, seed: int = 1) -> np.nd
 def scaled_dot(experts: PackedExperts, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """The reference's loop, with `jax.lax.scaled_dot` for its products."""
     num_experts = experts.sizes[0]
-    touched = jnp.unique(ids, size=min(num_experts, ids.size), fill_value=num_experts)
+    active = jnp.unique(ids, size=min(num_experts, ids.size), fill_value=num_experts)
 
     def product(x: jax.Array, stack: tuple[jax.Array, jax.Array], expert: jax.Array) -> jax.Array:
         codes = jax.lax.bitcast_convert_type(stack[0][expert], jnp.float4_e2m1fn)
@@ -69,18 +69,18 @@ def scaled_dot(experts: PackedExperts, x: jax.Array, ids: jax.Array, weights: ja
         )
 
     def visit(index: jax.Array, y: jax.Array) -> jax.Array:
-        expert = touched[index]
+        expert = active[index]
         hidden = jax.nn.silu(product(x, experts.gate, expert)) * product(x, experts.up, expert)
         return y + coefficients(ids, weights, expert) * product(hidden.astype(x.dtype), experts.down, expert)
 
-    return jax.lax.fori_loop(0, jnp.sum(touched < num_experts), visit, jnp.zeros(x.shape, jnp.float32))
+    return jax.lax.fori_loop(0, jnp.sum(active < num_experts), visit, jnp.zeros(x.shape, jnp.float32))
 
 
 def expand(experts: PackedExperts) -> tuple[jax.Array, ...]:
-    """Gate, up and down as bf16 [E, input, output], expert by expert."""
+    """Gate, up and down as bf16 [E, I, O], expert by expert."""
     read = jax.jit(lambda experts, index: tuple(m.T for m in reader(experts, jnp.bfloat16)(index)))
-    parts = [read(experts, jnp.asarray(index)) for index in range(experts.sizes[0])]
-    return tuple(jnp.stack(matrices) for matrices in zip(*parts))
+    matrices = [read(experts, jnp.asarray(index)) for index in range(experts.sizes[0])]
+    return tuple(jnp.stack(stack) for stack in zip(*matrices))
 
 
 def bf16_grouped(experts: tuple[jax.Array, ...], x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def prepare(name: str, packed: PackedExperts) -> tuple[Run, Any]:
         return scaled_dot, packed
     if name == "bf16_grouped":
         return bf16_grouped, expand(packed)
-    experts = jax.jit(tile_experts)(packed) if name == "mosaic_gpu" else packed
+    experts = jax.jit(to_hopper)(packed) if name == "mosaic_gpu" else packed
     return lambda experts, x, ids, weights: expert_ffn(x, ids, weights, experts, backend=name), experts
 
 
@@ -112,11 +112,11 @@ def rounds_of(run: Run) -> Callable:
     """All rounds in one program, each waiting for the one before."""
 
     @jax.jit
-    def rounds(experts: Any, x: jax.Array, ids_RTX: jax.Array, weights: jax.Array) -> jax.Array:
-        def step(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, None]:
-            return (x + 1e-6 * run(experts, x, ids, weights)).astype(x.dtype), None
+    def rounds(experts: Any, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        def step(x: jax.Array, ids_TX: jax.Array) -> tuple[jax.Array, None]:
+            return (x + 1e-6 * run(experts, x, ids_TX, weights)).astype(x.dtype), None
 
-        return jax.lax.scan(step, x, ids_RTX)[0]
+        return jax.lax.scan(step, x, ids)[0]
 
     return rounds
 
@@ -124,7 +124,7 @@ def rounds_of(run: Run) -> Callable:
 def measure(
     run: Run, experts: Any, shape: Shape, tokens: int, args: argparse.Namespace, ids: np.ndarray | None = None
 ) -> dict:
-    """Microseconds of one round, and the bytes per second of touched experts."""
+    """Microseconds of one round, and the bytes per second of active experts."""
     ids = draw_routing(shape, tokens, args.rounds) if ids is None else ids
     x = jax.random.normal(jax.random.key(2), (tokens, shape.hidden), jnp.bfloat16)
     weights = jnp.full((tokens, shape.chosen), 1 / shape.chosen, jnp.float32)
@@ -156,7 +156,7 @@ def check(run: Run, experts: Any, packed: PackedExperts, shape: Shape, tokens: i
 
     @jax.jit
     def expected(packed: PackedExperts, x: jax.Array) -> jax.Array:
-        return touched_only(x, ids, weights, reader(packed, jnp.float32), shape.experts)
+        return active_experts(x, ids, weights, reader(packed, jnp.float32), shape.experts)
 
     found, wanted = jax.jit(run)(experts, x, ids, weights), expected(packed, x.astype(jnp.float32))
     return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
@@ -174,8 +174,8 @@ def compare(name: str, packed: PackedExperts, shape: Shape, args: argparse.Names
                 row["of_datasheet"] = row["bytes_per_second"] / DATASHEET
                 row["of_stream"] = row["bytes_per_second"] / stream
             result["rows"].append(row)
-            share = f"{row['of_datasheet']:6.2f} {row['of_stream']:6.2f}" if stream is not None else ""
-            print(f"{name:12} {tokens:3} tokens {row['experts']:6.1f} experts {row['us']:10.1f} us {share}", flush=True)
+            of = f"{row['of_datasheet']:6.2f} {row['of_stream']:6.2f}" if stream is not None else ""
+            print(f"{name:12} {tokens:3} tokens {row['experts']:6.1f} experts {row['us']:10.1f} us {of}", flush=True)
         if name == "mosaic_gpu":
             # Few experts, so that all of them lie in L2: how fast it decodes when memory does not hold it up.
             same = np.broadcast_to(np.arange(shape.chosen, dtype=np.int32), (args.rounds, 8, shape.chosen))

@@ -1,8 +1,8 @@
-"""What one warpgroup does with one slot of tiles: decode in registers, multiply on tensor cores, store what each
+"""What one warpgroup does with one stage of tiles: decode in registers, multiply on tensor cores, store what each
 (token, expert) pair asked for; inline code, for what Pallas offers takes twice the instructions (docs/LOG.md).
 
 Weights are the M operand (16 rows of a tile), tokens the N operand (8 or 16). No order of summation depends on how many
-tokens there are, which experts they chose, or which processor the slot fell to.
+tokens there are, which experts they chose, or which SM the stage was given to.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import mxfp4
-from pallas_kernels.expert_matmul import layout
-from pallas_kernels.expert_matmul.layout import STEP, WARPS, Tiling
+from pallas_kernels.expert_matmul import hopper_layout
+from pallas_kernels.expert_matmul.hopper_layout import STEP, WARPS, Tiling
 
 PAIRS = mxfp4.BLOCK // 2  # 32-bit words of a block of activations
 COLUMNS = 8  # N of the tensor core's instruction
 # Floats between tokens in the buffer of sums: 16 rows, and each thread of a warp writes a bank of its own.
 SUM_STRIDE = 20
-# Numbers behind each token of a page: eight threads read 64 bytes of two tokens, and hit each bank once.
-PAGE_GAP = 32
+# Numbers after each token in an activation buffer: eight threads read 64 bytes of two tokens, and hit each bank once.
+BUFFER_GAP = 32
 CODE_BITS = 0x81C081C0  # sign, exponent and mantissa bits that e2m1 has, in both bf16 halves
 LAST_BITS = 0x81808180, 0x00400040  # the same for the register whose mantissa is kept apart
 SCALE_BYTES = 0x1404, 0x3424  # selects two of four scale bytes into the upper bytes of the halves, zeros below
@@ -39,12 +39,12 @@ mov.b32 {{lo, hi}}, $5;
 mov.b32 s0, {{lo, lo}};
 mov.b32 s1, {{hi, hi}};
 and.b32 a0, $4, {CODE_BITS:#x};
-shl.b32 a1, $4, {layout.ROTATIONS[1]};
+shl.b32 a1, $4, {hopper_layout.ROTATIONS[1]};
 and.b32 a1, a1, {CODE_BITS:#x};
-shf.l.wrap.b32 a2, $4, $4, {layout.ROTATIONS[2]};
+shf.l.wrap.b32 a2, $4, $4, {hopper_layout.ROTATIONS[2]};
 and.b32 a2, a2, {CODE_BITS:#x};
-shf.l.wrap.b32 a3, $4, $4, {layout.ROTATIONS[3]};
-shl.b32 t, $4, {layout.LAST_MANTISSA};
+shf.l.wrap.b32 a3, $4, $4, {hopper_layout.ROTATIONS[3]};
+shl.b32 t, $4, {hopper_layout.LAST_MANTISSA};
 and.b32 t, t, {LAST_BITS[1]:#x};
 and.b32 a3, a3, {LAST_BITS[0]:#x};
 or.b32 a3, a3, t;
@@ -59,33 +59,33 @@ _MULTIPLY = (
 )
 _SCALES = "{{ .reg .b32 t; prmt.b32 t, $1, 0, {selector:#x}; shr.b32 $0, t, 1; }}"
 
-Scalars = dict[str, Any]  # group, granule, slot (of the granule), start and count (units)
-SCALARS = ("group", "granule", "slot", "start", "count")
+Scalars = dict[str, Any]  # group, K split, stage (of the K split), start and count (work items)
+SCALARS = ("group", "k_split", "stage", "start", "count")
 
 
-def unit(cut: Tiling, tokens: int, refs: Sequence[Any], scalars: Scalars) -> None:
-    """Runs a slot: refs are the ring's slot, a page of activations, the sums' buffer, the pairs and the result.
+def multiply_stage(tiling: Tiling, tokens: int, refs: Sequence[Any], scalars: Scalars) -> None:
+    """Refs are a stage's weights, the buffer of its activations, that of the sums, the pairs and the result.
 
-    The page is bf16 [tokens, page_cols + PAGE_GAP]; the pairs, int32 [groups * tokens], name the row of the result
-    [pairs, granules, rows] for each token of each group, -1 for none.
+    The activations are bf16 [tokens, panel_cols + BUFFER_GAP]; the pairs, int32 [groups * tokens], name the row of the
+    result [pairs, K splits, rows] for each token of each group, -1 for none.
     """
     splat = plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * 5, (splat,) * len(SCALARS)))
     def inline(_, refs, values):
         values = dict(zip(SCALARS, (value.registers.item() for value in values)))
-        _Unit(cut, tokens, refs, values).run()
+        _Emitter(tiling, tokens, refs, values).run()
 
     inline(tuple(refs), tuple(scalars[name] for name in SCALARS))
 
 
-class _Unit:
+class _Emitter:
     """Code of one thread, as it is emitted."""
 
-    def __init__(self, cut: Tiling, tokens: int, refs: Sequence[Any], values: Scalars) -> None:
-        self.cut, self.tokens, self.values = cut, tokens, values
-        self.token_words = (cut.page_cols + PAGE_GAP) // 2
-        self.words, self.page, self.sums, self.pairs, self.out = (utils.memref_ptr(ref) for ref in refs)
+    def __init__(self, tiling: Tiling, tokens: int, refs: Sequence[Any], values: Scalars) -> None:
+        self.tiling, self.tokens, self.values = tiling, tokens, values
+        self.token_words = (tiling.panel_cols + BUFFER_GAP) // 2
+        self.words, self.activations, self.sums, self.pairs, self.out = (utils.memref_ptr(ref) for ref in refs)
         self.i32, self.f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         self.thread = arith.remui(utils.thread_idx(), self.const(WARPS * 32))
         self.warp, lane = self.split(self.thread, 32)
@@ -116,24 +116,24 @@ class _Unit:
         return [llvm.extractelement(vector, self.const(i)) for i in range(count)]
 
     def run(self) -> None:
-        cut = self.cut
-        if cut.by_columns:
+        tiling = self.tiling
+        if tiling.by_columns:
             owners = self.owners()
-            first_block = self.linear((self.warp, cut.span // mxfp4.BLOCK))
-            for unit in range(cut.units):
-                with self.exists(self.const(unit)) if unit else contextlib.nullcontext():
-                    tile = arith.addi(self.warp, self.const(unit * WARPS))
-                    self.add_up(unit, self.product(tile, first_block), owners)
+            first_block = self.linear((self.warp, tiling.span // mxfp4.BLOCK))
+            for item in range(tiling.stage_items):
+                with self.exists(self.const(item)) if item else contextlib.nullcontext():
+                    tile = arith.addi(self.warp, self.const(item * WARPS))
+                    self.add_up(item, self.product(tile, first_block), owners)
             return
         pairs = [self.pair(self.linear((self.quad, 2)), column) for column in self.own_columns()]
-        for first in range(0, cut.units, WARPS):
-            unit = arith.addi(self.warp, self.const(first))
-            with self.exists(unit):
-                self.store_rows(unit, self.product(unit, self.const(0)), pairs)
+        for first in range(0, tiling.stage_items, WARPS):
+            item = arith.addi(self.warp, self.const(first))
+            with self.exists(item):
+                self.store_rows(item, self.product(item, self.const(0)), pairs)
 
-    def exists(self, unit: Any) -> Any:
-        """For `with`: what is inside is done if the slot has so many units."""
-        return utils.when(arith.cmpi(arith.CmpIPredicate.ult, unit, self.values["count"]))
+    def exists(self, item: Any) -> Any:
+        """For `with`: what is inside is done if the stage has so many items."""
+        return utils.when(arith.cmpi(arith.CmpIPredicate.ult, item, self.values["count"]))
 
     def own_columns(self) -> list[int]:
         """Of the tokens whose sums a thread holds, the distance from twice its quad."""
@@ -145,22 +145,22 @@ class _Unit:
 
     def owners(self) -> list[tuple[Any, Any]]:
         """Of each result that a thread adds up: its number, and the pair it is for. Loaded long before it is needed."""
-        firsts = range(0, self.tokens * layout.ROWS, WARPS * 32)
+        firsts = range(0, self.tokens * hopper_layout.ROWS, WARPS * 32)
         numbers = [arith.addi(self.thread, self.const(first)) for first in firsts]
-        return [(number, self.pair(self.split(number, layout.ROWS)[0], 0)) for number in numbers]
+        return [(number, self.pair(self.split(number, hopper_layout.ROWS)[0], 0)) for number in numbers]
 
     def product(self, number: Any, first_block: Any) -> list[list[Any]]:
-        """A tile of the slot times the page from a block on: for each 8 tokens, the thread's four sums."""
-        cut, groups = self.cut, self.tokens // COLUMNS
-        tile = self.linear((number, cut.tile_words))
+        """A tile of the stage times the activations from a block on: for each 8 tokens, the thread's four sums."""
+        tiling, groups = self.tiling, self.tokens // COLUMNS
+        tile = self.linear((number, tiling.tile_words))
         codes = arith.addi(tile, self.linear((self.lane, 4)))
         scales = arith.addi(tile, self.linear((self.row, 2)))
         tokens = self.linear((first_block, PAIRS), (self.row, self.token_words), (self.quad, 4))
         zero = utils.c(0.0, self.f32)
         # Two chains, for even and odd instructions: one would wait for its own latency.
         chains = [[[zero] * 4 for _ in range(groups)] for _ in range(2)]
-        for step in range(cut.span // STEP):
-            stored = self.load(self.words, scales, 2 * cut.span + 16 * step, self.i32, 2)
+        for step in range(tiling.span // STEP):
+            stored = self.load(self.words, scales, 2 * tiling.span + 16 * step, self.i32, 2)
             quads = [self.load(self.words, codes, (2 * step + half) * 128, self.i32, 4) for half in range(2)]
             for block in range(STEP // mxfp4.BLOCK):
                 pair = self.scale_pair(stored[block // 2], block % 2)
@@ -174,7 +174,7 @@ class _Unit:
     def token_operands(self, tokens: Any, block: int) -> list[list[Any]]:
         """Each 8 tokens' 32 columns: the operands of two instructions, four registers."""
         firsts = [block * PAIRS + first * self.token_words for first in range(0, self.tokens, COLUMNS)]
-        return [self.load(self.page, tokens, first, self.i32, 4) for first in firsts]
+        return [self.load(self.activations, tokens, first, self.i32, 4) for first in firsts]
 
     def scale_pair(self, stored: Any, which: int) -> Any:
         """Two scales times 2**126 in bf16, for rows g and g + 8, of a word that holds them for two blocks."""
@@ -197,7 +197,7 @@ class _Unit:
         values = [llvm.extractvalue(self.f32, found, [i]) for i in range(len(flat))]
         return [values[i : i + 4] for i in range(0, len(values), 4)]
 
-    def add_up(self, unit: int, products: list[list[Any]], owners: list[tuple[Any, Any]]) -> None:
+    def add_up(self, item: int, products: list[list[Any]], owners: list[tuple[Any, Any]]) -> None:
         """Sums the four warps' parts in their order, through shared memory, and stores them."""
         utils.warpgroup_barrier()  # the sums before these have been read
         size = self.tokens * SUM_STRIDE
@@ -207,30 +207,30 @@ class _Unit:
                 offset = (group * COLUMNS + index % 2) * SUM_STRIDE + index // 2 * 8
                 llvm.store(value, self.at(self.sums, own, offset, self.f32), alignment=4)
         utils.warpgroup_barrier()
-        first_row = self.first_row(self.const(unit))
+        first_row = self.first_row(self.const(item))
         for number, pair in owners:
-            token, row = self.split(number, layout.ROWS)
+            token, row = self.split(number, hopper_layout.ROWS)
             index = self.linear((token, SUM_STRIDE), (row, 1))
             parts = [self.load(self.sums, index, warp * size, self.f32)[0] for warp in range(WARPS)]
             self.store(functools.reduce(arith.addf, parts), pair, arith.addi(first_row, row))
 
-    def store_rows(self, unit: Any, products: list[list[Any]], pairs: list[Any]) -> None:
-        row = arith.addi(self.first_row(unit), self.row)
+    def store_rows(self, item: Any, products: list[list[Any]], pairs: list[Any]) -> None:
+        row = arith.addi(self.first_row(item), self.row)
         for group, sums in enumerate(products):
             for index, value in enumerate(sums):
                 self.store(value, pairs[2 * group + index % 2], arith.addi(row, self.const(index // 2 * 8)))
 
-    def first_row(self, unit: Any) -> Any:
-        terms = (self.values["slot"], self.cut.units), (self.values["start"], 1), (unit, 1)
-        return self.linear((self.linear(*terms), layout.ROWS))
+    def first_row(self, item: Any) -> Any:
+        terms = (self.values["stage"], self.tiling.stage_items), (self.values["start"], 1), (item, 1)
+        return self.linear((self.linear(*terms), hopper_layout.ROWS))
 
     def store(self, value: Any, pair: Any, row: Any) -> None:
         with utils.when(arith.cmpi(arith.CmpIPredicate.sge, pair, self.const(0))):
-            granules, rows = self.cut.granules, self.cut.rows
-            index = arith.addi(self.linear((pair, granules * rows), (self.values["granule"], rows)), row)
+            k_splits, rows = self.tiling.k_splits, self.tiling.rows
+            index = arith.addi(self.linear((pair, k_splits * rows), (self.values["k_split"], rows)), row)
             llvm.store(value, self.at(self.out, index, 0, self.f32), alignment=4)
 
 
 def _shifted(asm: str, by: int) -> str:
-    """The operands $4 and $5 are numbered behind the outputs."""
+    """The operands $4 and $5 are numbered after the outputs."""
     return asm.replace("$5", f"${5 + by}").replace("$4", f"${4 + by}")

@@ -1,7 +1,7 @@
 """The experts through Triton, for GPUs from Ampere to Blackwell: published layout, nothing but loads, shifts and dots.
 
-Pairs of tokens and experts are sorted into blocks of one expert; a program takes one block and some rows of a matrix,
-so a block's weights are read once however many tokens share them.
+Pairs of tokens and experts are sorted into work groups of one expert; a program takes one group and some rows of a
+matrix, so a group's weights are read once however many tokens share them.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton_call
-from pallas_kernels.expert_matmul.layout import PackedExperts, TiledExperts
-from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, blocks_of
+from pallas_kernels.backends import Shaped
+from pallas_kernels.expert_matmul.hopper_layout import HopperExperts, PackedExperts
+from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, work_groups
 
-DECODE_COLUMNS, PREFILL_COLUMNS = 16, 32  # pairs of a block; `dot` takes 16 at least
+DECODE_COLUMNS, PREFILL_COLUMNS = 16, 32  # pairs of a work group; `dot` takes 16 at least
 ROWS, COLS = 64, 128  # of a matrix, per step of a program
 
 
-def unsupported(x_TD: Array, ids_TX: Array, experts: PackedExperts | TiledExperts) -> str | None:
+def unsupported(x_TD: Shaped, ids_TX: Shaped, experts: PackedExperts | HopperExperts) -> str | None:
     """What keeps this backend from serving a call."""
     if (reason := triton_call.missing()) is not None:
         return reason
-    if isinstance(experts, TiledExperts):
-        return "the experts are in the Hopper kernel's tiles, not in the published layout"
+    if isinstance(experts, HopperExperts):
+        return "the experts are in the Hopper layout, not in the published one"
     if x_TD.dtype != jnp.bfloat16:
         return f"tokens of dtype {x_TD.dtype}, not bfloat16"
     _, hidden, features = experts.sizes
@@ -48,10 +49,9 @@ def expert_ffn(
     tokens, chosen = ids_TX.shape
     _, hidden, features = experts.sizes
     columns = DECODE_COLUMNS if tokens <= DECODE_TOKENS else PREFILL_COLUMNS
-    expert_B, pair_S = blocks_of(ids_TX, num_experts, columns)
-    blocks = expert_B.size
-    call = functools.partial(triton_call.call, N=columns, ROWS=ROWS, COLS=COLS)
-    tables = (expert_B + first, pair_S)
+    expert_U, pair_Uc = work_groups(ids_TX, num_experts, columns)
+    call = functools.partial(triton_call.call, PAIRS=columns, ROWS=ROWS, COLS=COLS)
+    tables = (expert_U + first, pair_Uc)
     hidden_PF = call(
         triton_kernels.gate_up,
         x_TD,
@@ -59,8 +59,8 @@ def expert_ffn(
         *experts.up,
         *tables,
         out=jax.ShapeDtypeStruct((ids_TX.size, features), x_TD.dtype),
-        grid=(blocks, features // ROWS),
-        K=hidden,
+        grid=(expert_U.size, features // ROWS),
+        D=hidden,
         F=features,
         X=chosen,
     )
@@ -70,9 +70,9 @@ def expert_ffn(
         *experts.down,
         *tables,
         out=jax.ShapeDtypeStruct((ids_TX.size, hidden), jnp.float32),
-        grid=(blocks, hidden // ROWS),
-        K=features,
+        grid=(expert_U.size, hidden // ROWS),
         D=hidden,
+        F=features,
     )
     return combine(y_PD, ids_TX < num_experts, weights_TX)
 

@@ -35,25 +35,25 @@ def draw_weight(shape: Shape, seed: int) -> Weight:
     return codes, jnp.full((shape.chunks, -(-shape.rows // BLOCK), shape.cols // BLOCK), shape.cols**-0.5)
 
 
-def expanded(x_TK: jax.Array, codes_GNK: jax.Array, scales_Gnk: jax.Array) -> jax.Array:
+def expanded(x_TI: jax.Array, codes_JOI: jax.Array, scales_Joi: jax.Array) -> jax.Array:
     """What XLA makes of it for many tokens: bf16 weights, written and read again."""
-    spread_GNK = jnp.repeat(jnp.repeat(scales_Gnk, BLOCK, axis=1), BLOCK, axis=2)[:, : codes_GNK.shape[1]]
-    weights_GNK = (codes_GNK.astype(jnp.float32) * spread_GNK).astype(x_TK.dtype)
-    return jnp.einsum("tk,gnk->tgn", x_TK, weights_GNK, preferred_element_type=jnp.float32)
+    spread_JOI = jnp.repeat(jnp.repeat(scales_Joi, BLOCK, axis=1), BLOCK, axis=2)[:, : codes_JOI.shape[1]]
+    weights_JOI = (codes_JOI.astype(jnp.float32) * spread_JOI).astype(x_TI.dtype)
+    return jnp.einsum("ti,joi->tjo", x_TI, weights_JOI, preferred_element_type=jnp.float32)
 
 
 def measure(name: str, shape: Shape, weights: list[Weight], tokens: int, repeats: int) -> dict[str, Any]:
     """Microseconds of one product; what keeps it from running, if something does."""
     product = expanded if name == EXPANDED else functools.partial(fp8_matmul, backend=name)
-    x_TK = jax.random.normal(jax.random.key(1), (tokens, shape.cols), jnp.bfloat16)
+    x_TI = jax.random.normal(jax.random.key(1), (tokens, shape.cols), jnp.bfloat16)
 
     @jax.jit
-    def one_by_one(x_TK: jax.Array, weights: list[Weight]) -> list[jax.Array]:
-        return [product(x_TK, *weight) for weight in weights]
+    def one_by_one(x_TI: jax.Array, weights: list[Weight]) -> list[jax.Array]:
+        return [product(x_TI, *weight) for weight in weights]
 
     row: dict[str, Any] = {"backend": name, "tokens": tokens, "bytes": shape.nbytes(tokens)}
     try:
-        times = [call / len(weights) for call in seconds(one_by_one, x_TK, weights, repeats=repeats)]
+        times = [call / len(weights) for call in seconds(one_by_one, x_TI, weights, repeats=repeats)]
     except (NotImplementedError, jax.errors.JaxRuntimeError) as problem:
         return row | {"cannot": str(problem)}
     median = statistics.median(times)

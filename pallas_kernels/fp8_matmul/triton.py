@@ -6,10 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import triton_call
+from pallas_kernels.backends import Shaped
 from pallas_kernels.devices import capability
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
@@ -20,7 +20,7 @@ PREFILL_ROWS, PREFILL_TOKENS = 64, 64
 LARGEST = 2**31  # offsets have 32 bits
 
 
-def unsupported(x: Array, codes: Array | np.ndarray) -> str | None:
+def unsupported(x: Shaped, codes: Shaped) -> str | None:
     """What keeps this backend from serving a call."""
     if (reason := triton_call.missing()) is not None:
         return reason
@@ -34,27 +34,27 @@ def unsupported(x: Array, codes: Array | np.ndarray) -> str | None:
 
 
 def fp8_matmul(
-    x_TK: Float[Array, "T K"], codes_GNK: Float[Array, "G N K"], scales_Gnk: Float[Array, "G N/128 K/128"]
-) -> Float[Array, "T G N"]:
+    x_TI: Float[Array, "T I"], codes_JOI: Float[Array, "J O I"], scales_Joi: Float[Array, "J o i"]
+) -> Float[Array, "T J O"]:
     """`api.fp8_matmul`."""
     from pallas_kernels.fp8_matmul import triton_kernels
 
-    tokens, (chunks, rows, cols) = x_TK.shape[0], codes_GNK.shape
+    tokens, (chunks, rows, cols) = x_TI.shape[0], codes_JOI.shape
     out = jax.ShapeDtypeStruct((tokens, chunks, rows), jnp.float32)
-    sizes = {"T": tokens, "G": chunks, "N": rows, "K": cols, "BLOCK": BLOCK}
+    sizes = {"T": tokens, "J": chunks, "OUT": rows, "IN": cols, "BLOCK": BLOCK}
     call = functools.partial(triton_call.call, out=out, **sizes)
     if tokens > DECODE_TOKENS:
         grid = (-(-tokens // PREFILL_TOKENS), -(-rows // PREFILL_ROWS), chunks)
         tile = {"ROWS": PREFILL_ROWS, "TOKENS": PREFILL_TOKENS}
-        return call(triton_kernels.many, x_TK, codes_GNK, scales_Gnk, grid=grid, stages=4, **tile)
+        return call(triton_kernels.many, x_TI, codes_JOI, scales_Joi, grid=grid, stages=4, **tile)
     # Tensor cores take eight columns or sixteen; the bits of a token are the same in both.
     columns, stages = (8, 4) if tokens <= 8 else (16, 3)
     steps = -(-cols // (DECODE_BLOCKS * BLOCK))
     return call(
         triton_kernels.few,
-        x_TK,
-        codes_GNK,
-        scales_Gnk,
+        x_TI,
+        codes_JOI,
+        scales_Joi,
         grid=(-(-rows // DECODE_ROWS), chunks),
         warps=DECODE_BLOCKS,
         stages=min(stages, steps + 1),

@@ -13,7 +13,7 @@ def _decode(codes, dtype: tl.constexpr):
 @triton.jit
 def few(
     x_ptr, codes_ptr, scales_ptr, y_ptr,
-    T: tl.constexpr, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    T: tl.constexpr, J: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a chunk times all tokens; each warp takes every BLOCKS-th block of columns, and their sums add up.
@@ -26,33 +26,33 @@ def few(
     tokens = tl.arange(0, TOKENS)
     columns = tl.arange(0, BLOCKS * BLOCK)[None, :]
     blocks = tl.arange(0, BLOCKS)[:, None, None]
-    is_row = (rows < N)[:, None]
+    is_row = (rows < OUT)[:, None]
     is_token = (tokens < T)[:, None]
-    codes_ptr += (chunk * N + rows[:, None]) * K + columns
-    scales_ptr += (chunk * tl.cdiv(N, BLOCK) + row_block) * (K // BLOCK) + blocks
-    x_ptr += tokens[:, None] * K + columns
+    codes_ptr += (chunk * OUT + rows[:, None]) * IN + columns
+    scales_ptr += (chunk * tl.cdiv(OUT, BLOCK) + row_block) * (IN // BLOCK) + blocks
+    x_ptr += tokens[:, None] * IN + columns
     y = tl.zeros((BLOCKS, ROWS, TOKENS), tl.float32)
     # One step ahead by hand: Triton pipelines what a product reads, and would wait for these.
-    scale = tl.load(scales_ptr, mask=blocks < K // BLOCK, other=0.0)
-    for start in range(0, K // BLOCK, BLOCKS):
-        is_column = start * BLOCK + columns < K
-        # As rows of memory, and cut into blocks afterwards: loaded as blocks, they would lie in few banks.
+    scale = tl.load(scales_ptr, mask=blocks < IN // BLOCK, other=0.0)
+    for start in range(0, IN // BLOCK, BLOCKS):
+        is_column = start * BLOCK + columns < IN
+        # As rows of memory, and split into blocks afterwards: loaded as blocks, they would lie in few banks.
         codes = tl.load(codes_ptr + start * BLOCK, mask=is_column & is_row, other=0.0)
         x = tl.load(x_ptr + start * BLOCK, mask=is_column & is_token, other=0.0)
         left = tl.permute(tl.reshape(_decode(codes, x.dtype), (ROWS, BLOCKS, BLOCK)), (1, 0, 2))
         right = tl.permute(tl.reshape(x, (TOKENS, BLOCKS, BLOCK)), (1, 2, 0))
         ahead = start + BLOCKS
-        next_scale = tl.load(scales_ptr + ahead, mask=ahead + blocks < K // BLOCK, other=0.0)
+        next_scale = tl.load(scales_ptr + ahead, mask=ahead + blocks < IN // BLOCK, other=0.0)
         y += scale * tl.dot(left, right)
         scale = next_scale
-    where = y_ptr + tokens[None, :] * (G * N) + chunk * N + rows[:, None]
-    tl.store(where, tl.sum(y, axis=0), mask=(rows < N)[:, None] & (tokens < T)[None, :])
+    where = y_ptr + tokens[None, :] * (J * OUT) + chunk * OUT + rows[:, None]
+    tl.store(where, tl.sum(y, axis=0), mask=(rows < OUT)[:, None] & (tokens < T)[None, :])
 
 
 @triton.jit
 def many(
     x_ptr, codes_ptr, scales_ptr, y_ptr,
-    T: tl.constexpr, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    T: tl.constexpr, J: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a chunk times TOKENS tokens, block of columns by block."""
@@ -61,17 +61,17 @@ def many(
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    codes_ptr += (chunk * N + rows[:, None]) * K + columns[None, :]
-    scales_ptr += (chunk * tl.cdiv(N, BLOCK) + row_block) * (K // BLOCK)
-    x_ptr += tokens[None, :] * K + columns[:, None]
-    is_row = (rows < N)[:, None]
+    codes_ptr += (chunk * OUT + rows[:, None]) * IN + columns[None, :]
+    scales_ptr += (chunk * tl.cdiv(OUT, BLOCK) + row_block) * (IN // BLOCK)
+    x_ptr += tokens[None, :] * IN + columns[:, None]
+    is_row = (rows < OUT)[:, None]
     is_token = (tokens < T)[None, :]
     y = tl.zeros((ROWS, TOKENS), tl.float32)
     scale = tl.load(scales_ptr)
-    for block in range(K // BLOCK):
+    for block in range(IN // BLOCK):
         codes = tl.load(codes_ptr + block * BLOCK, mask=is_row, other=0.0)
         x = tl.load(x_ptr + block * BLOCK, mask=is_token, other=0.0)
-        next_scale = tl.load(scales_ptr + block + 1, mask=block + 1 < K // BLOCK, other=0.0)
+        next_scale = tl.load(scales_ptr + block + 1, mask=block + 1 < IN // BLOCK, other=0.0)
         y += scale * tl.dot(_decode(codes, x.dtype), x)
         scale = next_scale
-    tl.store(y_ptr + tokens[None, :] * (G * N) + chunk * N + rows[:, None], y, mask=is_row & is_token)
+    tl.store(y_ptr + tokens[None, :] * (J * OUT) + chunk * OUT + rows[:, None], y, mask=is_row & is_token)

@@ -11,9 +11,10 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from mimo_jax.checkpoint import names
-from mimo_jax.config import ModelConfig, preset
-from mimo_jax.hf_config import to_hf
+from mimo_jax.config.huggingface import to_hf
+from mimo_jax.config.model import PUBLISHED, FileFormat, ModelConfig
+from mimo_jax.config.presets import preset
+from mimo_jax.weights import params
 
 Tensors = dict[str, tuple[str, np.ndarray]]  # name -> (dtype as safetensors spells it, content)
 
@@ -30,17 +31,15 @@ def small(**changes) -> ModelConfig:
         "intermediate_size": 160,
         "moe_intermediate_size": 32,
         "num_experts": 4,
-        "storage": "mxfp4",
-        "param_dtype": "bfloat16",
     }
     return dataclasses.replace(preset("mimo-tiny"), **{**geometry, **changes})
 
 
-def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
+def random_tensors(config: ModelConfig, file_format: FileFormat = PUBLISHED, seed: int = 0) -> Tensors:
     """Random content for every tensor of the published layout, free of NaN."""
     rng = np.random.default_rng(seed)
     tensors: Tensors = {}
-    for name, (dtype, shape) in names.expected_tensors(config).items():
+    for name, (dtype, shape) in params.expected_tensors(params.weights(config, file_format)).items():
         if dtype in ("U8", "F8_E4M3"):
             data = rng.integers(0, 254, shape, dtype=np.uint8)
             if dtype == "F8_E4M3":
@@ -69,10 +68,12 @@ def load_file(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     }
 
 
-def save_checkpoint(directory: Path, config: ModelConfig, tensors: Tensors, shards: int = 1) -> Path:
+def save_checkpoint(
+    directory: Path, config: ModelConfig, tensors: Tensors, file_format: FileFormat = PUBLISHED, shards: int = 1
+) -> Path:
     """A Hugging Face directory of one file, or of several with an index."""
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(to_hf(config)))
+    (directory / "config.json").write_text(json.dumps(to_hf(config, file_format)))
     (directory / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
     if shards == 1:
         save_file(directory / "model.safetensors", tensors)

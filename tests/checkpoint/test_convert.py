@@ -13,14 +13,17 @@ import jax
 import numpy as np
 import pytest
 
-from mimo_jax import memory
 from mimo_jax.checkpoint import orbax
 from mimo_jax.checkpoint.convert import to_huggingface, to_orbax, verify
-from mimo_jax.checkpoint.huggingface import read_any, read_checkpoint
+from mimo_jax.checkpoint.huggingface import read_checkpoint
 from mimo_jax.checkpoint.manifest import new_directory
 from mimo_jax.checkpoint.orbax import leaf_digests
+from mimo_jax.checkpoint.read import read
+from mimo_jax.cli import memory
+from mimo_jax.config.model import PUBLISHED, FileFormat
 from mimo_jax.errors import UserError
-from mimo_jax.quantization import quantize_mx
+from mimo_jax.weights import quantize_mx
+from mimo_jax.weights.params import abstract_tree, weights
 from tests.checkpoint.samples import load_file, random_tensors, save_checkpoint, small
 
 ROOT = Path(__file__).parents[2]
@@ -60,30 +63,30 @@ def test_round_trip_is_bit_exact(converted) -> None:
 
 
 def test_either_kind_reads_the_same(converted) -> None:
-    """`read_any` gives the same config and bits from both kinds of directory."""
-    config, params = read_any(converted / "hf")
-    config2, params2 = read_any(converted / "orbax")
-    assert config == config2
+    """`read` gives the same config and bits from both kinds of directory."""
+    one, other = read(converted / "hf"), read(converted / "orbax")
+    assert (one.config, one.file_format) == (other.config, other.file_format)
+    params, params2 = one.params, other.params
     assert leaf_digests(params) == leaf_digests(params2)
 
 
-@pytest.mark.parametrize("storage", ["dense", "fp8"])
-def test_other_storages_keep_their_bits_in_orbax(tmp_path, storage: str) -> None:
+@pytest.mark.parametrize("name", ["dense", "fp8"])
+def test_other_formats_keep_their_bits_in_orbax(tmp_path, name: str) -> None:
     """BF16 and FP8 checkpoints, float32 dense weights included, survive conversion bit for bit."""
-    config = small(storage=storage, param_dtype="float32" if storage == "dense" else "bfloat16")
-    save_checkpoint(tmp_path / "hf", config, random_tensors(config))
+    config, file_format = small(), FileFormat(name, "float32" if name == "dense" else "bfloat16")
+    save_checkpoint(tmp_path / "hf", config, random_tensors(config, file_format), file_format)
     to_orbax(tmp_path / "hf", tmp_path / "orbax")
-    config2, params = read_any(tmp_path / "orbax")
-    assert config2 == config
-    assert leaf_digests(params) == leaf_digests(read_checkpoint(tmp_path / "hf")[1])
+    found = read(tmp_path / "orbax")
+    assert (found.config, found.file_format) == (config, file_format)
+    assert leaf_digests(found.params) == leaf_digests(read_checkpoint(tmp_path / "hf").params)
 
 
-@pytest.mark.parametrize("layout", ["fused_qkv", "split"])
-def test_fp8_checkpoint_becomes_fp4(tmp_path, layout: str) -> None:
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_fp8_checkpoint_becomes_fp4(tmp_path, is_fused: bool) -> None:
     """An FP8 checkpoint exports to FP4: its linears keep their bytes, its experts are rounded to MXFP4."""
-    config = small(storage="fp8", qkv_layout=layout)
-    tensors = random_tensors(config)
-    save_checkpoint(tmp_path / "hf", config, tensors)
+    config, file_format = small(fused_qkv=is_fused), FileFormat("fp8")
+    tensors = random_tensors(config, file_format)
+    save_checkpoint(tmp_path / "hf", config, tensors, file_format)
     to_huggingface(tmp_path / "hf", tmp_path / "fp4")
     written = load_file(tmp_path / "fp4" / "model-00001-of-00001.safetensors")
     kept = [name for name in written if "experts" not in name]
@@ -91,17 +94,17 @@ def test_fp8_checkpoint_becomes_fp4(tmp_path, layout: str) -> None:
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
     codes, scales = tensors[name][1].astype(np.float32), tensors[f"{name}_scale_inv"][1]
     exact = codes * scales  # one 128 x 128 block each
-    found, params = read_checkpoint(tmp_path / "fp4")
-    assert (found.storage, found.qkv_layout) == ("mxfp4", layout)
+    found = read_checkpoint(tmp_path / "fp4")
+    assert (found.file_format.name, found.config.fused_qkv) == ("mxfp4", is_fused)
     expected = quantize_mx(exact)
-    assert np.asarray(params["layers_1"]["moe"]["down"].codes)[3].tobytes() == expected.codes.tobytes()
+    assert np.asarray(found.params["layers_1"]["moe"]["down"].codes)[3].tobytes() == expected.codes.tobytes()
     assert written[f"{name}_scale"][2] == expected.scales.tobytes()
 
 
 _SHARDED = """
 import sys, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from mimo_jax.checkpoint.huggingface import read_any
+from mimo_jax.checkpoint.read import read
 from mimo_jax.checkpoint.manifest import new_directory
 from mimo_jax.checkpoint.orbax import leaf_digests
 assert len(jax.devices()) == 8
@@ -109,7 +112,7 @@ mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 def place(path, shape):
     return NamedSharding(mesh, P("x") if path[-1] in ("embed", "head") or path[-2] == "qkv" else P())
 for directory in sys.argv[1:]:
-    config, params = read_any(directory, place)
+    params = read(directory, place).params
     embed, codes = params["embed"], params["layers_1"]["attention"]["qkv"].codes
     assert len({str(shard.index) for shard in embed.addressable_shards}) == 8
     assert embed.addressable_shards[0].data.shape[0] * 8 == embed.shape[0]
@@ -125,7 +128,7 @@ def test_same_checkpoint_opens_on_eight_devices(converted) -> None:
     command = [sys.executable, "-c", _SHARDED, str(converted / "hf"), str(converted / "orbax")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    expected = str(sorted(leaf_digests(read_any(converted / "orbax")[1]).items()))
+    expected = str(sorted(leaf_digests(read(converted / "orbax").params).items()))
     assert result.stdout.splitlines() == [expected, expected]
 
 
@@ -143,7 +146,7 @@ def test_nonsense_manifests_are_one_line(converted, tmp_path, text: str) -> None
     """A manifest of any other content is an error that names it."""
     (tmp_path / "params").mkdir()
     (tmp_path / "manifest.json").write_text(text)
-    for reader in (verify, read_any):
+    for reader in (verify, read):
         with pytest.raises(UserError, match=r"manifest.json: (not valid JSON|damaged|expected a JSON object)"):
             reader(tmp_path)
 
@@ -199,26 +202,26 @@ def test_damaged_orbax_directories_are_one_line(converted, tmp_path) -> None:
     content = manifest.read_bytes()
     manifest.unlink()
     with pytest.raises(UserError, match=r"manifest.json: not found"):
-        read_any(tmp_path / "broken")
+        read(tmp_path / "broken")
     manifest.write_bytes(content)
     victim = next(path for path in (tmp_path / "broken" / "params").rglob("*") if "/d/" in str(path))
     data = victim.read_bytes()
     victim.write_bytes(data[:-1])
     with pytest.raises(UserError, match=rf"{len(data) - 1} bytes; manifest.json lists {len(data)}"):
-        read_any(tmp_path / "broken")
+        read(tmp_path / "broken")
     victim.write_bytes(data)
     config = tmp_path / "broken" / "config.json"
     config.write_bytes(config.read_bytes().replace(b'"num_nextn_predict_layers": 1', b'"num_nextn_predict_layers": 9'))
     with pytest.raises(UserError, match=r"config.json: damaged"):
-        read_any(tmp_path / "broken")
+        read(tmp_path / "broken")
     shutil.copy(converted / "orbax" / "config.json", config)
     victim.unlink()
     with pytest.raises(UserError, match=r"no file; manifest.json lists"):
-        read_any(tmp_path / "broken")
+        read(tmp_path / "broken")
     for path in (tmp_path / "broken" / "params").rglob("d/*"):
         path.unlink()
     with pytest.raises(UserError, match="not a complete checkpoint") as caught:
-        orbax.restore_tree(tmp_path / "broken" / "params", orbax.abstract_tree(small()))
+        orbax.restore_tree(tmp_path / "broken" / "params", abstract_tree(weights(small(), PUBLISHED)))
     assert "\n" not in str(caught.value)
 
 
@@ -227,13 +230,13 @@ def test_destination_is_kept_unless_replaced_safely(converted, tmp_path) -> None
     config = small()
     source = save_checkpoint(tmp_path / "hf", config, random_tensors(config, seed=5))
     to_orbax(converted / "hf", tmp_path / "out")
-    before = leaf_digests(read_any(tmp_path / "out")[1])
+    before = leaf_digests(read(tmp_path / "out").params)
     with pytest.raises(UserError, match="already exists; give --overwrite"):
         to_orbax(source, tmp_path / "out")
     (source / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config.json"):
         to_orbax(source, tmp_path / "out", overwrite=True)
-    assert leaf_digests(read_any(tmp_path / "out")[1]) == before
+    assert leaf_digests(read(tmp_path / "out").params) == before
     with pytest.raises(UserError, match="lies in the source"):
         to_orbax(converted / "hf", converted / "hf" / "inner", overwrite=True)
     (tmp_path / "mine").mkdir()

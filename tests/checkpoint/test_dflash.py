@@ -12,20 +12,19 @@ import pytest
 
 from mimo_jax.checkpoint import dflash
 from mimo_jax.checkpoint.dflash import expected_drafter_tensors, has_drafter, read_drafter, write_drafter
-from mimo_jax.checkpoint.tensorfile import TensorFile
-from mimo_jax.checkpoint.torchfile import torch_file
-from mimo_jax.drafter_config import DrafterConfig
+from mimo_jax.checkpoint.files.tensorfile import TensorFile
+from mimo_jax.checkpoint.files.torchfile import torch_file
+from mimo_jax.config.drafter import DrafterConfig
+from mimo_jax.config.huggingface import drafter_from_hf
 from mimo_jax.errors import UserError
-from mimo_jax.hf_drafter_config import drafter_from_hf
-from mimo_jax.modeling.drafter import abstract_drafter
+from mimo_jax.modeling.dflash import abstract_drafter
 from tests.checkpoint import samples
-from tests.checkpoint.fuzz import mutate, mutate_bytes
-from tests.test_hf_drafter_config import PUBLISHED, SMALL, small
+from tests.config.test_drafter import PUBLISHED, SMALL, small
+from tests.tools.fuzz import mutate, mutate_bytes
 
 
-def random_params(config: DrafterConfig, seed: int = 0) -> dict:
+def random_params(config: DrafterConfig, seed: int = 0, dtype=ml_dtypes.bfloat16) -> dict:
     rng = np.random.default_rng(seed)
-    dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[config.param_dtype]
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), abstract_drafter(config))
 
 
@@ -63,7 +62,7 @@ def assert_same(params: dict, expected: dict) -> None:
 
 def test_pro_has_the_published_tensors() -> None:
     """The Pro drafter is 63 tensors of 2.768 billion parameters, with the published names, shapes and dtype."""
-    table = expected_drafter_tensors(drafter_from_hf(PUBLISHED))
+    table = expected_drafter_tensors(drafter_from_hf(PUBLISHED), "bfloat16")
     assert len(table) == 63 and {dtype for dtype, _ in table.values()} == {"BF16"}
     assert round(sum(math.prod(shape) for _, shape in table.values()) / 1e9, 3) == 2.768
     layer = {
@@ -85,14 +84,13 @@ def test_pro_has_the_published_tensors() -> None:
     assert {name: shape for name, (_, shape) in table.items()} == top | layers
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"has_sink": False}, {"bias_rank": 3, "lookup": 5}, {"param_dtype": "float32"}]
-)
-def test_round_trip_is_exact(changes: dict, tmp_path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("changes", [{}, {"has_sink": False}, {"bias_rank": 3, "lookup": 5}])
+def test_round_trip_is_exact(changes: dict, dtype: str, tmp_path) -> None:
     """Config and every bit of every parameter survive the folder, in the tree that `init_drafter` makes."""
     config = small(**changes)
-    params = random_params(config)
-    write_drafter(tmp_path / "dflash", config, params)
+    params = random_params(config, dtype=dtype)
+    write_drafter(tmp_path / "dflash", config, params, dtype)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "config.json",
         "dflash",
@@ -104,9 +102,9 @@ def test_round_trip_is_exact(changes: dict, tmp_path) -> None:
     assert_same(read, params)
 
 
-def test_float32_masters_are_written_in_the_configs_dtype(tmp_path) -> None:
-    """Parameters trained in float32 land as the bfloat16 that the config names, rounded to nearest."""
-    masters = random_params(small(param_dtype="float32"))
+def test_float32_masters_are_written_in_the_files_dtype(tmp_path) -> None:
+    """Parameters trained in float32 land as the bfloat16 of published files, rounded to nearest."""
+    masters = random_params(SMALL, dtype=np.float32)
     write_drafter(tmp_path / "dflash", SMALL, masters)
     _, read = read_drafter(tmp_path / "dflash")
     assert_same(read, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), masters))

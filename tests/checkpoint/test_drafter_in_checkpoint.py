@@ -12,10 +12,10 @@ import mimo_jax as mimo
 from mimo_jax.checkpoint import dflash
 from mimo_jax.checkpoint.convert import to_huggingface, to_orbax, verify
 from mimo_jax.checkpoint.dflash import attach_drafter, read_drafter
-from mimo_jax.drafter_config import DrafterConfig
-from mimo_jax.drafting import PLAIN
+from mimo_jax.config.drafter import DrafterConfig
+from mimo_jax.decode.drafter import PLAIN
 from mimo_jax.errors import UserError
-from mimo_jax.modeling.drafter import init_drafter
+from mimo_jax.modeling.dflash import init_drafter
 
 DRAFTER = DrafterConfig(
     hidden_size=192,

@@ -1,6 +1,6 @@
-"""Mutated checkpoint files; `python -m tests.checkpoint.fuzz --count N` runs any number."""
+"""Mutated checkpoint files; `python -m tests.tools.fuzz --count N` runs any number."""
 
-from tests.checkpoint import fuzz
+from tests.tools import fuzz
 
 
 def test_two_thousand_mutated_checkpoints() -> None:

@@ -9,28 +9,31 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mimo_jax.checkpoint.huggingface import open_checkpoint, read_checkpoint, write_checkpoint
+from mimo_jax.checkpoint.export import write_checkpoint
+from mimo_jax.checkpoint.huggingface import open_checkpoint, read_checkpoint
 from mimo_jax.checkpoint.orbax import leaf_digests
+from mimo_jax.config.model import PUBLISHED, FileFormat
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.backbone import abstract_params
-from mimo_jax.quantization import dequantize, quantize_fp8
+from mimo_jax.weights import dequantize, quantize_fp8
 from tests.checkpoint.samples import load_file, random_tensors, save_checkpoint, small
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
-@pytest.mark.parametrize("storage", ["dense", "fp8", "mxfp4"])
-def test_bytes_are_carried(tmp_path, storage: str) -> None:
+@pytest.mark.parametrize("name", ["dense", "fp8", "mxfp4"])
+def test_bytes_are_carried(tmp_path, name: str) -> None:
     """Every tensor's bytes are in the tree unchanged, whole or sharded."""
-    config = small(storage=storage)
-    tensors = random_tensors(config)
-    _, whole = read_checkpoint(save_checkpoint(tmp_path / "one", config, tensors))
-    found, sharded = read_checkpoint(save_checkpoint(tmp_path / "many", config, tensors, shards=5))
-    assert found == config
+    config, file_format = small(), FileFormat(name)
+    tensors = random_tensors(config, file_format)
+    whole = read_checkpoint(save_checkpoint(tmp_path / "one", config, tensors, file_format)).params
+    found = read_checkpoint(save_checkpoint(tmp_path / "many", config, tensors, file_format, shards=5))
+    assert (found.config, found.file_format) == (config, file_format)
+    sharded = found.params
     assert leaf_digests(whole) == leaf_digests(sharded)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(whole)) == sum(array.nbytes for _, array in tensors.values())
     stack = whole["layers_1"]["moe"]["up"]
-    codes = stack if storage == "dense" else stack.codes
+    codes = stack if name == "dense" else stack.codes
     assert np.asarray(codes)[2].tobytes() == tensors[EXPERT][1].tobytes()
 
 
@@ -219,7 +222,7 @@ def test_bf16_router_is_widened(tmp_path) -> None:
     tensors = random_tensors(config)
     name = "model.layers.1.mlp.gate.weight"
     tensors[name] = "BF16", tensors[name][1].astype(ml_dtypes.bfloat16)
-    _, params = read_checkpoint(save_checkpoint(tmp_path / "hf", config, tensors))
+    params = read_checkpoint(save_checkpoint(tmp_path / "hf", config, tensors)).params
     router = np.asarray(params["layers_1"]["moe"]["router"])
     assert router.dtype == np.float32
     np.testing.assert_array_equal(router, tensors[name][1].astype(np.float32))
@@ -247,7 +250,7 @@ def masters(config):
 
 def test_export_of_training_parameters(tmp_path) -> None:
     """Float32 masters become the published layout; an independent reader decodes what was quantised."""
-    config = small(storage="dense", param_dtype="float32")
+    config = small()
     params = masters(config)
     write_checkpoint(tmp_path / "hf", config, params, {"tokenizer.json": b"{}"})
     files = {path.name for path in (tmp_path / "hf").iterdir()}
@@ -268,8 +271,9 @@ def test_export_of_training_parameters(tmp_path) -> None:
     scales = np.frombuffer(held[EXPERT + "_scale"][2], np.uint8).reshape(32, 2)
     weights = np.asarray(params["layers_1"]["moe"]["up"])[2]
     assert np.abs(decoded(packed, scales) - weights).max() <= np.abs(weights).max() / 4
-    config2, params2 = read_checkpoint(tmp_path / "hf")
-    assert (config2.storage, config2.param_dtype) == ("mxfp4", "bfloat16")
+    found = read_checkpoint(tmp_path / "hf")
+    assert found.file_format == PUBLISHED
+    params2 = found.params
     np.testing.assert_array_equal(np.asarray(dequantize(params2["layers_1"]["moe"]["up"]))[2], decoded(packed, scales))
     expected = quantize_fp8(np.asarray(params["layers_1"]["attention"]["qkv"]))
     assert np.asarray(params2["layers_1"]["attention"]["qkv"].codes).tobytes() == expected.codes.tobytes()
@@ -281,7 +285,7 @@ def test_export_is_read_by_torchs_safetensors(tmp_path) -> None:
     library = pytest.importorskip("safetensors.torch")
     config = small()
     tensors = random_tensors(config)
-    _, params = read_checkpoint(save_checkpoint(tmp_path / "in", config, tensors))
+    params = read_checkpoint(save_checkpoint(tmp_path / "in", config, tensors)).params
     write_checkpoint(tmp_path / "out", config, params, shard_bytes=50_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
@@ -300,7 +304,7 @@ def test_export_is_read_by_torchs_safetensors(tmp_path) -> None:
 
 def test_nan_in_a_weight_to_quantise_writes_nothing(tmp_path) -> None:
     """NaN or Inf in an expert is an error naming tensor and index, and no directory appears."""
-    config = small(storage="dense", param_dtype="float32")
+    config = small()
     params = masters(config)
     params["layers_1"]["moe"]["up"][2, 5, 7] = np.inf
     with pytest.raises(UserError, match=rf"{EXPERT}: inf at index \[5, 7\]"):

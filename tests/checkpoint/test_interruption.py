@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def run_trials(folder: Path, kind: str, count: int) -> dict:
     """The report of `kill_trials`."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.checkpoint.kill_trials", str(folder), kind, str(count)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.tools.kill_trials", str(folder), kind, str(count)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False

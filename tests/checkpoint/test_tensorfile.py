@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from mimo_jax.checkpoint import tensorfile
-from mimo_jax.checkpoint.tensorfile import TensorFile, TensorFileWriter
+from mimo_jax.checkpoint.files import tensorfile
+from mimo_jax.checkpoint.files.tensorfile import TensorFile, TensorFileWriter
 from mimo_jax.errors import UserError
 from tests.checkpoint import samples
 

@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mimo_jax.checkpoint.torchfile import TorchFile, TorchTensor, torch_file
+from mimo_jax.checkpoint.files.torchfile import TorchFile, TorchTensor, torch_file
 from mimo_jax.errors import UserError
-from tests.checkpoint.fuzz import mutate_bytes
+from tests.tools.fuzz import mutate_bytes
 
 LIMIT = 1 << 20
 VECTOR = np.linspace(-2, 3, 24).astype(ml_dtypes.bfloat16)

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from mimo_jax.config import preset
-from mimo_jax.model import Model
+from mimo_jax.config.presets import preset
+from mimo_jax.loading import Model
 from mimo_jax.modeling.backbone import init_params
 from mimo_jax.tokenizer import Tokenizer
 
@@ -35,4 +35,4 @@ def model(tokenizer) -> Model:
         dtype="float32",
         mtp_layers=0,
     )
-    return Model(config, init_params(config, jax.random.key(1)), tokenizer, (), {})
+    return Model(config, init_params(config, jax.random.key(1)), tokenizer)

@@ -49,7 +49,8 @@ def test_text_then_a_summary_then_one_line_of_json(cache):
         (("--prompt", ""), "prompt: empty"),
         ((), "prompt: missing"),
         (("--prompt", "x", "--temperature", "-1"), "temperature=-1.0"),
-        (("--prompt", "x", "--top-p", "0.5"), "need --temperature above 0"),
+        (("--prompt", "x", "--greedy", "--top-p", "0.5"), "--greedy leaves nothing to"),
+        (("--prompt", "x", "--temperature", "0", "--top-k", "5"), "--greedy leaves nothing to"),
         (("--prompt-ids", "1,a"), "--prompt-ids"),
         (("--prompt", "x", "--model", "nowhere"), "nowhere: not found"),
         (("--prompt-file", "nowhere.txt"), "nowhere.txt: No such file"),
@@ -62,7 +63,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, 
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import generate
 
-    from mimo_jax.cli import main_guard
+    from mimo_jax.cli.guard import main_guard
 
     with pytest.raises(SystemExit) as exit_info:
         main_guard(lambda: generate.main(list(arguments)))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mimo_jax.decode.sampling import Greedy, Sampled
 from mimo_jax.errors import UserError
-from mimo_jax.generation import Result, generate, generate_batch, stream
+from mimo_jax.generation import Request, Result, generate, generate_batch, stream
 from mimo_jax.modeling.backbone import Backbone
-from mimo_jax.sampling import Greedy, Sampled
 
 PROMPTS = ["def f(", "for item in items: return", "x"]
 SAMPLED = Sampled(temperature=0.9, top_p=0.95)
@@ -44,7 +44,7 @@ def test_a_row_does_not_depend_on_its_batch_mates(model, strategy):
 def test_the_seed_decides_the_text(model):
     """Same seed, same text; another seed, another text; one seed per row is honoured."""
     first, again = (generate(model, "def f(", SAMPLED, max_tokens=24, seed=1).tokens for _ in range(2))
-    rows = generate_batch(model, ["def f("] * 2, SAMPLED, max_tokens=24, seed=[1, 2])
+    rows = generate_batch(model, [Request("def f(", SAMPLED, max_tokens=24, seed=seed) for seed in (1, 2)])
     assert first == again == rows[0].tokens
     assert rows[1].tokens != first
 
@@ -107,12 +107,33 @@ def test_bad_requests_are_named(model, prompt, options, message):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "seed", "message"), [([], 0, "the batch is empty"), (["a", "b"], [1], "1 seeds for 2 prompts")]
+    ("requests", "message"),
+    [
+        ([], "the batch is empty"),
+        ([Request("a", Greedy()), Request("b", SAMPLED)], r"strategy: Sampled\(.*\) beside Greedy\(\)"),
+    ],
 )
-def test_bad_batches_are_named(model, prompts, seed, message):
-    """A batch without rows, or with seeds that do not fit it, says so."""
+def test_bad_batches_are_named(model, requests, message):
+    """A batch without rows, or whose rows sample differently, says so."""
     with pytest.raises(UserError, match=message):
-        generate_batch(model, prompts, seed=seed)
+        generate_batch(model, requests)
+
+
+def test_requests_of_a_batch_keep_their_own_limits_and_stops(model):
+    """Each row has its own prompt, length, seed and stop strings; its text is what it would be alone."""
+    text = generate(model, "x", max_tokens=40).text
+    requests = [Request("def f(", max_tokens=7), Request("x", max_tokens=40, stop=[text[9:12]])]
+    together = generate_batch(model, requests)
+    assert [row.text for row in together] == [generate(model, request).text for request in requests]
+    assert len(together[0].tokens) == 7 and together[1].finish_reason == "stop"
+
+
+def test_a_request_without_a_strategy_follows_the_model(model):
+    """The checkpoint's own sampling is the default; a strategy in the call sets it aside."""
+    sampling = dataclasses.replace(model, strategy=SAMPLED)
+    request = Request("def f(", max_tokens=12, seed=4)
+    assert generate(sampling, request).tokens == generate(model, request, SAMPLED).tokens
+    assert generate(sampling, request, Greedy()).tokens == generate(model, request).tokens
 
 
 def test_timing_counts_what_happened(model):

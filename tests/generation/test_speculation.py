@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mimo_jax.drafting import BlockDrafter, Draft
+from mimo_jax.decode.drafter import Draft
+from mimo_jax.decode.sampling import Sampled, probabilities
+from mimo_jax.decode.verify import draft_keys
+from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.generation import generate, generate_batch, stream
 from mimo_jax.modeling.backbone import Backbone
-from mimo_jax.modeling.drafter import init_drafter
-from mimo_jax.sampling import Sampled, probabilities
-from mimo_jax.verification import draft_keys
+from mimo_jax.modeling.dflash import init_drafter
 from tests.tiny import tiny_drafter
 
 LENGTHS = (1, 7, 8, 9, 15, 65)  # around the window of 8 and the first prefill bucket
@@ -28,26 +29,26 @@ class Drafting:
     """What the drafters of these tests share: nothing to remember, blocks of eight."""
 
     block_size = 8
-    taps = ()
+    aux_layers = ()
     expected = None
 
     def init_cache(self, batch, capacity):
         return ()
 
-    def absorb(self, *_):
+    def update_cache(self, *_):
         return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay(Drafting):
-    """Proposes what plain decoding is known to say, with an error wherever (place + slot) % `period` is 0."""
+    """Proposes what plain decoding is known to say, with an error wherever (place + position) % `period` is 0."""
 
     truth: tuple[tuple[int, ...], ...]
     prompt_lengths: tuple[int, ...]
     period: int
 
-    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B):
-        place_BM = (lengths_B - jnp.array(self.prompt_lengths))[:, None] + jnp.arange(1, self.block_size)
+    def propose(self, context):
+        place_BM = (context.lengths_B - jnp.array(self.prompt_lengths))[:, None] + jnp.arange(1, self.block_size)
         truth = jnp.pad(jnp.array(self.truth), ((0, 0), (0, 2 * self.block_size)))
         tokens_BM = jnp.take_along_axis(truth, jnp.clip(place_BM, 0, truth.shape[1] - 1), axis=1)
         return Draft(jnp.where(place_BM % self.period == 0, (tokens_BM + 1) % 300, tokens_BM), None)
@@ -55,16 +56,16 @@ class Replay(Drafting):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Drafting):
-    """Draws every slot evenly from the same few ids."""
+    """Draws every draft evenly from the same few ids."""
 
     ids: tuple[int, ...]
 
-    def propose(self, params, target, cache, last_B, lengths_B, strategy, keys_B):
-        shape = (last_B.shape[0], self.block_size - 1)
-        ids = jnp.array(self.ids)
-        drawn = [jax.vmap(partial(jax.random.choice, a=ids))(draft_keys(keys_B, slot)) for slot in range(shape[1])]
-        law_C = jnp.zeros(target["head"].shape[0]).at[jnp.array(self.ids)].set(1 / len(self.ids))
-        return Draft(jnp.stack(drawn, axis=1), jnp.broadcast_to(law_C, (*shape, law_C.size)))
+    def propose(self, context):
+        shape = (context.anchor_B.shape[0], self.block_size - 1)
+        draw = jax.vmap(partial(jax.random.choice, a=jnp.array(self.ids)))
+        drawn = [draw(draft_keys(context.keys_B, position)) for position in range(shape[1])]
+        p_C = jnp.zeros(context.weights.target["head"].shape[0]).at[jnp.array(self.ids)].set(1 / len(self.ids))
+        return Draft(jnp.stack(drawn, axis=1), jnp.broadcast_to(p_C, (*shape, p_C.size)))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def drafting(model):
     """The same model with a DFlash drafter of random weights, which is hardly ever right."""
     config = tiny_drafter(vocab_size=320, bias_rank=4, lookup=16, init_range=0.2)
     return dataclasses.replace(
-        model, drafter=BlockDrafter(config), draft_params=init_drafter(config, jax.random.key(3))
+        model, drafter=DFlashDrafter(config), draft_params=init_drafter(config, jax.random.key(3))
     )
 
 
@@ -97,7 +98,7 @@ def test_greedy_text_is_the_plain_text(model, drafting, plain):
 
 @pytest.mark.parametrize("period", [1, 2, 3, 5, 7, 8, 11, 1000])
 def test_every_accepted_length_gives_the_plain_text(model, plain, period):
-    """Drafts that are right up to any slot: same text, and the counters say exactly what happened."""
+    """Drafts that are right up to any position: same text, and the counters say exactly what happened."""
     rows = (0, 3, 5)
     results = generate_batch(replaying(model, plain, rows, period), [PROMPTS[row] for row in rows], max_tokens=COUNT)
     rounds, tested, accepted = by_hand(period)
@@ -109,21 +110,21 @@ def test_every_accepted_length_gives_the_plain_text(model, plain, period):
 
 
 def by_hand(period: int) -> tuple[int, list[int], list[int]]:
-    """Rounds and per-slot counts of a replay, from its rule alone."""
+    """Rounds and per-position counts of a replay, from its rule alone."""
     done, rounds, tested, accepted = 1, 0, [0] * 7, [0] * 7
     while done < COUNT:
         rounds += 1
         start = done
-        for slot in range(8):
+        for position in range(8):
             if done == COUNT:
                 break
             done += 1
-            if slot == 7:
+            if position == 7:
                 break
-            tested[slot] += 1
-            if (start + slot) % period == 0:
+            tested[position] += 1
+            if (start + position) % period == 0:
                 break
-            accepted[slot] += 1
+            accepted[position] += 1
     return rounds, tested, accepted
 
 
@@ -168,10 +169,12 @@ def test_sampled_rows_do_not_depend_on_batch_mates(drafting):
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_sampled_text_has_the_targets_law(model, rule):
-    """Over 6,000 seeds, the first four tokens of the real loop follow the target's exact joint law (chi-square)."""
+    """Over 6,000 seeds, the first four tokens of the real loop follow the target's exact joint distribution
+    (chi-square).
+    """
     strategy, prompt, depth = Sampled(temperature=0.8, top_k=2), PROMPTS[1], 4
-    law = joint_law(model, prompt, strategy, depth)
-    ids = tuple(sorted({token for text in law for token in text}))
+    distribution = joint_law(model, prompt, strategy, depth)
+    ids = tuple(sorted({token for text in distribution for token in text}))
     drafting = dataclasses.replace(model, drafter=Uniform(ids), rule=rule)
     counts: collections.Counter = collections.Counter()
     accepted = 0
@@ -180,10 +183,10 @@ def test_sampled_text_has_the_targets_law(model, rule):
         results = generate_batch(drafting, [prompt] * 500, strategy, max_tokens=depth, seed=seeds)
         counts.update(tuple(result.tokens) for result in results)
         accepted += sum(sum(result.acceptance.accepted) for result in results)
-    assert set(counts) <= set(law)  # nothing that the filters forbid
+    assert set(counts) <= set(distribution)  # nothing that the filters forbid
     assert accepted > 500  # and not everything was the target's own
-    expected = np.array(list(law.values())) / sum(law.values()) * counts.total()
-    observed = np.array([counts[text] for text in law])
+    expected = np.array(list(distribution.values())) / sum(distribution.values()) * counts.total()
+    observed = np.array([counts[text] for text in distribution])
     common = expected >= 5
     observed = np.append(observed[common], observed[~common].sum())
     expected = np.append(expected[common], expected[~common].sum())
@@ -194,14 +197,14 @@ def test_sampled_text_has_the_targets_law(model, rule):
 def joint_law(model, prompt, strategy, depth: int) -> dict[tuple[int, ...], float]:
     """Every continuation of `depth` tokens with its probability, by full forward passes."""
     forward = jax.jit(lambda tokens: Backbone(model.config).apply({"params": model.params}, tokens)[0])
-    law: dict[tuple[int, ...], float] = {(): 1.0}
+    distribution: dict[tuple[int, ...], float] = {(): 1.0}
     for step in range(depth):
-        texts = list(law)
+        texts = list(distribution)
         logits = forward(np.array([[*prompt, *text] for text in texts]))[:, len(prompt) + step - 1]
         p = np.asarray(probabilities(strategy, logits), np.float64)
-        law = {
-            (*text, int(token)): law[text] * row[token]
+        distribution = {
+            (*text, int(token)): distribution[text] * row[token]
             for text, row in zip(texts, p)
             for token in itertools.chain(np.flatnonzero(row))
         }
-    return law
+    return distribution

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mimo_jax.planning import compiled
-from mimo_jax.planning.machines import parse_target
-from pallas_kernels import sass
+from pallas_kernels import sass, topology
 from pallas_kernels.attention import attend_long
 from pallas_kernels.attention import shapes as attention
 from pallas_kernels.devices import HOPPER, compiling_for
@@ -18,6 +16,7 @@ from pallas_kernels.expert_matmul import PackedExperts, expert_ffn
 from pallas_kernels.expert_matmul import shapes as experts
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul import shapes as fp8
+from pallas_kernels.hardware import GPUS
 from tests.kernels.triton_tools import needs_compiler, needs_triton
 
 pytestmark = [*needs_triton, needs_compiler]
@@ -75,7 +74,7 @@ def written(monkeypatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("call", [attention_call, fp8_call, experts_call])
 def test_nothing_is_spilled(call, tokens, written, tmp_path):
     """Decoding and prefill at Pro's sizes: no stack and no spill in any kernel."""
-    sharding = SingleDeviceSharding(compiled.topology(parse_target("1xh200"))[0])
+    sharding = SingleDeviceSharding(topology.devices(GPUS["h200"], 1)[0])
     op, *arguments = call(tokens)
     placed = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), arguments)
     with compiling_for(HOPPER):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from mimo_jax.planning import compiled
+from pallas_kernels import topology, triton_call
 
 ROOT = Path(__file__).resolve().parents[2]
-HAS_TRITON = all(importlib.util.find_spec(name) is not None for name in ("jax_triton", "triton"))
+HAS_TRITON = triton_call.is_installed() and importlib.util.find_spec("triton") is not None
 needs_triton = [
     pytest.mark.skipif(not HAS_TRITON, reason="jax-triton or triton is not installed (the extra `triton`)"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),  # jax-triton 0.4 leaves it to Triton
 ]
-needs_compiler = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
+needs_compiler = pytest.mark.skipif(topology.missing() is not None, reason=str(topology.missing()))
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="Triton's interpreter takes tensors")
 
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimo_jax.cache import LayerCache
-from mimo_jax.config import GLOBAL, SLIDING
+from mimo_jax.config.model import GLOBAL, SLIDING
 from mimo_jax.modeling.attention import Attention, attend, attend_banded, attend_rows, heads_first, visibility
+from mimo_jax.modeling.cache import LayerCache
 from mimo_jax.modeling.layers import rotary_table
-from mimo_jax.sharding import Layout, make_mesh, place_cache, using
+from mimo_jax.sharding import MeshShape, make_mesh, place, using
 from tests.tiny import random_params, tiny_config
 
 
@@ -33,20 +33,20 @@ def test_band_equals_mask(length, with_sink):
 
 @pytest.mark.parametrize("with_sink", [False, True])
 def test_a_mesh_cuts_a_long_cache_by_heads(with_sink):
-    """Rows that are positions, as `attend` sees them, on one device and with batch and heads dealt out over eight."""
+    """Rows that are positions, as `attend` sees them, on one device and with batch and heads distributed over eight."""
     heads, rows, steps = 8, 20, 3
     q, layer = random((2, steps, heads, 12), 0), LayerCache(random((2, 4, rows, 12), 1), random((2, 4, rows, 8), 2))
     sink = random((heads,), 3) if with_sink else None
     query = jnp.array([[4], [17]]) + jnp.arange(steps)
     visible = visibility(query, jnp.broadcast_to(jnp.arange(rows), (2, rows)), None)
     dense = jax.jit(attend)(q, layer.keys, layer.values, visible, sink)
-    for mesh in (None, make_mesh(Layout(data=2, tensor=4))):
+    for mesh in (None, make_mesh(MeshShape(data=2, tensor=4))):
 
         def run(q, layer, query, sink, mesh=mesh):
             with using(mesh):
                 return attend_rows(q, layer, query, sink)
 
-        found = jax.jit(run)(q, place_cache(layer, mesh), query, sink)
+        found = jax.jit(run)(q, place(layer, mesh), query, sink)
         np.testing.assert_allclose(found, dense, atol=1e-6)
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimo_jax.cache import MAX_BLOCK, Cache, init_cache
-from mimo_jax.config import ModelConfig
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.modeling.backbone import Backbone
+from mimo_jax.modeling.cache import MAX_BLOCK, Cache, init_cache
 from tests.tiny import random_params, random_tokens, tiny_config
 
 WINDOW = 8

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimo_jax.modeling.experts import DECODE_TOKENS, routed_ffn
+from mimo_jax.layouts.packed import PackedStacks
+from mimo_jax.layouts.xla_cpu import SeparateExperts
+from mimo_jax.modeling.experts import DenseExperts, routed_ffn
 from mimo_jax.modeling.moe import route
-from mimo_jax.quantization import dequantize, quantize_mx
+from mimo_jax.weights import dequantize, quantize_mx
+from pallas_kernels.expert_matmul import DECODE_TOKENS, PackedExperts
 
 EXPERTS, CHOSEN, WIDTH, HIDDEN = 8, 3, 64, 32
 run = jax.jit(routed_ffn)
@@ -47,12 +50,12 @@ def naive(x, ids, weights, experts):
 @pytest.mark.parametrize("case", ["mixed", "one expert", "same few"])
 @pytest.mark.parametrize("tokens", [1, DECODE_TOKENS, DECODE_TOKENS + 1, 50])
 def test_every_strategy_gives_the_same_output(tokens, case):
-    """One by one, touched only, or grouped; stacked or unpacked; at any imbalance, no token is dropped."""
+    """Expert by expert, active ones only, or grouped; stacked or separate; at any imbalance, no token is dropped."""
     x, ids, experts = random((tokens, WIDTH), 5), choices(tokens, case), stacks()
     weights = jax.nn.softmax(random((tokens, CHOSEN), 6))
     expected = naive(x, ids, weights, experts)
-    unpacked = tuple(tuple(matrix.T for matrix in stack) for stack in experts)
-    for stored in (experts, unpacked):
+    separate = SeparateExperts(*(tuple(matrix.T for matrix in stack) for stack in experts))
+    for stored in (DenseExperts(*experts), separate):
         np.testing.assert_allclose(run(x, ids, weights, stored), expected, atol=TOLERANCE)
 
 
@@ -61,8 +64,9 @@ def test_packed_experts_equal_their_dequantised_copies(tokens):
     """MXFP4 experts read from their packed bytes give exactly what the expanded weights give."""
     x, ids = random((tokens, WIDTH), 5), choices(tokens, "mixed")
     weights = jax.nn.softmax(random((tokens, CHOSEN), 6))
-    packed = tuple(quantize_mx(stack) for stack in stacks())
-    dense = tuple(dequantize(stack) for stack in packed)
+    quantized = [quantize_mx(stack) for stack in stacks()]
+    dense = DenseExperts(*(dequantize(stack) for stack in quantized))
+    packed = PackedStacks(PackedExperts(*((stack.codes, stack.scales) for stack in quantized)), None)
     np.testing.assert_allclose(run(x, ids, weights, packed), run(x, ids, weights, dense), atol=TOLERANCE)
 
 
@@ -77,7 +81,7 @@ def test_gradients_of_the_grouped_path(case):
     def loss(function):
         return lambda x, weights, experts: jnp.sum(function(x, ids, weights, experts) * cotangent)
 
-    found = jax.jit(jax.grad(loss(routed_ffn), argnums=(0, 1, 2)))(x, weights, experts)
+    found = jax.jit(jax.grad(loss(routed_ffn), argnums=(0, 1, 2)))(x, weights, DenseExperts(*experts))
     expected = jax.jit(jax.grad(loss(naive), argnums=(0, 1, 2)))(x, weights, experts)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         # float32 sums over up to 40 tokens; gradients of scale 10.

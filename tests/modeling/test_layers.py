@@ -1,14 +1,19 @@
 """Numerics conventions: where the published model rounds, this one rounds."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mimo_jax.config import PRESETS, SLIDING
+from mimo_jax.config.model import SLIDING
+from mimo_jax.config.presets import PRESETS
+from mimo_jax.layouts.packed import PackedMatrix
+from mimo_jax.layouts.xla_cpu import TransposedMatrix
 from mimo_jax.modeling import attention as attention_module
 from mimo_jax.modeling.attention import Attention
-from mimo_jax.modeling.layers import RMSNorm, linear, rotary_table, rotate
-from mimo_jax.quantization import dequantize, quantize_fp8, quantize_mx, turn
+from mimo_jax.modeling.layers import RMSNorm, rotary_table, rotate
+from mimo_jax.modeling.linear import linear
+from mimo_jax.weights import dequantize, quantize_fp8
 from tests.tiny import random_params, tiny_config
 
 BF16 = ml_dtypes.bfloat16
@@ -24,7 +29,7 @@ def test_rms_norm_casts_before_the_gain():
     x32 = x.astype(np.float32)
     normed = x32 / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(1e-5))
     expected = normed.astype(BF16) * gain
-    out = RMSNorm(1e-5, "bfloat16").apply({"params": {"weight": gain}}, jnp.asarray(x))
+    out = RMSNorm(1e-5).apply({"params": {"weight": gain}}, jnp.asarray(x))
     assert out.dtype == jnp.bfloat16
     # rsqrt and the mean may differ in the last float32 bit, which moves a bf16 rounding in one element of thousands.
     assert np.mean(np.asarray(out) != expected) < 1e-3
@@ -34,8 +39,8 @@ def test_rms_norm_casts_before_the_gain():
 
 def test_value_scale_is_applied_in_float32(monkeypatch):
     """Values are scaled by 0.612 in float32 and rounded once; in bf16 the constant itself would be 0.2 % off."""
-    config = tiny_config(dtype="bfloat16", param_dtype="bfloat16", mtp_layers=0)
-    params = random_params(config)["layers_1"]["attention"]
+    config = tiny_config(dtype="bfloat16", mtp_layers=0)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(config)["layers_1"]["attention"])
     seen = {}
 
     def capture(q, k, v, visible, sink):
@@ -87,11 +92,20 @@ def test_rotary_angles_are_exact_at_long_context():
     np.testing.assert_allclose(sin[0, 0], np.sin(angle), atol=2e-6)
 
 
-def test_linear_reads_every_storage():
-    """A linear layer gives the same numbers from a packed weight as from its dequantised copy."""
+def test_linear_multiplies_by_every_container():
+    """A linear layer gives the same numbers from an FP8 or a transposed matrix as from the plain one."""
     x, weight = jnp.asarray(random((3, 128), 1)), random((64, 128), 2)
-    for packed, rounding in ((quantize_mx(weight), 0), (quantize_fp8(weight), 2e-5)):  # FP8 scales sums, not weights
-        np.testing.assert_allclose(linear(x, packed), linear(x, dequantize(packed)), atol=rounding, rtol=0)
-    np.testing.assert_allclose(linear(x, turn(weight)), linear(x, jnp.asarray(weight)), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(dequantize(turn(weight)), weight)
+    fp8 = quantize_fp8(weight)
+    found = linear(x, PackedMatrix(fp8, ()))
+    np.testing.assert_allclose(found, linear(x, dequantize(fp8)), atol=2e-5, rtol=0)  # scales multiply sums
+    found = linear(x, TransposedMatrix.of(weight))
+    np.testing.assert_allclose(found, linear(x, jnp.asarray(weight)), rtol=1e-5, atol=1e-5)
     assert linear(x.astype(jnp.bfloat16), jnp.asarray(weight)).dtype == jnp.bfloat16
+
+
+def test_linear_keeps_the_axes_of_chunks():
+    """A fused projection [J, O, I] gives [..., J, O], whatever holds it: each chunk's own rows."""
+    x, weight = jnp.asarray(random((2, 5, 128), 1)), random((4, 24, 128), 2)
+    expected = np.einsum("bti,joi->btjo", x, weight)
+    for held in (jnp.asarray(weight), TransposedMatrix.of(weight)):
+        np.testing.assert_allclose(linear(x, held), expected, rtol=1e-5, atol=1e-4)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.config import SLIDING
+from mimo_jax.config.model import SLIDING
 from mimo_jax.modeling.attention import Attention
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.layers import rotary_table

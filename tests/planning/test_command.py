@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mimo_jax.planning.compiled import missing
+from pallas_kernels.topology import missing
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mimo_jax.config import preset
-from mimo_jax.drafter_config import drafter_preset
+from mimo_jax.config.model import PUBLISHED
+from mimo_jax.config.presets import drafter_preset, preset
 from mimo_jax.errors import UserError
 from mimo_jax.planning.forecast import Assumptions, roofline_seconds, tokens_per_second
 from mimo_jax.planning.machines import parse_target
@@ -15,14 +15,14 @@ from mimo_jax.planning.traffic import (
     busiest_share,
     cache_bytes,
     distinct_experts,
-    layout_for,
+    mesh_shape_for,
     resident_weights,
     round_flops,
     round_reads,
 )
-from mimo_jax.sharding import Layout
+from mimo_jax.sharding import MeshShape
 
-PRO = Plan(preset("mimo-v2.5-pro"), drafter_preset("mimo-v2.5-pro"), Layout(tensor=8), cache_itemsize=1)
+PRO = Plan(preset("mimo-v2.5-pro"), PUBLISHED, drafter_preset("mimo-v2.5-pro"), MeshShape(tensor=8), cache_itemsize=1)
 EXPERT = 3 * 6144 * 2048 * 4.25 / 8  # bytes of one expert in MXFP4, scales included
 MOE_LAYERS, LAYERS = 69, 70
 
@@ -70,7 +70,7 @@ def test_flops_are_two_per_active_weight_and_token():
 @pytest.mark.parametrize(("expert", "tokens", "share"), [(8, 1, 2.58), (8, 8, 1.50), (4, 1, 1.76), (2, 8, 1.10)])
 def test_expert_parallelism_is_uneven(expert, tokens, share):
     """The busiest device's experts over the mean's, against tabulated simulations."""
-    plan = dataclasses.replace(PRO, layout=Layout(expert=expert, tensor=8 // expert))
+    plan = dataclasses.replace(PRO, shape=MeshShape(expert=expert, tensor=8 // expert))
     assert busiest_share(plan, tokens) == pytest.approx(share, rel=0.05)
     assert busiest_share(PRO, tokens) == 1
 
@@ -88,18 +88,18 @@ def test_rooflines_and_projections():
 
 
 @pytest.mark.parametrize(
-    ("devices", "groups", "layout"),
+    ("devices", "groups", "shape"),
     [
-        (8, 1, Layout(tensor=8)),
-        (16, 1, Layout(data=2, tensor=8)),
-        (12, 1, Layout(data=3, tensor=4)),
-        (7, 1, Layout(data=7)),
-        (8, 4, Layout(expert=4, tensor=2)),
+        (8, 1, MeshShape(tensor=8)),
+        (16, 1, MeshShape(data=2, tensor=8)),
+        (12, 1, MeshShape(data=3, tensor=4)),
+        (7, 1, MeshShape(data=7)),
+        (8, 4, MeshShape(expert=4, tensor=2)),
     ],
 )
-def test_a_copy_takes_as_many_devices_as_heads_allow(devices, groups, layout):
+def test_a_copy_takes_as_many_devices_as_heads_allow(devices, groups, shape):
     """Eight key/value heads go to eight devices at most; more devices hold more copies."""
-    assert layout_for(PRO.config, devices, groups) == layout
+    assert mesh_shape_for(PRO.config, devices, groups) == shape
 
 
 @pytest.mark.parametrize("text", ["8xh300", "h200", "0xh200", "17xh200", "8 x h200", ""])

@@ -8,26 +8,34 @@ import numpy as np
 import pytest
 import scipy.special
 
-from mimo_jax.drafting import BlockDrafter
+from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.generation import generate
-from mimo_jax.model import Model
+from mimo_jax.loading import Model
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
-from mimo_jax.training import drafter, run, selfgen
-from mimo_jax.training.drafter import DraftTrainConfig, as_chain, draw_anchors, extended, loss_fn, slot_weights
-from mimo_jax.training.selfgen import SelfGenConfig, Texts
+from mimo_jax.training import drafter, run, self_distillation
+from mimo_jax.training.drafter import (
+    DraftTrainConfig,
+    Geometry,
+    as_chain,
+    draw_anchors,
+    extended,
+    loss_fn,
+    position_weights,
+)
+from mimo_jax.training.self_distillation import DistillationConfig, Texts
 from tests.tiny import random_params, tiny_config, tiny_drafter
 
 TARGET = tiny_config(layer_pattern=(0, 1), moe_pattern=(0, 1), mtp_layers=0, init_range=0.15)
 CONFIG = tiny_drafter(num_layers=1)
 TRAIN = DraftTrainConfig(steps=20, batch=4, anchors=6)
-SETTINGS = SelfGenConfig(length=40, rows=6, shortest=2, longest=9, temperatures=(0.0, 1.0))
+SETTINGS = DistillationConfig(length=40, rows=6, shortest=2, longest=9, temperatures=(0.0, 1.0))
 CORPUS = np.random.default_rng(0).integers(6, 256, 4000).astype(np.uint16)
 
 
 TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n"], 256 + 6)
-MODEL = Model(TARGET, random_params(TARGET), TOKENIZER, (7,), {})
+MODEL = Model(TARGET, random_params(TARGET), TOKENIZER, (7,))
 TEXTS = Texts(
     np.random.default_rng(1).integers(0, 256, (8, 40)).astype(np.uint16),
     np.arange(2, 10, dtype=np.int32),
@@ -46,21 +54,21 @@ def test_anchors_lie_in_what_the_target_wrote():
             assert ((chosen >= texts.starts[row]) & (chosen < texts.ends[row] - 1)).all()
 
 
-def test_slot_weights_are_the_published_ones():
-    """The decay of DFlash at gamma 4, and D-PACE's sum of products, slot by slot."""
+def test_position_weights_are_the_published_ones():
+    """The decay of DFlash at gamma 4, and D-PACE's sum of products, position by position."""
     loss = np.array([[0.1, 2.0, 0.5, 1.0, 0.3, 0.2, 0.9]], np.float32)
     valid = np.array([[True] * 5 + [False] * 2])
-    decay = np.asarray(slot_weights("decay", loss, valid, 4.0))[0]
+    decay = np.asarray(position_weights("decay", loss, valid, 4.0))[0]
     np.testing.assert_allclose(decay, [1, 0.7788, 0.6065, 0.4724, 0.3679, 0, 0], atol=1e-4)
     smoothed = 0.5 * np.exp(-loss[0]) + 0.5
     expected = [sum(np.prod(smoothed[: m + 1]) for m in range(k, 5)) for k in range(5)]
-    dpace = np.asarray(slot_weights("dpace", loss, valid, 4.0))[0]
+    dpace = np.asarray(position_weights("dpace", loss, valid, 4.0))[0]
     np.testing.assert_allclose(dpace, [*expected, 0, 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", drafter.LOSSES)
 def test_nothing_behind_the_end_counts(loss):
-    """Padding behind a text changes neither loss nor gradient; what the target wrote does."""
+    """Padding after a text changes neither loss nor gradient; what the target wrote does."""
     texts, train = TEXTS, dataclasses.replace(TRAIN, loss=loss)
     params = drafter.init_state(CONFIG, train).params
 
@@ -89,14 +97,14 @@ def test_the_target_gets_no_gradient():
 def test_self_generated_text_is_the_targets(tmp_path):
     """Greedy chunks are the target's own continuations, sampled ones differ; a second call writes nothing anew."""
     model = MODEL
-    texts = selfgen.generate_texts(model, CORPUS, SETTINGS, tmp_path / "texts", 2)
+    texts = self_distillation.generate_texts(model, CORPUS, SETTINGS, tmp_path / "texts", 2)
     assert len(texts) == 12 and texts.tokens.shape == (12, 40)
     for row in range(3):
         prompt = texts.tokens[row, : texts.starts[row]].astype(int).tolist()
         written = texts.tokens[row, texts.starts[row] : texts.ends[row]].astype(int).tolist()
         assert generate(model, prompt, max_tokens=40 - len(prompt)).tokens == written
     stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "texts").iterdir())]
-    again = selfgen.generate_texts(model, CORPUS, SETTINGS, tmp_path / "texts", 2)
+    again = self_distillation.generate_texts(model, CORPUS, SETTINGS, tmp_path / "texts", 2)
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "texts").iterdir())] == stamps
     np.testing.assert_array_equal(again.tokens, texts.tokens)
 
@@ -104,11 +112,11 @@ def test_self_generated_text_is_the_targets(tmp_path):
 def test_training_raises_what_is_accepted(tmp_path):
     """A drafter trained on the target's own greedy text is accepted far more often than an untrained one.
 
-    Random weights are sure of nothing, so their laws teach little of what is greedy: the text does.
+    Random weights are sure of nothing, so their distributions teach little of what is greedy: the text does.
     """
     model = MODEL
     greedy = dataclasses.replace(SETTINGS, temperatures=(0.0,), rows=64)
-    texts = selfgen.generate_texts(model, CORPUS[:400], greedy, tmp_path / "texts", 1)
+    texts = self_distillation.generate_texts(model, CORPUS[:400], greedy, tmp_path / "texts", 1)
     train = dataclasses.replace(TRAIN, steps=150, batch=16, anchors=12, peak_rate=1e-2, loss="dpace")
     state = drafter.init_state(CONFIG, train)
     untrained = jax.tree.map(jnp.copy, state.params)
@@ -117,7 +125,7 @@ def test_training_raises_what_is_accepted(tmp_path):
     )
 
     def accepted(params) -> float:
-        drafting = dataclasses.replace(model, drafter=BlockDrafter(CONFIG), draft_params=params)
+        drafting = dataclasses.replace(model, drafter=DFlashDrafter(CONFIG), draft_params=params)
         prompts = [texts.tokens[row, : texts.starts[row]].astype(int).tolist() for row in range(6)]
         results = [generate(drafting, prompt, max_tokens=30).acceptance for prompt in prompts]
         return sum(result.tokens for result in results) / sum(result.rounds for result in results)
@@ -160,7 +168,9 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["decay", "tv", "soft", "soft-dpace"])
 def test_losses_are_measured_against_text_or_target(kind):
-    """ "tv" is 0.1 cross-entropy + 0.9 L1 distance to the target's own law, "soft" the cross-entropy with that law."""
+    """ "tv" is 0.1 cross-entropy + 0.9 L1 distance to the target's own distribution, "soft" the cross-entropy with that
+    distribution.
+    """
     texts, train = TEXTS, dataclasses.replace(TRAIN, loss=kind, anchors=1, batch=1)
     one = jax.tree.map(lambda array: array[:1], texts)
     one = dataclasses.replace(one, starts=np.array([20], np.int32), ends=np.array([40], np.int32))
@@ -173,40 +183,44 @@ def test_losses_are_measured_against_text_or_target(kind):
     logits, features, _ = backbone.apply({"params": MODEL.params}, jnp.asarray(one.tokens, jnp.int32))
     embed, head = (MODEL.params[name] for name in ("embed", "head"))
     hidden = drafter.draft_hidden(
-        params, CONFIG, "block", embed, features.taps, jnp.asarray(one.tokens, jnp.int32), anchors
+        params, CONFIG, "block", embed, features.aux, jnp.asarray(one.tokens, jnp.int32), anchors
     )
     objective, weights = [], []
-    for slot in range(1, 8):
-        if anchor + slot >= 40:
+    for position in range(1, 8):
+        if anchor + position >= 40:
             break
-        q = scipy.special.softmax(np.asarray(hidden[0, slot - 1] @ head.T, np.float64))
-        p = scipy.special.softmax(np.asarray(logits[0, anchor + slot - 1], np.float64))
-        hard = -np.log(q[one.tokens[0, anchor + slot]])
+        q = scipy.special.softmax(np.asarray(hidden[0, position - 1] @ head.T, np.float64))
+        p = scipy.special.softmax(np.asarray(logits[0, anchor + position - 1], np.float64))
+        hard = -np.log(q[one.tokens[0, anchor + position]])
         tv = 0.1 * hard + 0.9 * np.abs(p - q).sum()
         soft = -np.sum(p * np.log(q))
         objective.append({"decay": hard, "tv": tv, "soft": soft, "soft-dpace": soft}[kind])
-        weights.append(hard if kind == "soft-dpace" else np.exp(-(slot - 1) / 4))
+        weights.append(hard if kind == "soft-dpace" else np.exp(-(position - 1) / 4))
     if kind == "soft-dpace":  # D-PACE weights come from how well the text is foretold
-        weights = slot_weights("dpace", jnp.array([weights]), jnp.ones((1, len(weights)), bool), 4.0)[0]
+        weights = position_weights("dpace", jnp.array([weights]), jnp.ones((1, len(weights)), bool), 4.0)[0]
     assert float(loss) == pytest.approx(np.average(objective, weights=weights), rel=1e-4)
 
 
 def test_a_start_may_be_given_a_bias_and_guesses():
     """A finished drafter goes on as it is, with a bias and guesses that say nothing yet; its rank is not changed."""
     params = drafter.init_state(CONFIG, TRAIN).params
-    config, more = extended(dataclasses.replace(CONFIG, acceptance_length=3.0), params, 4, 16, seed=1)
+    config, more = extended(
+        dataclasses.replace(CONFIG, acceptance_length=3.0), params, Geometry(bias_rank=4, lookup=16), seed=1
+    )
     assert (config.bias_rank, config.lookup, config.acceptance_length) == (4, 16, None)
     assert all(more[name] is params[name] for name in params)
     assert more["bias_in"].shape == (CONFIG.vocab_size, 4) and not np.any(more["bias_out"])
     assert not np.any(more["guess"]) and not np.any(more["matched"])
-    assert extended(config, more, 0, 0, seed=1)[0] == config
+    assert extended(config, more, Geometry(), seed=1)[0] == config
     with pytest.raises(UserError, match=r"bias_rank=8.* has 4"):
-        extended(config, more, 8, 0, seed=1)
+        extended(config, more, Geometry(bias_rank=8), seed=1)
 
 
 def test_a_block_drafter_can_start_a_chain():
     """The control goes on from the same weights, without what only blocks have."""
-    config, params = extended(CONFIG, drafter.init_state(CONFIG, TRAIN).params, 4, 16, seed=1)
+    config, params = extended(
+        CONFIG, drafter.init_state(CONFIG, TRAIN).params, Geometry(bias_rank=4, lookup=16), seed=1
+    )
     bare, kept = as_chain(config, params)
     assert (bare.bias_rank, bare.lookup) == (0, 0)
     assert jax.tree.structure(kept) == jax.tree.structure(drafter.init_state(bare, TRAIN).params)

@@ -28,12 +28,15 @@ def test_matrices_go_to_muon_and_the_rest_to_adam():
 
 def test_each_expert_is_its_own_matrix():
     """Muon orthogonalises every expert by itself: one expert's update does not depend on another's gradient."""
-    gradients = {"gate": jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 24)), jnp.float32) * 1e-3}
-    params = {"gate": jnp.ones((3, 16, 24))}
+    gradients = {
+        "moe": {"gate": jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 24)), jnp.float32) * 1e-3}
+    }
+    params = {"moe": {"gate": jnp.ones((3, 16, 24))}}
     optimizer = make_optimizer(lambda step: 0.1, weight_decay=0.0)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    other = {"gate": gradients["gate"].at[1].multiply(-2.0)}
+    other = {"moe": {"gate": gradients["moe"]["gate"].at[1].multiply(-2.0)}}
     others, _ = optimizer.update(other, optimizer.init(params), params)
+    updates, others = updates["moe"], others["moe"]
     # Newton-Schulz in float32; updates of size 0.02.
     np.testing.assert_allclose(updates["gate"][0], others["gate"][0], atol=1e-5)
     np.testing.assert_allclose(updates["gate"][1], -others["gate"][1], atol=1e-5)

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import scipy.stats
 
-from mimo_jax.modeling.backbone import Backbone, is_expert
-from mimo_jax.quantization import dequantize_mx, quantize_mx
+from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.training import qat
 from mimo_jax.training.optimizers import make_optimizer
 from mimo_jax.training.pretraining import TrainConfig, TrainState, train_step
+from mimo_jax.weights import dequantize_mx, quantize_mx
+from mimo_jax.weights.params import is_expert
 from tests.tiny import random_params, random_tokens, tiny_config
 
 CONFIG = tiny_config(layer_pattern=(0, 1), moe_pattern=(0, 1))
@@ -58,15 +59,15 @@ def test_rounding_loss_is_the_distance_to_the_masters():
     offsets, masters_BTC = random_offsets(), LOGITS(PARAMS)
     found, gradient = LOSS(offsets, PARAMS, masters_BTC, TOKENS, CONFIG)
     rounded = jax.jit(qat.quantize_experts)(qat.shifted(PARAMS, offsets))
-    laws = [np.asarray(jax.nn.softmax(values), np.float64) for values in (masters_BTC, LOGITS(rounded))]
+    distributions = [np.asarray(jax.nn.softmax(values), np.float64) for values in (masters_BTC, LOGITS(rounded))]
     assert float(found) > 1e-3
-    np.testing.assert_allclose(found, scipy.stats.entropy(*laws, axis=-1).mean(), rtol=1e-4)
+    np.testing.assert_allclose(found, scipy.stats.entropy(*distributions, axis=-1).mean(), rtol=1e-4)
 
     @jax.jit
     @jax.grad
     def of_weights(params):
         log_p = jax.nn.log_softmax(Backbone(CONFIG).apply({"params": params}, TOKENS)[0])
-        return jnp.mean(jnp.sum(laws[0] * (np.log(laws[0]) - log_p), axis=-1))
+        return jnp.mean(jnp.sum(distributions[0] * (np.log(distributions[0]) - log_p), axis=-1))
 
     expected = of_weights(rounded)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):

@@ -15,7 +15,7 @@ from pallas_kernels.attention import triton as backend
 from tests.kernels.attention.samples import definition, error, inputs
 
 
-def interpret(kernel: Any, *arrays: jax.Array, out: Any, grid: tuple[int, ...], warps=4, stages=3, **constants: float):
+def interpret(kernel: Any, *arrays: jax.Array, out: Any, grid: tuple[int, ...], warps=4, stages=3, **constants):
     """`triton_call.call`; what the kernel does not write is NaN."""
     results = [torch.full(shape.shape, torch.nan) for shape in jax.tree.leaves(out)]
     kernel[grid](*(torch.from_numpy(np.array(array)) for array in arrays), *results, **constants)
@@ -38,7 +38,7 @@ def check(shape, lengths, tokens, capacity, with_sink=True, programs=132, **widt
 
 
 def check_bits() -> None:
-    """The first token of eight, and the same alone behind a cache of another capacity.
+    """The first token of eight, and the same alone after a cache of another capacity.
 
     Another one lies in other rows of the tile, where numpy's products may round otherwise.
     """
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     check((1, 1, 4), [1], 1, 128)
     check((1, 2, 3), [200], 1, 256, with_sink=False)
     for lengths in ([8, 64], [65, 330]):
-        check((2, 2, 3), lengths, 8, 330, programs=12)  # blocks dealt out to three parts, some of them to none
-    check((1, 2, 6), [300], 40, 333, programs=8)  # two tiles of rows for each key head, over two parts
+        check((2, 2, 3), lengths, 8, 330, programs=12)  # blocks distributed to three splits, some of which get none
+    check((1, 2, 6), [300], 40, 333, programs=8)  # two tiles of rows for each key head, over two splits
     check_bits()
     print("agreed")

@@ -7,7 +7,7 @@ import numpy as np
 def inputs(shape: tuple[int, int, int], lengths: list[int], tokens: int, capacity: int, widths=(48, 32), seed: int = 0):
     """Queries, keys, values, positions and sinks, float32 in numpy, for (batch, key heads, heads of a group).
 
-    `lengths` tokens of each row lie in the cache; the last `tokens` of them are the queries. Behind them lies NaN.
+    `lengths` tokens of each row lie in the cache; the last `tokens` of them are the queries. After them lies NaN.
     """
     rng = np.random.default_rng(seed)
     batch, kv_heads, group = shape

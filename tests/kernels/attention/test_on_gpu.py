@@ -23,7 +23,7 @@ def sample(shape, lengths, tokens, capacity):
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 2, 3)])
 @pytest.mark.parametrize(("tokens", "length"), [(1, 1), (8, 8), (8, 65), (8, 1000), (40, 777), (256, 3000)])
 def test_the_op_is_its_definition(shape, tokens, length):
-    """Within the rounding of weights and of results to bfloat16, from a cache with NaN behind the last token."""
+    """Within the rounding of weights and of results to bfloat16, from a cache with NaN after the last token."""
     *arrays, sink = sample(shape, [length] * shape[0], tokens, 4000)
     for one in (sink, None):
         found = run(*arrays, one, backend="triton")
@@ -40,7 +40,7 @@ def test_a_long_cache_as_the_reference(tokens, length):
 
 
 def test_bits_do_not_depend_on_the_block():
-    """A token's result: the same bits in a block of 1, 4 and 8, behind another capacity, and in every run."""
+    """A token's result: the same bits in a block of 1, 4 and 8, in a cache of another capacity, and in every run."""
     q, k, v, query, sink = sample((1, 1, 16), [20_000], 8, 1 << 15)
     whole = np.asarray(run(q, k, v, query, sink, backend="triton"))
     for first, last in ((0, 8), (0, 4), (4, 8), *((token, token + 1) for token in range(8))):

@@ -13,7 +13,7 @@ from tests.kernels.attention.samples import definition, error, inputs
 @pytest.mark.parametrize("capacity", [24, 29])
 @pytest.mark.parametrize("with_sink", [False, True])
 def test_the_reference_is_the_definition(capacity, with_sink, monkeypatch):
-    """In chunks, a ragged last one too: what each query sees, within float32; chunks behind the last are not read."""
+    """In chunks, a ragged last one too: what each query sees, within float32; chunks after the last are not read."""
     monkeypatch.setattr(reference, "CHUNK", 8)
     run = jax.jit(lambda *arrays: attend_long(*arrays, backend="reference"))
     for lengths in ([3, 8], [10, 16], [19, 12], [24, 23]):
@@ -50,7 +50,7 @@ def test_positions_past_the_capacity_see_every_row():
         ({"backend": "cudnn"}, "'cudnn' is unknown; known: triton, reference"),
     ],
 )
-def test_bad_input_is_named(changes, message):
+def test_bad_input_is_named(changes, message, unchecked):
     """Arguments that do not fit are an error that holds the value, before anything is compiled."""
     names = ("q_BTHQ", "k_BKSQ", "v_BKSV", "query_BT", "sink_H")
     arguments = dict(zip(names, map(jnp.asarray, inputs((2, 2, 2), [9, 16], 3, 16)))) | changes
@@ -82,7 +82,7 @@ def test_a_named_backend_never_gives_way(backend):
     ],
 )
 def test_triton_says_what_it_cannot_serve(widths, dtype, message, monkeypatch):
-    """Only widths that its products can be cut into, and only bfloat16."""
+    """Only widths that its products can be split into, and only bfloat16."""
     monkeypatch.setattr(triton.triton_call, "missing", lambda: None)
     q = jax.ShapeDtypeStruct((1, 8, 16, widths[0]), dtype)
     k, v = (jax.ShapeDtypeStruct((1, 1, 1 << 20, width), dtype) for width in widths)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from mimo_jax.cache import LayerCache
 from mimo_jax.modeling.attention import attend_rows
-from mimo_jax.planning import compiled
-from mimo_jax.planning.machines import parse_target
-from mimo_jax.sharding import CACHE, Layout, make_mesh, spec_of, using
+from mimo_jax.modeling.cache import CACHE_AXES, LayerCache
+from mimo_jax.sharding import MeshShape, make_mesh, spec_of, using
+from pallas_kernels import topology
 from pallas_kernels.attention.shapes import PRO_TP8
 from pallas_kernels.devices import compiling_for
+from pallas_kernels.hardware import GPUS
 from tests.kernels.triton_tools import needs_compiler, needs_torch, needs_triton, run_interpreted
 
 pytestmark = needs_triton
@@ -26,12 +26,12 @@ def test_interpreted_kernels_agree():
 
 @needs_compiler
 @pytest.mark.parametrize("tokens", [8, 256])
-@pytest.mark.parametrize(("target", "capability"), [("1xh200", 80), ("1xh200", 90), ("1xb200", 100)])
-def test_it_compiles_for_each_generation(target, capability, tokens):
+@pytest.mark.parametrize(("gpu", "capability"), [("h200", 80), ("h200", 90), ("b200", 100)])
+def test_it_compiles_for_each_generation(gpu, capability, tokens):
     """Code of Ampere, Hopper and Blackwell for Pro at TP8, with no such GPU here; 84 MB of cache are not copied."""
     from pallas_kernels.attention import triton
 
-    sharding = SingleDeviceSharding(compiled.topology(parse_target(target))[0])
+    sharding = SingleDeviceSharding(topology.devices(GPUS[gpu], 1)[0])
     shape = PRO_TP8
 
     def argument(dims, dtype=jnp.bfloat16):
@@ -49,7 +49,7 @@ def test_it_compiles_for_each_generation(target, capability, tokens):
 @needs_compiler
 def test_eight_devices_keep_to_their_own_heads():
     """Pro on 8xH200: each device runs the kernel on its eighth of the cache; nothing is sent, nothing is copied."""
-    mesh = make_mesh(Layout(tensor=8), compiled.topology(parse_target("8xh200")))
+    mesh = make_mesh(MeshShape(tensor=8), topology.devices(GPUS["h200"], 8))
 
     def argument(dims, axes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec_of(axes)))
@@ -57,7 +57,7 @@ def test_eight_devices_keep_to_their_own_heads():
     heads, kv_heads = 8 * PRO_TP8.heads, 8 * PRO_TP8.kv_heads
     q = argument((1, 8, heads, PRO_TP8.key_width), ("batch", None, "heads", None))
     widths = PRO_TP8.key_width, PRO_TP8.value_width
-    layer = LayerCache(*(argument((1, kv_heads, CAPACITY, width), CACHE) for width in widths))
+    layer = LayerCache(*(argument((1, kv_heads, CAPACITY, width), CACHE_AXES) for width in widths))
 
     def run(q, layer, query, sink):
         with using(mesh):

@@ -9,7 +9,7 @@ import torch
 
 from pallas_kernels.expert_matmul import triton as backend
 from pallas_kernels.expert_matmul import triton_kernels
-from pallas_kernels.expert_matmul.reference import blocks_of
+from pallas_kernels.expert_matmul.reference import work_groups
 from tests.kernels.expert_matmul.samples import (
     CHOSEN,
     EXPERTS,
@@ -32,18 +32,15 @@ def run(tokens: int, case: str, columns: int) -> float:
     packed = packed_experts()
     # In float32: the interpreter keeps bf16 as integers, and multiplies those.
     x, ids, weights = tokens_of(tokens, dtype=jnp.float32), routing(tokens, case), weights_of(tokens)
-    expert_B, pair_S = blocks_of(jnp.asarray(ids), EXPERTS, columns)
-    blocks = expert_B.size
-    tables = tensor(expert_B), tensor(pair_S)
-    sizes = {"N": columns, "ROWS": backend.ROWS, "COLS": backend.COLS}
+    expert_U, pair_Uc = work_groups(jnp.asarray(ids), EXPERTS, columns)
+    tables = tensor(expert_U), tensor(pair_Uc)
+    sizes = {"D": HIDDEN, "F": FEATURES, "PAIRS": columns, "ROWS": backend.ROWS, "COLS": backend.COLS}
     hidden = torch.full((ids.size, FEATURES), torch.nan)
     stacks = [[tensor(part) for part in stack] for stack in (packed.gate, packed.up, packed.down)]
-    grid = (blocks, FEATURES // backend.ROWS)
-    triton_kernels.gate_up[grid](
-        tensor(x), *stacks[0], *stacks[1], *tables, hidden, K=HIDDEN, F=FEATURES, X=CHOSEN, **sizes
-    )
+    grid = (expert_U.size, FEATURES // backend.ROWS)
+    triton_kernels.gate_up[grid](tensor(x), *stacks[0], *stacks[1], *tables, hidden, X=CHOSEN, **sizes)
     y = torch.full((ids.size, HIDDEN), torch.nan)
-    triton_kernels.down[(blocks, HIDDEN // backend.ROWS)](hidden, *stacks[2], *tables, y, K=FEATURES, D=HIDDEN, **sizes)
+    triton_kernels.down[(expert_U.size, HIDDEN // backend.ROWS)](hidden, *stacks[2], *tables, y, **sizes)
     found = backend.combine(jnp.asarray(y.numpy()), jnp.asarray(ids) < EXPERTS, weights)
     return relative_error(found, definition(x, ids, weights, packed))
 

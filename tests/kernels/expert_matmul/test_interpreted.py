@@ -1,4 +1,4 @@
-"""The Hopper kernels' ring, pages, shares and stores, in the interpreter; only the products are plain JAX there."""
+"""The Hopper kernels' pipeline, activation buffers, schedule and stores, interpreted; only products are plain JAX."""
 
 import os
 import subprocess

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.expert_matmul import expert_ffn, tile_experts
+from pallas_kernels.expert_matmul import expert_ffn, to_hopper
 from pallas_kernels.expert_matmul.api import KERNELS
 from tests.kernels.expert_matmul.samples import (
     CASES,
@@ -26,7 +26,7 @@ run = jax.jit(expert_ffn, static_argnames="backend")
 def stacks(backend: str, hidden: int, features: int):
     """Experts in the layout of the backend, or a skip that says why it cannot run here."""
     packed = packed_experts(hidden=hidden, features=features)
-    experts = on_device(tile_experts(packed) if backend == "mosaic_gpu" else packed)
+    experts = on_device(to_hopper(packed) if backend == "mosaic_gpu" else packed)
     reason = KERNELS.module(backend).unsupported(tokens_of(1, hidden=hidden), jnp.zeros((1, 2), jnp.int32), experts)
     if reason is not None:
         pytest.skip(reason)
@@ -74,6 +74,6 @@ def test_the_smallest_and_largest_scales():
     for _, scales in (spread.gate, spread.up, spread.down):
         scales[:] = rng.choice(np.array([68, 100, 127, 128], np.uint8), scales.shape, p=(0.2, 0.4, 0.39, 0.01))
     x, ids, weights = tokens_of(4), routing(4, "mixed"), weights_of(4)
-    experts = on_device(tile_experts(spread))
+    experts = on_device(to_hopper(spread))
     found = run(x, jnp.asarray(ids), weights, experts, backend="mosaic_gpu")
     assert relative_error(found, definition(x, ids, weights, spread)) < 1e-3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from pallas_kernels.expert_matmul import BACKENDS, PackedExperts, expert_ffn, tile_experts
+from pallas_kernels.expert_matmul import BACKENDS, PackedExperts, expert_ffn, to_hopper
 from pallas_kernels.expert_matmul.reference import DECODE_TOKENS
 from tests.kernels.expert_matmul.samples import (
     CASES,
@@ -24,7 +24,7 @@ from tests.kernels.expert_matmul.samples import (
 )
 
 PACKED = packed_experts()
-TILED = tile_experts(PACKED)
+HOPPER = to_hopper(PACKED)
 run = jax.jit(expert_ffn, static_argnames=("layer", "num_experts", "backend"))
 
 
@@ -42,7 +42,7 @@ def test_the_op_is_its_definition(tokens, case):
     assert found.dtype == jnp.float32
     if np.any(expected):
         assert relative_error(found, expected) < 1e-3
-    np.testing.assert_array_equal(found, run(x, ids, weights, on_device(TILED)))
+    np.testing.assert_array_equal(found, run(x, ids, weights, on_device(HOPPER)))
     elsewhere = (ids == EXPERTS).all(axis=1)
     assert not np.asarray(found)[elsewhere].any()
 
@@ -61,7 +61,7 @@ def test_slices_of_the_features_add_up():
     assert relative_error(total, definition(x, ids, weights, whole)) < 1e-6  # float32 sums in another order
 
 
-def test_layers_lie_behind_each_other():
+def test_layers_lie_one_after_the_other():
     """Stacks of several layers: `layer` selects, and nothing of the others is read."""
     experts = on_device(PACKED)
     per_layer = EXPERTS // 2
@@ -101,7 +101,7 @@ def test_ids_out_of_range_are_never_read():
         ({"backend": "cutlass"}, "'cutlass' is unknown; known: mosaic_gpu, triton, reference"),
     ],
 )
-def test_bad_input_is_named(changes, message):
+def test_bad_input_is_named(changes, message, unchecked):
     """Arguments that do not fit are an error that holds the value, before anything is compiled."""
     arguments = {"x_TD": tokens_of(2), "ids_TX": jnp.asarray(routing(2, "mixed")), "weights_TX": weights_of(2)}
     arguments |= {"experts": PACKED, **changes}

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mimo_jax.planning import compiled
-from mimo_jax.planning.machines import parse_target
+from pallas_kernels import topology
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.expert_matmul import PackedExperts
 from pallas_kernels.expert_matmul.shapes import PRO_TP8
+from pallas_kernels.hardware import GPUS
 from tests.kernels.triton_tools import needs_compiler, needs_torch, needs_triton, run_interpreted
 
 pytestmark = needs_triton
@@ -17,17 +17,17 @@ pytestmark = needs_triton
 
 @needs_torch
 def test_interpreted_kernels_agree():
-    """Decode and prefill blocks, all on one expert and some on none, within float32's rounding of the definition."""
+    """Decode and prefill groups, all on one expert and some on none, within float32's rounding of the definition."""
     run_interpreted("expert_matmul")
 
 
 @needs_compiler
-@pytest.mark.parametrize(("target", "capability"), [("1xh200", 80), ("1xh200", 90), ("1xb200", 100)])
-def test_it_compiles_for_each_generation(target, capability):
+@pytest.mark.parametrize(("gpu", "capability"), [("h200", 80), ("h200", 90), ("b200", 100)])
+def test_it_compiles_for_each_generation(gpu, capability):
     """Code of Ampere, Hopper and Blackwell for Pro at TP8, with no such GPU here; nothing copies a stack."""
     from pallas_kernels.expert_matmul import triton
 
-    sharding = SingleDeviceSharding(compiled.topology(parse_target(target))[0])
+    sharding = SingleDeviceSharding(topology.devices(GPUS[gpu], 1)[0])
     tokens, shape = 8, PRO_TP8
 
     def argument(dims, dtype):

@@ -22,10 +22,10 @@ def tokens_of(count: int, cols: int, dtype=jnp.bfloat16) -> jax.Array:
 
 
 def definition(x: jax.Array, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Products [T, G, N] in float64, every code times the scale of its block."""
+    """Products [T, J, O] in float64, every code times the scale of its block."""
     chunk, row, col = np.indices(codes.shape, sparse=True)
     weights = codes.astype(np.float64) * scales.astype(np.float64)[chunk, row // 128, col // 128]
-    return np.einsum("tk,gnk->tgn", np.asarray(x, np.float64), weights)
+    return np.einsum("ti,joi->tjo", np.asarray(x, np.float64), weights)
 
 
 def relative_error(found, expected: np.ndarray) -> float:

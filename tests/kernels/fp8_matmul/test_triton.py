@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mimo_jax.planning import compiled
-from mimo_jax.planning.machines import parse_target
+from pallas_kernels import topology
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.fp8_matmul import choose, fp8_matmul
 from pallas_kernels.fp8_matmul.shapes import DOWN, GATE, QKV
+from pallas_kernels.hardware import GPUS
 from tests.kernels.triton_tools import needs_compiler, needs_torch, needs_triton, run_interpreted
 
 pytestmark = needs_triton
@@ -22,10 +22,10 @@ def test_interpreted_kernels_agree():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("target", "capability"), [("1xh200", 90), ("1xb200", 100)])
-def test_it_compiles_for_each_generation(target, capability):
+@pytest.mark.parametrize(("gpu", "capability"), [("h200", 90), ("b200", 100)])
+def test_it_compiles_for_each_generation(gpu, capability):
     """Pro at TP8, decoding and prefill, with no such GPU here: nothing is written but the products."""
-    sharding = SingleDeviceSharding(compiled.topology(parse_target(target))[0])
+    sharding = SingleDeviceSharding(topology.devices(GPUS[gpu], 1)[0])
 
     def argument(dims, dtype):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)

@@ -1,0 +1,17 @@
+"""Reads a checkpoint directory of either kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mimo_jax.checkpoint.huggingface import Checkpoint, read_checkpoint
+from mimo_jax.weights.params import ShardingOf
+
+
+def read(directory: str | Path, sharding_of: ShardingOf | None = None) -> Checkpoint:
+    """A Hugging Face or an Orbax directory; `sharding_of` places arrays, see `huggingface.read_params`."""
+    if not (Path(directory) / "params").is_dir():
+        return read_checkpoint(directory, sharding_of)
+    from mimo_jax.checkpoint.orbax import read_orbax  # importing Orbax takes longer than reading a small model
+
+    return read_orbax(directory, sharding_of)

@@ -1,0 +1,60 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimo_jax.cli.distributed import join
+from mimo_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def need_matplotlib() -> None:
+    """Raises, before any work is done, where a plot could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plot: matplotlib is not installed; it comes with the extra: pip install -e '.[plots]'")
+
+
+def add_drafter_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `named_folders` reads: drafters to be measured."""
+    parser.add_argument(
+        "--drafter", action="append", default=[], help="[NAME=]dflash folder; repeat it (default: the checkpoint's)"
+    )
+    parser.add_argument("--chain", action="append", default=[], help="the same for drafters trained as a chain")
+
+
+def named_folders(specs: list[str]) -> dict[str, Path]:
+    """Folders given as NAME=FOLDER, or as FOLDER, which then is its own name."""
+    return {name or folder: Path(folder) for name, _, folder in (spec.rpartition("=") for spec in specs)}
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `mesh_of` reads."""
+    group = parser.add_argument_group("devices and machines")
+    group.add_argument("--data-parallel", type=int, default=1, help="copies of the model, which share the batch")
+    group.add_argument("--expert-parallel", type=int, default=1, help="groups that experts are distributed over")
+    group.add_argument(
+        "--tensor-parallel", type=int, default=1, help="devices that share every matrix; the whole is the product"
+    )
+    group.add_argument("--distributed", action="store_true", help="find the processes of Slurm, MPI or Kubernetes")
+    group.add_argument("--coordinator", help="host:port of process 0, where nothing can be found")
+    group.add_argument("--num-processes", type=int)
+    group.add_argument("--process-id", type=int)
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """Joins the other processes, if there are any, and makes the mesh; None for one device."""
+    by_hand = (args.coordinator, args.num_processes, args.process_id)
+    if any(value is not None for value in by_hand) and None in by_hand:
+        raise UserError("distributed: --coordinator, --num-processes and --process-id belong together")
+    from mimo_jax.sharding import MeshShape, make_mesh
+
+    shape = MeshShape(args.data_parallel, args.expert_parallel, args.tensor_parallel)
+    if args.distributed or args.coordinator:
+        join(*by_hand)
+    return make_mesh(shape) if shape.devices > 1 else None

@@ -1,0 +1,344 @@
+"""The published `config.json` of a model, and of a drafter, to and from our configs: one schema each, one reader.
+
+A key with a dot lies in a table of that name. Whatever the schema does not allow is an error in the words of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from mimo_jax.config.drafter import DrafterConfig
+from mimo_jax.config.model import FileFormat, ModelConfig
+from mimo_jax.errors import UserError
+
+_ABSENT = object()
+_MAX_VALUE_TEXT = 1000  # characters of a value that an error quotes, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """What a `config.json` may say.
+
+    `required` lists keys whose other values would need mathematics this package does not have (None: may be null);
+    `equal` pairs keys that must agree where both are given; `own` are keys that published files lack, with the value
+    at which they are not written.
+    """
+
+    name: str  # that errors of the config class begin with
+    keys: dict[str, str]  # key -> field; needed unless optional
+    optional: frozenset[str]
+    required: dict[str, tuple[Any, ...]]
+    equal: dict[str, str]
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def find(self, values: dict[str, Any], where: str) -> dict[str, Any]:
+        """Field -> value, of keys that are given and not null."""
+        found = {key: _lookup(values, key, where) for key in (*self.keys, *self.required, *self.equal)}
+        for key, allowed in self.required.items():
+            if found[key] is not _ABSENT and found[key] not in allowed:
+                raise UserError(f"{where}: {key}={found[key]!r} is not supported; expected {allowed[0]!r}")
+        given = {key: value for key, value in found.items() if value is not None and value is not _ABSENT}
+        if missing := [key for key in self.keys if key not in given and key not in self.optional]:
+            raise UserError(f"{where}: missing {', '.join(missing)}")
+        for key, other in self.equal.items():
+            if key in given and given[key] != given.get(other):
+                raise UserError(f"{where}: {key}={given[key]!r} must equal {other}={given.get(other)!r}")
+        return {field: given[key] for key, field in self.keys.items() if key in given}
+
+    def in_words_of_the_file(self, error: Exception, where: str) -> UserError:
+        """An error about a field, naming its key."""
+        key_of = {field: key for key, field in self.keys.items()}
+        words = re.sub(r"\w+", lambda word: key_of.get(word[0], word[0]), str(error))
+        return UserError(f"{where}: {words.removeprefix(f'{self.name}: ')}")
+
+    def fill(self, config: Any) -> dict[str, Any]:
+        """Key -> value of a config, tables as tables, tuples as lists."""
+        values: dict[str, Any] = {}
+        for key, field in self.keys.items():
+            value = getattr(config, field)
+            if key in self.own and value == self.own[key]:
+                continue
+            table, _, name = key.rpartition(".")
+            place = values.setdefault(table, {}) if table else values
+            place[name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+
+def _lookup(values: dict[str, Any], key: str, where: str) -> Any:
+    table, _, name = key.rpartition(".")
+    value = (values[table] if table else values).get(name, _ABSENT)
+    try:
+        is_short = value is _ABSENT or len(repr(value)) <= _MAX_VALUE_TEXT
+    except (ValueError, RecursionError):
+        is_short = False
+    if not is_short:
+        raise UserError(f"{where}: {key} takes more than {_MAX_VALUE_TEXT} characters; no such value is sensible")
+    return value
+
+
+MODEL = Schema(
+    name="config",
+    keys={
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "hybrid_layer_pattern": "layer_pattern",
+        "moe_layer_freq": "moe_pattern",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "swa_num_key_value_heads": "sliding_num_kv_heads",
+        "head_dim": "head_dim",
+        "v_head_dim": "v_head_dim",
+        "intermediate_size": "intermediate_size",
+        "moe_intermediate_size": "moe_intermediate_size",
+        "n_routed_experts": "num_experts",
+        "num_experts_per_tok": "experts_per_token",
+        "rope_theta": "rope_theta",
+        "swa_rope_theta": "sliding_rope_theta",
+        "sliding_window": "sliding_window",
+        "partial_rotary_factor": "partial_rotary_factor",
+        "attention_value_scale": "value_scale",
+        "add_swa_attention_sink_bias": "sink_on_sliding",
+        "add_full_attention_sink_bias": "sink_on_global",
+        "layernorm_epsilon": "norm_eps",
+        "max_position_embeddings": "max_position",
+        "num_nextn_predict_layers": "mtp_layers",
+        "initializer_range": "init_range",
+        "bos_token_id": "bos_token_id",
+        "eos_token_id": "eos_token_id",
+        "pad_token_id": "pad_token_id",
+    },
+    optional=frozenset(
+        {
+            "num_nextn_predict_layers",
+            "initializer_range",
+            "partial_rotary_factor",
+            "add_swa_attention_sink_bias",
+            "add_full_attention_sink_bias",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "max_position_embeddings",
+        }
+    ),
+    required={
+        "model_type": ("mimo_v2", "mimo_v2_flash"),
+        "hidden_act": ("silu",),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True,),
+        "n_group": (1, None),
+        "topk_group": (1, None),
+        "n_shared_experts": (None, 0),
+        "routed_scaling_factor": (None, 1, 1.0),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (False,),
+        "rope_scaling": (None,),
+    },
+    equal={
+        "swa_num_attention_heads": "num_attention_heads",
+        "swa_head_dim": "head_dim",
+        "swa_v_head_dim": "v_head_dim",
+        "sliding_window_size": "sliding_window",
+    },
+)
+
+_NESTED = "dflash_config"
+DRAFTER = Schema(
+    name="drafter",
+    keys={
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "head_dim": "head_dim",
+        "partial_rotary_factor": "partial_rotary_factor",
+        "block_size": "block_size",
+        "num_target_layers": "num_target_layers",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_position",
+        "rope_theta": "rope_theta",
+        "rms_norm_eps": "norm_eps",
+        "initializer_range": "init_range",
+        "dflash_config.target_layer_ids": "target_layer_ids",
+        "dflash_config.mask_token_id": "mask_token_id",
+        "dflash_config.swa_window_size": "window",
+        "dflash_config.backbone_rotary_base": "backbone_rotary_base",
+        "dflash_config.attention_value_scale": "value_scale",
+        "dflash_config.attention_sink_bias": "has_sink",
+        "dflash_config.rotary_base": "rotary_base",
+        "dflash_config.bias_rank": "bias_rank",
+        "dflash_config.lookup": "lookup",
+        "dflash_config.acceptance_length": "acceptance_length",
+    },
+    optional=frozenset(
+        {
+            "max_position_embeddings",
+            "initializer_range",
+            "dflash_config.backbone_rotary_base",
+            "dflash_config.rotary_base",
+            "dflash_config.bias_rank",
+            "dflash_config.lookup",
+            "dflash_config.acceptance_length",
+        }
+    ),
+    required={
+        "model_type": ("qwen3", None),
+        "hidden_act": ("silu", None),
+        "attention_bias": (False, None),
+        "tie_word_embeddings": (False, None),
+        "rope_scaling": (None,),
+        "is_causal": (False, None),
+        "dflash_config.use_swa": (True,),
+    },
+    equal={
+        "v_head_dim": "head_dim",
+        "target_hidden_size": "hidden_size",
+        "sliding_window": "dflash_config.swa_window_size",
+        "add_swa_attention_sink_bias": "dflash_config.attention_sink_bias",
+    },
+    own={
+        "dflash_config.backbone_rotary_base": None,
+        "dflash_config.rotary_base": "drafter",
+        "dflash_config.bias_rank": 0,
+        "dflash_config.lookup": 0,
+        "dflash_config.acceptance_length": None,
+    },
+)
+
+
+# attention_projection_layout -> `ModelConfig.fused_qkv`
+_PROJECTIONS = {"fused_qkv": True, "split": False}
+
+
+def from_hf(values: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, FileFormat]:
+    """A model's config, and how its files store weights; the dtype of plain ones is only seen in the files."""
+    fields = MODEL.find(values, where)
+    for key in ("hybrid_layer_pattern", "moe_layer_freq"):
+        if not isinstance(values[key], list):
+            raise UserError(f"{where}: {key}={values[key]!r} must be a list with one entry per layer")
+        fields[MODEL.keys[key]] = tuple(values[key])
+    if isinstance(fields.get("eos_token_id"), list) and fields["eos_token_id"]:
+        fields["eos_token_id"] = fields["eos_token_id"][0]
+    layers = values.get("num_hidden_layers", len(fields["layer_pattern"]))
+    if layers != len(fields["layer_pattern"]):
+        raise UserError(
+            f"{where}: num_hidden_layers={layers} but hybrid_layer_pattern has {len(fields['layer_pattern'])} entries"
+        )
+    fields["architecture"] = _architecture(values, where)
+    fields["fused_qkv"] = _is_fused(values, where)
+    file_format = FileFormat(_format_name(values.get("quantization_config"), where))
+    try:
+        config = ModelConfig(**fields)
+        file_format.check_fits(config)
+        return config, file_format
+    except UserError as error:
+        raise MODEL.in_words_of_the_file(error, where) from None
+    except TypeError as error:
+        raise UserError(f"{where}: a value has the wrong type ({error})") from None
+
+
+def _architecture(values: dict[str, Any], where: str) -> str:
+    architectures = values.get("architectures") or ["MiMoV2ForCausalLM"]
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: architectures={architectures!r} must be a list with one name")
+    return architectures[0]
+
+
+def _is_fused(values: dict[str, Any], where: str) -> bool:
+    default = "split" if values.get("model_type") == "mimo_v2_flash" else "fused_qkv"
+    layout = values.get("attention_projection_layout") or default
+    if layout not in _PROJECTIONS:
+        expected = ", ".join(_PROJECTIONS)
+        raise UserError(f"{where}: attention_projection_layout={layout!r} must be one of {expected}")
+    return _PROJECTIONS[layout]
+
+
+def _format_name(quantization: dict[str, Any] | None, where: str) -> str:
+    if quantization is None:
+        return "dense"
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        raise UserError(f"{where}: quantization_config must have quant_method 'fp8', found {quantization!r}")
+    if quantization.get("weight_block_size") != [128, 128]:
+        raise UserError(
+            f"{where}: quantization_config.weight_block_size must be [128, 128], "
+            f"found {quantization.get('weight_block_size')!r}"
+        )
+    store = quantization.get("store_dtype", "fp8")
+    if store not in ("fp8", "mxfp4"):
+        raise UserError(f"{where}: quantization_config.store_dtype={store!r} must be 'fp8' or 'mxfp4'")
+    return store
+
+
+def to_hf(config: ModelConfig, file_format: FileFormat) -> dict[str, Any]:
+    """The `config.json` of a model, with the keys that the published files carry."""
+    values = MODEL.fill(config) | {
+        "architectures": [config.architecture],
+        "model_type": "mimo_v2_flash" if config.architecture == "MiMoV2FlashForCausalLM" else "mimo_v2",
+        "attention_projection_layout": "fused_qkv" if config.fused_qkv else "split",
+        "num_hidden_layers": config.num_layers,
+        "swa_num_attention_heads": config.num_heads,
+        "swa_head_dim": config.head_dim,
+        "swa_v_head_dim": config.v_head_dim,
+        "sliding_window_size": config.sliding_window,
+        "attention_chunk_size": config.sliding_window,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": None,
+        "routed_scaling_factor": None,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "tie_word_embeddings": False,
+        "torch_dtype": file_format.dtype,
+    }
+    if file_format.of("linear") == "fp8":
+        values["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "store_dtype": file_format.name,
+            "ignored_layers": [f"model.layers.{layer}.self_attn.o_proj" for layer in range(config.num_layers)]
+            + ["model.decoder.self_attn.o_proj"],
+        }
+    return values
+
+
+def drafter_from_hf(values: dict[str, Any], where: str = "config.json") -> DrafterConfig:
+    """A drafter's config."""
+    if not isinstance(values.get(_NESTED), dict):
+        raise UserError(f"{where}: {_NESTED} must be a table; without it this is not the config of a DFlash drafter")
+    if "use_swa" not in values[_NESTED]:
+        raise UserError(f"{where}: {_NESTED}.use_swa=None is not supported; expected True")
+    fields = DRAFTER.find(values, where)
+    for field, kind, word in (("target_layer_ids", list, "list"), ("rotary_base", str, "string")):
+        if not isinstance(fields.get(field, kind()), kind):
+            raise UserError(f"{where}: {_NESTED}.{field}={fields[field]!r} must be a {word}")
+    try:
+        return DrafterConfig(**fields | {"target_layer_ids": tuple(fields["target_layer_ids"])})
+    except UserError as error:
+        raise DRAFTER.in_words_of_the_file(error, where) from None
+
+
+def drafter_to_hf(config: DrafterConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a drafter whose weights are stored as `dtype`, with the published keys."""
+    values = DRAFTER.fill(config)
+    nested = {"use_swa": True, **values.pop(_NESTED)}
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "v_head_dim": config.head_dim,
+        "sliding_window": config.window,
+        "torch_dtype": dtype,
+        **values,
+        _NESTED: nested,
+    }

@@ -1,0 +1,245 @@
+"""Decoding on device: prefill in bucketed chunks, then one jitted while_loop over a donated state.
+
+A round of the loop is draft -> verify -> commit, by a step (`decode.step`) and a drafter (`decode.drafter`). Plain
+decoding is the same loop with a drafter that proposes nothing; streaming is the same loop with a small budget of rounds
+per visit of the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mimo_jax.config.model import MAX_BLOCK
+from mimo_jax.decode.drafter import PLAIN, DraftContext, Drafter, ReadTokens, Weights
+from mimo_jax.decode.sampling import Strategy, draw
+from mimo_jax.decode.step import FlaxStep
+from mimo_jax.decode.verify import verify
+from mimo_jax.modeling.cache import Cache, init_cache
+from mimo_jax.sharding import place, using
+
+PREFILL_BUCKETS = (16, 64, 256)
+CAPACITY_BUCKETS = tuple(2**power for power in range(8, 21))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What runs a round: the step, the drafter, and the rule that verifies sampled drafts."""
+
+    step: FlaxStep
+    drafter: Drafter = PLAIN
+    rule: str = "block"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """What speculation did for each row: rounds, and per draft position how often it was put to the test and accepted.
+
+    Position m is tested in rounds that accepted every one before it. Tokens beyond a row's end count nowhere.
+    """
+
+    rounds: Int[Array, "B"]
+    tested: Int[Array, "B M"]
+    accepted: Int[Array, "B M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What the loop carries. `last` is committed but not yet in the cache; `output` holds the generated tokens."""
+
+    cache: Cache
+    draft_cache: Any
+    last: Int[Array, "B"]
+    output: Int[Array, "B S"]
+    counts: Int[Array, "B"]
+    limits: Int[Array, "B"]
+    is_done: Bool[Array, "B"]
+    keys: Array
+    counters: Counters
+
+
+def capacity_for(tokens: int) -> int:
+    """Cache rows for `tokens` tokens: the smallest bucket that also holds one block beyond them."""
+    return next((size for size in CAPACITY_BUCKETS if size >= tokens + MAX_BLOCK), tokens + MAX_BLOCK)
+
+
+def prefill_chunks(length: int) -> list[tuple[int, int]]:
+    """(start, size) of the chunks that cover `length` tokens; every size is a bucket, the last chunk is padded."""
+    chunks, start = [], 0
+    while start < length:
+        rest = min(length - start, PREFILL_BUCKETS[-1])
+        chunks.append((start, next(size for size in PREFILL_BUCKETS if size >= rest)))
+        start += chunks[-1][1]
+    return chunks
+
+
+@partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "draft_cache", "logits_BC"))
+def _prefill_chunk(decoder, weights, tokens_BT, counts_B, cache, draft_cache, logits_BC):
+    """Runs one chunk; rows that end in it get their next-token logits."""
+    before_B = cache.lengths
+    new_B1C, features, cache = decoder.step(weights.target, tokens_BT, cache, counts_B, "last")
+    draft_cache = decoder.drafter.update_cache(
+        weights, draft_cache, ReadTokens(tokens_BT, features, before_B, counts_B)
+    )
+    return cache, draft_cache, jnp.where((counts_B > 0)[:, None], new_B1C[:, 0], logits_BC)
+
+
+def prefill(
+    decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int
+) -> tuple[Cache, Any, Float[Array, "B C"]]:
+    """Fills fresh caches with the prompts (token ids, none empty); the logits follow each prompt's last token."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    config = decoder.step.config
+    cache = place(init_cache(config, len(prompts), capacity), decoder.step.mesh)
+    draft_cache = place(decoder.drafter.init_cache(len(prompts), capacity), decoder.step.mesh)
+    logits_BC = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    for start, size in prefill_chunks(int(lengths.max())):
+        tokens = np.zeros((len(prompts), size), np.int32)
+        for row, prompt in enumerate(prompts):
+            piece = prompt[start : start + size]
+            tokens[row, : len(piece)] = piece
+        counts = np.clip(lengths - start, 0, size).astype(np.int32)
+        cache, draft_cache, logits_BC = _prefill_chunk(decoder, weights, tokens, counts, cache, draft_cache, logits_BC)
+    return cache, draft_cache, logits_BC
+
+
+@partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "draft_cache"))
+def start(
+    decoder: Decoder,
+    cache: Cache,
+    draft_cache: Any,
+    logits_BC: Float[Array, "B C"],
+    limits_B: Int[Array, "B"],
+    keys_B: Array,
+    stops: Int[Array, "stops"],
+    strategy: Strategy,
+) -> State:
+    """The state after the first token, drawn from the prefill's logits."""
+    batch, capacity = limits_B.shape[0], max(layer.keys.shape[2] for layer in cache.layers)
+    zeros_B, zeros_BM = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, decoder.drafter.block_size - 1), jnp.int32)
+    state = State(
+        cache=cache,
+        draft_cache=draft_cache,
+        last=zeros_B,
+        output=jnp.zeros((batch, capacity), jnp.int32),
+        counts=zeros_B,
+        limits=limits_B,
+        is_done=limits_B <= 0,
+        keys=keys_B,
+        counters=Counters(zeros_B, zeros_BM, zeros_BM),
+    )
+    first_B = draw(strategy, logits_BC, _round_keys(state))
+    state, _ = _emit(state, first_B[:, None], jnp.ones_like(zeros_B), stops)
+    return state
+
+
+def _round_keys(state: State) -> Array:
+    """Randomness of a round depends on the row's key and position only, never on its batch mates."""
+    return jax.vmap(jax.random.fold_in)(state.keys, state.counts)
+
+
+def _emit(state: State, tokens_BN: Array, offered_B: Array, stops: Array) -> tuple[State, Array]:
+    """Appends the first `offered_B` tokens of every unfinished row, as far as its limit and its first stop.
+
+    Returns how many were appended, too; of finished rows none are.
+    """
+    batch, size = tokens_BN.shape
+    row_N = jnp.arange(size)
+    is_stop_BN = jnp.any(tokens_BN[..., None] == stops, axis=-1)
+    to_stop_B = jnp.min(jnp.where(is_stop_BN, row_N + 1, size), axis=-1)
+    kept_B = jnp.minimum(jnp.minimum(offered_B, to_stop_B), state.limits - state.counts)
+    kept_B = jnp.where(state.is_done, 0, kept_B)
+    is_kept_BN = row_N < kept_B[:, None]
+    column_BN = jnp.where(is_kept_BN, state.counts[:, None] + row_N, state.output.shape[1])  # else nowhere
+    newest_B = jnp.take_along_axis(tokens_BN, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0]
+    counts_B = state.counts + kept_B
+    stopped_B = jnp.any(is_stop_BN & is_kept_BN, axis=-1)
+    emitted = dataclasses.replace(
+        state,
+        last=jnp.where(state.is_done, state.last, newest_B),
+        output=state.output.at[jnp.arange(batch)[:, None], column_BN].set(tokens_BN, mode="drop"),
+        counts=counts_B,
+        is_done=state.is_done | stopped_B | (counts_B >= state.limits),
+    )
+    return emitted, kept_B
+
+
+def _round(decoder: Decoder, weights: Weights, state: State, stops: Array, strategy: Strategy) -> State:
+    """One round of every unfinished row: draft, verify in one pass of the target, commit what was accepted."""
+    drafter, keys_B, before_B = decoder.drafter, _round_keys(state), state.cache.lengths
+    with using(decoder.step.mesh):
+        draft = drafter.propose(DraftContext(weights, state.draft_cache, state.last, before_B, strategy, keys_B))
+    tokens_BN = jnp.concatenate([state.last[:, None], draft.tokens], axis=1)
+    read_B = jnp.where(state.is_done, 0, tokens_BN.shape[1])
+    logits_BNC, features, cache = decoder.step(weights.target, tokens_BN, state.cache, read_B)
+    accepted_B, next_B = verify(strategy, decoder.rule, logits_BNC, draft.tokens, draft.probabilities, keys_B)
+
+    row_N = jnp.arange(tokens_BN.shape[1])
+    padded_BN = jnp.concatenate([draft.tokens, next_B[:, None]], axis=1)
+    offered_BN = jnp.where(row_N < accepted_B[:, None], padded_BN, next_B[:, None])
+    emitted, kept_B = _emit(state, offered_BN, accepted_B + 1, stops)
+    # The anchor and the accepted drafts have been read; the newest token has not. The rest of the block is taken back.
+    read = ReadTokens(tokens_BN, features, before_B, kept_B)
+    draft_cache = drafter.update_cache(weights, state.draft_cache, read)
+    return dataclasses.replace(
+        emitted,
+        cache=dataclasses.replace(cache, lengths=before_B + kept_B),
+        draft_cache=draft_cache,
+        counters=_count(state.counters, accepted_B, kept_B),
+    )
+
+
+def _count(counters: Counters, accepted_B: Array, kept_B: Array) -> Counters:
+    draft_M = jnp.arange(counters.tested.shape[1])
+    tested_BM = draft_M < kept_B[:, None]
+    return Counters(
+        rounds=counters.rounds + (kept_B > 0),
+        tested=counters.tested + tested_BM,
+        accepted=counters.accepted + (tested_BM & (draft_M < accepted_B[:, None])),
+    )
+
+
+@partial(jax.jit, static_argnames="decoder", donate_argnames="state")
+def decode(
+    decoder: Decoder,
+    weights: Weights,
+    state: State,
+    stops: Int[Array, "stops"],
+    strategy: Strategy,
+    budget: Int[Array, ""],
+) -> State:
+    """Up to `budget` rounds; ends early when every row is done. `state` is donated."""
+
+    def unfinished(carry: tuple[Array, State]) -> Array:
+        rounds, state = carry
+        return (rounds < budget) & ~jnp.all(state.is_done)
+
+    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
+        rounds, state = carry
+        return rounds + 1, _round(decoder, weights, state, stops, strategy)
+
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def row_keys(seeds: list[int]) -> Array:
+    """One PRNG key per row."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def tokens_of(state: State) -> list[list[int]]:
+    """The tokens generated so far, per row."""
+    output, counts = jax.device_get((state.output, state.counts))
+    return [row[:count].tolist() for row, count in zip(output, counts)]
+
+
+def as_stops(ids: Any) -> Int[Array, "stops"]:
+    """Stop ids as an array that is never empty (-1 matches no token)."""
+    return jnp.asarray([*ids, -1], jnp.int32)

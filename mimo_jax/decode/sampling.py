@@ -1,0 +1,132 @@
+"""Sampling strategies: tiny frozen objects. What is switched on decides the program, the numbers do not recompile it.
+
+Filters apply in the order temperature, top-k, top-p, min-p. Each keeps every token at least as likely as its
+threshold token, so that equal probabilities are never told apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """Always the most likely token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Samples at `temperature` from what the filters keep; a filter that is None is off."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, lambda t: 0 < t < math.inf, "a finite number above 0")
+        _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 1, "a whole number from 1")
+        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "in (0, 1]")
+        _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
+
+
+Strategy = Greedy | Sampled
+
+
+def strategy_of(values: dict[str, Any], where: str) -> Strategy:
+    """What a `generation_config.json` says: greedy unless it samples, by `do_sample` or by naming a number.
+
+    A temperature of 0 is greedy; filters that filter nothing (top_k 0 or -1, top_p 1, min_p 0) are off.
+    """
+    given = {name: values[name] for name in _OFF if values.get(name) is not None}
+    if values.get("do_sample") is False or given.get("temperature") == 0 or not (values.get("do_sample") or given):
+        return Greedy()
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{where}: {name}={value!r} must be a number")
+    try:
+        return Sampled(**{name: value for name, value in given.items() if value not in _OFF[name]})
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('sampling: ')}") from None
+
+
+_OFF: dict[str, tuple[float, ...]] = {"temperature": (), "top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
+
+
+def _require(name: str, value, rule, expected: str) -> None:
+    if isinstance(value, (bool, str)):
+        raise UserError(f"sampling: {name}={value!r} must be {expected}")
+    if isinstance(value, (int, float)) and not rule(value):  # inside jit the fields are tracers, checked before
+        raise UserError(f"sampling: {name}={value} must be {expected}")
+
+
+def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """The distribution `strategy` draws the next token from, in float32."""
+    if isinstance(strategy, Greedy):
+        return jax.nn.one_hot(most_likely(logits), logits.shape[-1])
+    p = jax.nn.softmax(logits.astype(jnp.float32) / strategy.temperature, axis=-1)
+    # Every threshold is one of the values of `p` itself, so that no rounding tells equal probabilities apart.
+    threshold = jnp.zeros_like(p[..., :1])
+    if strategy.top_k is not None:
+        threshold = _least_kept(p, jnp.ones_like(p), strategy.top_k)
+    if strategy.top_p is not None:
+        candidates = jnp.where(p >= threshold, p, 0.0)
+        total = jnp.sum(candidates, axis=-1, keepdims=True)
+        threshold = jnp.maximum(threshold, _least_kept(p, candidates, strategy.top_p * total))
+    if strategy.min_p is not None:
+        threshold = jnp.maximum(threshold, strategy.min_p * jnp.max(p, axis=-1, keepdims=True))
+    kept = jnp.where(p >= threshold, p, 0.0)
+    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+
+
+def _least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: Array | int) -> Float[Array, "*B 1"]:
+    """The largest entry t of `p` for which the `weights` of all entries from t on sum up to `wanted`; 0 if none does.
+
+    The bits of floats from 0 to 1 are in their order, so t is found five bits at a time. To sort instead would bring a
+    vocabulary together that devices share, and takes five times as long on CPU.
+    """
+    bits = jax.lax.bitcast_convert_type(p, jnp.int32)
+    found = jnp.zeros_like(bits[..., :1])
+    for shift in range(25, -1, -5):
+        tried = found + (jnp.arange(1, 32) << shift)
+        is_kept = bits[..., None, :] >= tried[..., None]
+        sums = jnp.sum(jnp.where(is_kept, weights[..., None, :], 0.0), axis=-1)
+        found += jnp.sum(sums >= wanted, axis=-1, keepdims=True) << shift
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def most_likely(logits: Float[Array, "*B C"]) -> Int[Array, "*B"]:
+    """The first of the largest entries. On CPU XLA's `argmax` goes entry by entry, ten times as slow (docs/LOG.md)."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(logits == top, ids, logits.shape[-1] - 1), axis=-1)
+
+
+def draw(strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array) -> Int[Array, "B"]:
+    """One token per row; row b uses only `keys_B[b]`, so a row never depends on its batch mates."""
+    return draw_with_distribution(strategy, logits_BC, keys_B)[0]
+
+
+def draw_with_distribution(
+    strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array
+) -> tuple[Int[Array, "B"], Float[Array, "B C"] | None]:
+    """`draw`'s tokens and the distributions they were drawn from; the most likely token is not drawn (None)."""
+    if isinstance(strategy, Greedy):
+        return most_likely(logits_BC), None
+    p_BC = probabilities(strategy, logits_BC)
+    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BC)).astype(jnp.int32), p_BC
+
+
+def strategy_at(temperature: float) -> Strategy:
+    """Unfiltered sampling at a temperature; at 0, the most likely token."""
+    return Sampled(temperature) if temperature else Greedy()

@@ -1,0 +1,109 @@
+"""Measures speed. What is compared runs interleaved in one process: timings on shared machines are noisy."""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mimo_jax.decode.sampling import Greedy, Strategy
+from mimo_jax.evaluation.references import build_reference, load_weights
+from mimo_jax.generation import generate
+from mimo_jax.loading import Model, load, load_dense
+
+Record = dict[str, Any]
+
+
+def decode_runs(directory: Path, prompt: str, count: int, with_transformers: bool) -> dict[str, Callable[[], Any]]:
+    """Greedy decoding of `count` tokens, by name: the layout for one CPU, packed weights, transformers."""
+    model, packed = (load(directory, layout=layout, draft=False) for layout in ("xla_cpu", "packed"))
+    ids = model.tokenizer.encode(prompt)
+    runs: dict[str, Callable[[], Any]] = {
+        "xla_cpu": lambda: generate(model, ids, Greedy(), max_tokens=count),
+        "packed": lambda: generate(packed, ids, Greedy(), max_tokens=count),
+    }
+    return runs | ({"transformers": transformers_run(directory, ids, count)} if with_transformers else {})
+
+
+def transformers_run(directory: Path, prompt: list[int], count: int) -> Callable[[], Any]:
+    """Greedy decoding of the same weights by transformers, with its cache."""
+    import torch
+
+    torch.set_grad_enabled(False)
+    model = load_dense(directory)
+    reference = build_reference(model.config)
+    load_weights(reference, model.config, model.params)
+    tokens = torch.tensor([prompt])
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    return lambda: reference.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Milliseconds per token of each run: the median of `repeats`, and the range."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # compiles
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append((time.perf_counter() - started) / tokens)
+    return {
+        name: {
+            "ms_per_token": 1e3 * statistics.median(values),
+            "lowest": 1e3 * min(values),
+            "highest": 1e3 * max(values),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def speculation(models: dict[str, Model], prompts: list[list[int]], strategy: Strategy, **fields: Any) -> Record:
+    """Per model: tokens per second, a round in units of a plain one, and the speed-up over `models["plain"]`.
+
+    The speed-up has the half-width of its 95 % interval over prompts. The first prompt compiles and does not count;
+    `fields` are those of a `Request`.
+    """
+    timings: dict[str, list] = {name: [] for name in models}
+    for number, prompt in enumerate(prompts):
+        for name, model in models.items():
+            result = generate(model, prompt, strategy, **fields)
+            if number:
+                counted = result.acceptance
+                timings[name].append((result.timing.decode_seconds, counted.tokens, counted.rounds))
+    totals = {name: np.array(rows, float) for name, rows in timings.items()}
+    return {name: _speedup(rows, totals["plain"]) for name, rows in totals.items()}
+
+
+def _speedup(rows: np.ndarray, plain: np.ndarray) -> dict[str, float]:
+    """Of (seconds, tokens, rounds) per prompt, beside those of plain decoding."""
+    seconds, tokens, rounds = rows.sum(axis=0)
+    ratios = (rows[:, 1] / rows[:, 0]) / (plain[:, 1] / plain[:, 0])
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_round": tokens / rounds,
+        "round_over_one_token": seconds / rounds / (plain[:, 0].sum() / plain[:, 2].sum()),
+        "speedup": (tokens / seconds) / (plain[:, 1].sum() / plain[:, 0].sum()),
+        "speedup_half_width": 1.96 * float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5,
+    }
+
+
+def profile(model: Model, prompt: str, count: int, trace: Path, rows: int = 20) -> dict[str, float]:
+    """Microseconds per token of the slowest operations of greedy decoding; the trace stays in its folder."""
+    generate(model, prompt, Greedy(), max_tokens=count)
+    with jax.profiler.trace(str(trace)):
+        generate(model, prompt, Greedy(), max_tokens=count)
+    (newest, *_) = sorted(trace.rglob("*.trace.json.gz"), reverse=True)
+    total: collections.Counter = collections.Counter()
+    for event in json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"]:
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
+            total[event["name"].split(".")[0]] += event["dur"]
+    return {name: micros / count for name, micros in total.most_common(rows)}

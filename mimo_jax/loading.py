@@ -1,0 +1,125 @@
+"""`load`: a checkpoint directory of either kind becomes a model that is ready to generate."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mimo_jax import layouts
+from mimo_jax.checkpoint.files.tensorfile import load_json, read_bytes
+from mimo_jax.checkpoint.huggingface import read_hf_config
+from mimo_jax.checkpoint.read import read
+from mimo_jax.config.drafter import DrafterConfig
+from mimo_jax.config.model import MASTERS, ModelConfig
+from mimo_jax.decode.drafter import PLAIN, Drafter, Weights
+from mimo_jax.decode.loop import Decoder
+from mimo_jax.decode.sampling import Greedy, Strategy, strategy_of
+from mimo_jax.decode.step import FlaxStep
+from mimo_jax.drafters.dflash import DFlashDrafter
+from mimo_jax.errors import UserError
+from mimo_jax.sharding import check_fits, parameter_sharding, place
+from mimo_jax.tokenizer import Tokenizer
+from mimo_jax.weights import Params
+
+_MAX_JSON_BYTES = 4_000_000
+GENERATION_CONFIG = "generation_config.json"
+BUNDLED = Path(__file__).parent / "assets" / "mimo-tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Parameters with what is needed to use them: `decoder` runs `weights`; `stop_ids` end a text."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...] = ()
+    strategy: Strategy = Greedy()  # where a request names none
+    layout: str = "dense"  # of `layouts.LAYOUTS`, that `params` are in
+    drafter: Drafter = PLAIN
+    draft_params: Params = dataclasses.field(default_factory=dict)
+    rule: str = "block"  # that verifies sampled drafts, see `decode.verify.RULES`
+    mesh: Mesh | None = None  # that `params` lie on; None: one device
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(FlaxStep(self.config, self.drafter.aux_layers, self.mesh), self.drafter, self.rule)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.params, self.draft_params)
+
+
+def load(
+    directory: str | Path = BUNDLED,
+    layout: str | None = None,
+    draft: bool = True,
+    mesh: Mesh | None = None,
+    backend: str | None = None,
+    generation_config: bool = True,
+) -> Model:
+    """Reads a Hugging Face or an Orbax checkpoint directory.
+
+    `layout` names what the device holds (`layouts.LAYOUTS`); by default the device decides, and weights stay packed
+    except on one CPU. `draft` decides whether the drafter in the folder `dflash/`, if there is one, speeds up decoding;
+    it never changes the distribution of what is generated. On a `mesh` (`sharding.make_mesh`) every device gets its own
+    part of the weights. `backend` names what multiplies packed experts (`pallas_kernels.expert_matmul.BACKENDS`); by
+    default that is the fastest that the device runs. What the checkpoint's `generation_config.json` says of sampling is
+    the model's default strategy; without `generation_config` that is greedy.
+    """
+    from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    if mesh is not None:
+        check_fits(*read_hf_config(directory), mesh)
+    found = read(directory, partial(parameter_sharding, mesh=mesh) if mesh is not None else None)
+    name, config, params = layouts.for_device(found.config, found.params, mesh, layout, backend, consume=True)
+    values = _generation_config(directory)
+    strategy = strategy_of(values, f"{directory / GENERATION_CONFIG}") if generation_config else Greedy()
+    model = Model(config, params, tokenizer, _stop_ids(values, config, directory), strategy, name, mesh=mesh)
+    return with_drafter(model, directory / FOLDER) if draft and has_drafter(directory) else model
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    path = directory / GENERATION_CONFIG
+    return load_json(read_bytes(path, _MAX_JSON_BYTES), str(path)) if path.exists() else {}
+
+
+def _stop_ids(values: dict[str, Any], config: ModelConfig, directory: Path) -> tuple[int, ...]:
+    found = values.get("eos_token_id", config.eos_token_id)
+    stop_ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and 0 <= token < config.vocab_size for token in stop_ids):
+        raise UserError(f"{directory}: eos_token_id={stop_ids} must be token ids below {config.vocab_size}")
+    return tuple(stop_ids)
+
+
+def load_drafter(target: ModelConfig, directory: Path, layout: str = "dense") -> tuple[DrafterConfig, Params]:
+    """The drafter of a `dflash/` folder, which must fit the target, in the target's dtype and layout."""
+    from mimo_jax.checkpoint.dflash import read_drafter
+
+    config, params = read_drafter(directory)
+    config.check_fits(target)
+    params = layouts.drafter_for_device(layout, params, target.dtype)
+    return dataclasses.replace(config, dtype=target.dtype), params
+
+
+def with_drafter(model: Model, directory: Path, kind: type[DFlashDrafter] = DFlashDrafter) -> Model:
+    """`model` drafting with the drafter of a `dflash/` folder."""
+    config, params = load_drafter(model.config, directory, model.layout)
+    return dataclasses.replace(model, drafter=kind(config), draft_params=place(params, model.mesh))
+
+
+def load_dense(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
+    """A checkpoint as training wants it: plain float32 arrays, activations of `dtype`."""
+    model = load(directory, layout="dense", draft=False)
+    if mesh is not None:
+        check_fits(model.config, MASTERS, mesh)
+    config = dataclasses.replace(model.config, dtype=dtype)
+    return dataclasses.replace(model, config=config, params=place(model.params, mesh), mesh=mesh)
