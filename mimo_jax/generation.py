@@ -40,6 +40,11 @@ class Request:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for field in ("max_tokens", "seed"):
+            if not isinstance(getattr(self, field), int):
+                raise UserError(f"{field}={getattr(self, field)!r} must be a whole number")
+        if isinstance(self.stop, str):
+            raise UserError(f"stop={self.stop!r} must be a list of strings")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0 <= self.seed < 2**32:

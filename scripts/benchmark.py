@@ -70,7 +70,7 @@ def slice_command(args: argparse.Namespace) -> dict:
         rows.append(row)
         print(
             "{round:<14} at {context:>7}: {milliseconds:9.2f} ms ({lowest:.2f} to {highest:.2f}), "
-            "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of 4.8 TB/s".format_map(row)
+            "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of an H200's bandwidth".format_map(row)
         )
     return {**about, "rows": rows}
 

@@ -16,7 +16,7 @@ from mimo_jax.config.drafter import LONGEST_MATCH, DrafterConfig
 from mimo_jax.modeling.attention import attend, heads_first
 from mimo_jax.modeling.cache import LayerCache
 from mimo_jax.modeling.layers import DenseMlp, RMSNorm, rotary_table, rotate
-from mimo_jax.modeling.linear import linear, matrix, parameter
+from mimo_jax.modeling.linear import Matrix, linear, matrix, parameter
 from mimo_jax.weights import Params
 
 KeysValues = tuple[Float[Array, "B T K Q"], Float[Array, "B T K Q"]]
@@ -39,10 +39,10 @@ class DraftAttention(nn.Module):
         if config.has_sink:
             self.sink = parameter(self, "sink", (config.num_heads,), nn.initializers.zeros)
 
-    def _matrix(self, name: str, rows: int, cols: int) -> Array:
+    def _matrix(self, name: str, rows: int, cols: int) -> Array | Matrix:
         return matrix(self, name, (rows, cols), self.config.init_range)
 
-    def _heads(self, x: Array, weight: Array) -> Array:
+    def _heads(self, x: Array, weight: Array | Matrix) -> Array:
         return linear(x, weight).reshape(*x.shape[:2], -1, self.config.head_dim)
 
     def keys_values(self, x_BTD: Float[Array, "B T D"], rotary: tuple[Array, Array]) -> KeysValues:

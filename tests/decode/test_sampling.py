@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mimo_jax.decode.sampling import Greedy, Sampled, draw, most_likely, probabilities
+from mimo_jax.decode.sampling import Greedy, Sampled, draw, most_likely, probabilities, strategy_of
 from mimo_jax.errors import UserError
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (5, 40)).astype(np.float32)
@@ -117,3 +117,35 @@ def test_nonsense_values_are_named(values):
     """A value outside its range is an error that names the field."""
     with pytest.raises(UserError, match=next(iter(values))):
         Sampled(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, Greedy()),
+        ({"do_sample": False, "temperature": 0.7}, Greedy()),
+        ({"do_sample": True}, Sampled()),
+        ({"do_sample": True, "temperature": 0.8, "top_p": 0.95}, Sampled(0.8, top_p=0.95)),
+        ({"temperature": 0.6, "top_k": 20, "min_p": 0.1}, Sampled(0.6, top_k=20, min_p=0.1)),
+        ({"temperature": 0}, Greedy()),
+        ({"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": None}, Sampled()),
+        ({"do_sample": True, "top_k": -1}, Sampled()),
+    ],
+)
+def test_generation_config_says_how_to_sample(values, expected):
+    """As serving engines read it: greedy unless it samples or names a number; what filters nothing is off."""
+    assert strategy_of(values, "generation_config.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": "hot"}, "folder/generation_config.json: temperature='hot' must be a number"),
+        ({"top_p": 1.5}, r"folder/generation_config.json: top_p=1.5 must be in \(0, 1\]"),
+        ({"do_sample": True, "top_k": 2.5}, "folder/generation_config.json: top_k=2.5 must be a whole number"),
+    ],
+)
+def test_a_bad_generation_config_is_named(values, message):
+    """The file, the key and the rule."""
+    with pytest.raises(UserError, match=message):
+        strategy_of(values, "folder/generation_config.json")

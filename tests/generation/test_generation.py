@@ -97,10 +97,13 @@ def test_the_context_bounds_the_generation(model):
         ([], {}, "prompt: empty"),
         ("a", {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ("a", {"seed": -1}, "seed"),
+        ("a", {"seed": [1, 2]}, r"seed=\[1, 2\] must be a whole number"),
+        ("a", {"max_tokens": 2.5}, "max_tokens=2.5 must be a whole number"),
+        ("a", {"stop": "end"}, "stop='end' must be a list of strings"),
         ("a", {"stop": [""]}, "empty stop string"),
     ],
 )
-def test_bad_requests_are_named(model, prompt, options, message):
+def test_bad_requests_are_named(unchecked, model, prompt, options, message):
     """A request that cannot be served says what is wrong with it."""
     with pytest.raises(UserError, match=message):
         generate(model, prompt, **options)

@@ -15,7 +15,7 @@ from mimo_jax.decode.drafter import Draft
 from mimo_jax.decode.sampling import Sampled, probabilities
 from mimo_jax.decode.verify import draft_keys
 from mimo_jax.drafters.dflash import DFlashDrafter
-from mimo_jax.generation import generate, generate_batch, stream
+from mimo_jax.generation import Request, generate, generate_batch, stream
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.dflash import init_drafter
 from tests.tiny import tiny_drafter
@@ -162,16 +162,14 @@ def test_streaming_while_drafting(drafting):
 def test_sampled_rows_do_not_depend_on_batch_mates(drafting):
     """A sampled row is the same alone and in a batch, and its seed decides it."""
     strategy = Sampled(temperature=1.2, top_p=0.9)
-    together = generate_batch(drafting, PROMPTS[:3], strategy, max_tokens=24, seed=[5, 6, 7])
-    for prompt, seed, row in zip(PROMPTS, (5, 6, 7), together):
-        assert generate(drafting, prompt, strategy, max_tokens=24, seed=seed).tokens == row.tokens
+    requests = [Request(prompt, strategy, max_tokens=24, seed=seed) for prompt, seed in zip(PROMPTS, (5, 6, 7))]
+    together = generate_batch(drafting, requests)
+    assert [generate(drafting, request).tokens for request in requests] == [row.tokens for row in together]
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_sampled_text_has_the_targets_law(model, rule):
-    """Over 6,000 seeds, the first four tokens of the real loop follow the target's exact joint distribution
-    (chi-square).
-    """
+    """Over 6,000 seeds, the loop's first four tokens follow the target's exact joint distribution (chi-square)."""
     strategy, prompt, depth = Sampled(temperature=0.8, top_k=2), PROMPTS[1], 4
     distribution = joint_law(model, prompt, strategy, depth)
     ids = tuple(sorted({token for text in distribution for token in text}))
@@ -179,8 +177,8 @@ def test_sampled_text_has_the_targets_law(model, rule):
     counts: collections.Counter = collections.Counter()
     accepted = 0
     for first in range(0, 6000, 500):
-        seeds = list(range(first, first + 500))
-        results = generate_batch(drafting, [prompt] * 500, strategy, max_tokens=depth, seed=seeds)
+        requests = [Request(prompt, strategy, depth, seed) for seed in range(first, first + 500)]
+        results = generate_batch(drafting, requests)
         counts.update(tuple(result.tokens) for result in results)
         accepted += sum(sum(result.acceptance.accepted) for result in results)
     assert set(counts) <= set(distribution)  # nothing that the filters forbid

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import tensorstore
 
+from mimo_jax import layouts
 from mimo_jax.checkpoint.huggingface import open_checkpoint, probe_qkv, read_params
 from mimo_jax.checkpoint.orbax import read_orbax
 from mimo_jax.cli.distributed import HEARTBEAT_SECONDS, START_SECONDS
@@ -48,14 +49,14 @@ def main(checkpoint: str, orbax: str, coordinator: str, count: str, index: str) 
         if shard.replica_id == 0
     )
     before = bytes_from_files()
-    _, restored = read_orbax(orbax, lambda path, shape: parameter_sharding(path, shape, mesh))
+    restored = read_orbax(orbax, lambda path, shape: parameter_sharding(path, shape, mesh)).params
     orbax_read = bytes_from_files() - before
     same = all(
         np.array_equal(np.asarray(one.data), np.asarray(other.data))
         for leaves in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True)
         for one, other in zip(*(leaf.addressable_shards for leaf in leaves), strict=True)
     )
-    config = dataclasses.replace(source.config, dtype="float32")
+    _, config, params = layouts.for_device(dataclasses.replace(source.config, dtype="float32"), params, mesh)
     model = Model(config, params, Ids(), mesh=mesh)
     tokens = generate(model, list(range(1, 20)), max_tokens=8).tokens
     found = {"read": sum(read), "probed": probed, "checksum": checksum, "tokens": tokens}
