@@ -7,32 +7,23 @@ from functools import partial
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.layouts import packed
 from mimo_jax.sharding import TENSOR, shardings
 from mimo_jax.weights import MxTensor, Params
 from mimo_jax.weights.params import STACKS, is_moe, with_experts
-from pallas_kernels.expert_matmul import HopperExperts, expert_ffn, to_hopper, unfit
+from pallas_kernels.expert_matmul import HopperExperts, to_hopper, unfit
 
 KERNEL = "mosaic_gpu"  # the backend that reads this layout
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class HopperStacks:
-    """The experts of a layer, [experts, K splits, stages, words] each, and the backend that multiplies them."""
+class HopperStacks(packed.PackedStacks):
+    """The experts of a layer as int32 [experts, K splits, stages, words], and the backend that multiplies them."""
 
     experts: HopperExperts
-    backend: str | None = dataclasses.field(metadata={"static": True})
-
-    @property
-    def count(self) -> int:
-        return self.experts.sizes[0]
-
-    def ffn(self, x_TD: Array, ids_TX: Array, weights_TX: Array) -> Array:
-        return expert_ffn(x_TD, ids_TX, weights_TX, self.experts, backend=self.backend)
 
     def axes(self) -> HopperStacks:
         gate_up, down = ("experts", None, "expert_features", None), ("experts", "expert_features", None, None)

@@ -20,7 +20,7 @@ from mimo_jax.modeling.linear import multiply_plain
 from mimo_jax.sharding import MESH_AXES, Axes, current_mesh, parameter_axes, spec_of
 from mimo_jax.weights import BlockFp8Tensor, MxTensor, Params, dequantize_fp8
 from mimo_jax.weights.params import STACKS, is_moe, path_names, with_experts
-from pallas_kernels.expert_matmul import PackedExperts, expert_ffn, ffn_of
+from pallas_kernels.expert_matmul import HopperExperts, PackedExperts, expert_ffn, ffn_of
 from pallas_kernels.fp8_matmul import BLOCK, choose, fp8_matmul
 
 FEW_ROWS = 16  # the sums of 8 rows take an eighth of the bytes of expanded weights; those of 64 rows take as many
@@ -66,7 +66,7 @@ def _named(stacks: Any) -> Any:
 class PackedStacks:
     """MXFP4 experts, and the backend that multiplies them."""
 
-    experts: PackedExperts
+    experts: PackedExperts | HopperExperts
     backend: str | None = dataclasses.field(metadata={"static": True})
 
     @property
