@@ -192,11 +192,11 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
         compile_seconds=prefill_compile[0] + ready - resumed,
         peak_bytes=peak_bytes(),
     )
-    rows = zip(transcripts, tokens, _acceptance(state))
-    yield (
-        transcripts,
-        [Result(row.text, ids, "stop" if row.is_stopped else "length", counted, timing) for row, ids, counted in rows],
-    )
+    results = [
+        Result(row.text, ids, "stop" if row.is_stopped else "length", counted, timing)
+        for row, ids, counted in zip(transcripts, tokens, _acceptance(state))
+    ]
+    yield transcripts, results
 
 
 def _update(transcripts: list[Transcript], tokens: list[list[int]]) -> None:

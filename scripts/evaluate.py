@@ -22,7 +22,7 @@ def bits_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.bits import bits_per_byte, heldout_of
     from mimo_jax.loading import BUNDLED, load
 
-    model = load(args.model or BUNDLED, layout="xla_cpu", draft=False)
+    model = load(args.model or BUNDLED, draft=False)
     found = bits_per_byte(model.params, model.config, *heldout_of(Path(args.data)), windows=args.windows)
     print(f"{found.bits_per_byte:.4f} bits per byte (+- {found.error:.4f})", file=sys.stderr)
     return dataclasses.asdict(found)

@@ -36,8 +36,10 @@ def pack(config: ModelConfig, params: Params, backend: str | None = None) -> tup
             return PackedMatrix(node, parameter_axes(path_names(path)))
         return node
 
-    is_leaf = lambda node: is_moe(node) or isinstance(node, BlockFp8Tensor)  # noqa: E731
-    return config, jax.tree_util.tree_map_with_path(ready, params, is_leaf=is_leaf)
+    def is_whole(node: Any) -> bool:
+        return is_moe(node) or isinstance(node, BlockFp8Tensor)
+
+    return config, jax.tree_util.tree_map_with_path(ready, params, is_leaf=is_whole)
 
 
 def packed_experts(node: Params) -> PackedExperts:
@@ -46,7 +48,7 @@ def packed_experts(node: Params) -> PackedExperts:
 
 
 def _with_container(node: Params, backend: str | None) -> Params:
-    if "experts" in node:
+    if "experts" in node:  # another layout has been here
         return node
     if isinstance(node["gate"], MxTensor):
         return with_experts(node, PackedStacks(packed_experts(node), backend))

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mimo_jax.errors import UserError
+from mimo_jax.weights import BlockFp8Tensor, MxTensor
+
 
 @runtime_checkable
 class Matrix(Protocol):
@@ -30,6 +33,8 @@ class Matrix(Protocol):
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...], init: nn.initializers.Initializer) -> Any:
     """The parameter `name` of a module: a float32 array of `shape` at `init`, later anything a layout put there."""
     held = module.get_variable("params", name)
+    if isinstance(held, MxTensor | BlockFp8Tensor):
+        raise UserError(f"parameter {name!r} is as files store it; `layouts.for_device` makes parameters ready to run")
     if held is None or hasattr(held, "dtype"):  # Flax creates it, or compares its shape
         return module.param(name, init, shape, jnp.float32)
     return held

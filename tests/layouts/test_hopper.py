@@ -92,6 +92,12 @@ def test_the_kernel_is_refused_where_it_cannot_run():
     assert layouts.for_device(CONFIG, PARAMS)[0] == "xla_cpu"
 
 
+def test_parameters_as_stored_are_not_run():
+    """Without a layout, packed parameters are refused with the way to make them ready."""
+    with pytest.raises(UserError, match=r"'qkv' is as files store it; `layouts.for_device`"):
+        logits_of(PARAMS, np.zeros((1, 3), np.int32))
+
+
 @pytest.mark.parametrize("layout", ["packed", "hopper"])
 def test_the_abstract_tree_is_the_layouts_own(layout):
     """What is planned with has the shapes and dtypes of what is run, and devices share every container's arrays."""
