@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from mimo_jax.loading import Model
 from mimo_jax.sharding import check_rows
 from mimo_jax.text import Transcript
 
-Prompt = str | Sequence[int]  # text, or token ids
+Prompt = str | Sequence[int] | np.ndarray  # text, or token ids
 
-VISIT_SECONDS = 0.03  # the host looks at a text that is watched about so often
+VISIT_SECONDS = 0.05  # the host looks at a text that is watched about so often
 SHARED_ROUNDS = 8  # or after so many rounds, where several processes decode together
 _COMPILE_EVENTS = "/jax/core/compile/"  # tracing, lowering, and XLA or its cache
 
@@ -38,11 +39,11 @@ class Request:
     max_tokens: int = 128
     seed: int = 0
     stop: Sequence[str] = ()
+    literal: bool = False  # the names of special tokens in the prompt are text like any other
 
     def __post_init__(self) -> None:
         for field in ("max_tokens", "seed"):
-            if not isinstance(getattr(self, field), int):
-                raise UserError(f"{field}={getattr(self, field)!r} must be a whole number")
+            object.__setattr__(self, field, _whole(getattr(self, field), field))
         if isinstance(self.stop, str):
             raise UserError(f"stop={self.stop!r} must be a list of strings")
         if self.max_tokens < 1:
@@ -51,6 +52,14 @@ class Request:
             raise UserError(f"seed={self.seed} must lie in 0..2**32-1")
         if "" in self.stop:
             raise UserError("stop: an empty stop string would end every text at once")
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number of any kind, NumPy's too, as Python's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name}={value!r} must be a whole number") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +156,7 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
     A text that is watched is visited every VISIT_SECONDS or so, any other when it is complete.
     """
     begin = time.perf_counter()
-    prompts = [encode_prompt(model, request.prompt) for request in requests]
+    prompts = [encode_prompt(model, request.prompt, request.literal) for request in requests]
     strategy = _shared_strategy(model, requests)
     check_rows(len(prompts), model.mesh, "prompts")
     room = [model.config.max_position - len(ids) for ids in prompts]
@@ -163,7 +172,7 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
     with compile_seconds() as prefill_compile:
         caches = loop.prefill(decoder, weights, prompts, capacity)
         state = loop.start(decoder, *caches, limits, keys, stops, strategy)
-        tokens = loop.tokens_of(state)
+        tokens, is_done = loop.progress(state)
     first_token = time.perf_counter()
     transcripts = [Transcript(model.tokenizer, model.stop_ids, request.stop) for request in requests]
     _update(transcripts, tokens)
@@ -171,30 +180,31 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
 
     # A visit of no rounds: compiles and loads the program, which takes half a second even from the cache.
     resumed = time.perf_counter()
-    state = jax.block_until_ready(loop.decode(decoder, weights, state, stops, strategy, np.int32(0)))
+    state = jax.block_until_ready(loop.decode(decoder, weights, state, stops, strategy, 0))
     ready = time.perf_counter()
-    while not all(row.is_cut or done for row, done in zip(transcripts, jax.device_get(state.is_done))):
+    while not all(row.is_cut or done for row, done in zip(transcripts, is_done)):
         visited = time.perf_counter()
-        state = loop.decode(decoder, weights, state, stops, strategy, np.int32(rounds))
-        tokens = loop.tokens_of(state)
-        if is_alone and time.perf_counter() - visited < VISIT_SECONDS / 2:
-            rounds *= 2
+        state = loop.decode(decoder, weights, state, stops, strategy, rounds)
+        tokens, is_done = loop.progress(state)
+        if is_watched and is_alone:
+            rounds = max(1, int(rounds * VISIT_SECONDS / (time.perf_counter() - visited)))
         _update(transcripts, tokens)
         yield transcripts, []
     end = time.perf_counter()
 
     timing = Timing(
         prompt_tokens=sum(map(len, prompts)),
-        generated_tokens=sum(map(len, tokens)),
+        generated_tokens=sum(transcript.used for transcript in transcripts),
         prefill_seconds=first_token - begin - prefill_compile[0],
         decode_seconds=end - ready,
         first_token_seconds=first_token - begin,
         compile_seconds=prefill_compile[0] + ready - resumed,
         peak_bytes=peak_bytes(),
     )
+    counted = _acceptance(state, [transcript.used for transcript in transcripts])
     results = [
-        Result(row.text, ids, "stop" if row.is_stopped else "length", counted, timing)
-        for row, ids, counted in zip(transcripts, tokens, _acceptance(state))
+        Result(row.text, row.tokens, "stop" if row.is_stopped else "length", acceptance, timing)
+        for row, acceptance in zip(transcripts, counted)
     ]
     yield transcripts, results
 
@@ -215,23 +225,40 @@ def _shared_strategy(model: Model, requests: list[Request]) -> Strategy:
     return first
 
 
-def _acceptance(state: loop.State) -> list[Acceptance]:
-    counters, counts_B = jax.device_get((state.counters, state.counts))
-    tokens_B = np.maximum(counts_B - 1, 0)  # the first token came with the prefill
-    columns = (counters.rounds, tokens_B, counters.tested, counters.accepted)
-    return [Acceptance(*row) for row in zip(*(values.tolist() for values in columns))]
+def _acceptance(state: loop.State, used: list[int]) -> list[Acceptance]:
+    """Of each row's first `used` tokens; what a visit decoded after a stop string does not count."""
+    counters, counts, rounds_BS = jax.device_get((state.counters, state.counts, state.rounds))
+    rows = []
+    for row, (count, own) in enumerate(zip(counts.tolist(), used)):
+        tested, accepted = counters.tested[row], counters.accepted[row]
+        if own < count:
+            tested, accepted = _until(rounds_BS[row, :count], own, len(tested))
+        last = int(rounds_BS[row, own - 1]) if own else 0
+        # The first token came with the prefill.
+        rows.append(Acceptance(last, max(own - 1, 0), tested.tolist(), accepted.tolist()))
+    return rows
 
 
-def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
+def _until(round_S: np.ndarray, own: int, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each draft position was tested and accepted up to token `own`, from the round each token came from."""
+    made, taken = np.bincount(round_S), np.bincount(round_S[:own], minlength=1)
+    kept = taken[1:]
+    # A whole round ends with the target's own token; of one that is cut, every token kept is an accepted draft.
+    accepted = np.where(kept == made[1 : len(taken)], kept - 1, kept)
+    position = np.arange(positions)
+    return (position < kept[:, None]).sum(axis=0), (position < accepted[:, None]).sum(axis=0)
+
+
+def encode_prompt(model: Model, prompt: Prompt, literal: bool = False) -> list[int]:
     """Token ids of a prompt; empty, over-long, or not encodable prompts are errors that say so."""
     if isinstance(prompt, str):
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(f"prompt: not valid UTF-8 at character {error.start}") from None
-        ids = model.tokenizer.encode(prompt)
+        ids = model.tokenizer.encode(prompt, literal)
     else:
-        ids = [int(token) for token in prompt]
+        ids = [_whole(token, "prompt: token id") for token in prompt]
     config = model.config
     if not ids:
         raise UserError("prompt: empty; at least one token is needed")

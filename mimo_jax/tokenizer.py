@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -18,6 +23,10 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+_MAX_BYTES = 1 << 27  # the largest published ones have some 20 MB
+_MAX_GROWTH = 64  # a published normaliser puts one character, or three, in place of one
 
 
 class Tokenizer:
@@ -48,13 +57,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Reads a `tokenizer.json`."""
+        """Reads a `tokenizer.json`, but for truncation and padding, which are for batches of training."""
         if not path.is_file():
             raise UserError(f"{path}: not found; a checkpoint folder needs its tokenizer")
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a readable tokenizer ({error})") from None
+        text = _read(path)
+        with _refusing(f"{path}: not a readable tokenizer"):
+            _check_growth(json.loads(text), path)
+            backend = tokenizers.Tokenizer.from_str(text)
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend)
 
     def save(self, path: Path) -> None:
         self.backend.save(str(path))
@@ -63,15 +75,31 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, literal: bool = False) -> list[int]:
+        """Token ids of a text; in a `literal` one, the names of special tokens are text like any other."""
+        with _refusing("tokenizer: this text cannot be encoded"):
+            return self._backend(literal).encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str], literal: bool = False) -> list[list[int]]:
+        """`encode` of many texts."""
+        with _refusing("tokenizer: these texts cannot be encoded"):
+            encodings = self._backend(literal).encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens; incomplete UTF-8 shows as U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with _refusing("tokenizer: these ids cannot be decoded"):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def _backend(self, literal: bool) -> tokenizers.Tokenizer:
+        return self._literal if literal else self.backend
+
+    @functools.cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """The same without special tokens in what it reads."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     def id_of(self, token: str) -> int:
         """The id of a token that must exist."""
@@ -87,3 +115,44 @@ class Tokenizer:
         for token, token_id in self.backend.get_vocab().items():
             lengths[token_id] = 0 if token_id in special else len(token)
         return lengths
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes; a tokenizer has at most {_MAX_BYTES:,}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable tokenizer ({error})") from None
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """The library raises bare exceptions, and panics, which are none: one line for either."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{what} ({reason[0][:200]})") from None
+
+
+def _check_growth(values: Any, path: Path) -> None:
+    """Raises where a normaliser or a decoder replaces characters by ever longer texts, one after the other."""
+    for part in ("normalizer", "decoder"):
+        growth = math.prod(_growths(values.get(part) if isinstance(values, dict) else None))
+        if growth > _MAX_GROWTH:
+            raise UserError(f"{path}: its {part} makes text {growth:,} times as long; at most {_MAX_GROWTH} is read")
+
+
+def _growths(part: Any) -> Iterator[int]:
+    """By how much each replacement of a part, or of those it consists of, may lengthen a text."""
+    if isinstance(part, list):
+        for inner in part:
+            yield from _growths(inner)
+    elif isinstance(part, dict):
+        if part.get("type") in ("Replace", "Prepend") and isinstance(part.get("content", part.get("prepend")), str):
+            yield max(1, len(part.get("content", part.get("prepend"))))
+        for key in ("normalizers", "decoders"):
+            yield from _growths(part.get(key))

@@ -8,6 +8,8 @@ per visit of the host.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -53,17 +55,27 @@ class Counters:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What the loop carries. `last` is committed but not yet in the cache; `output` holds the generated tokens."""
+    """What the loop carries. `last` is committed but not yet in the cache; `output` holds the generated tokens, and
+    `rounds` the round that each came from: 0 for the prefill.
+    """
 
     cache: Cache
     draft_cache: Any
     last: Int[Array, "B"]
     output: Int[Array, "B S"]
+    rounds: Int[Array, "B S"]
     counts: Int[Array, "B"]
     limits: Int[Array, "B"]
     is_done: Bool[Array, "B"]
     keys: Array
     counters: Counters
+
+
+@contextmanager
+def usual_numbers() -> Iterator[None]:
+    """JAX as this package is written for, whatever the user has set: 32 bits, dtypes and ranks that may mix."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def capacity_for(tokens: int) -> int:
@@ -96,6 +108,11 @@ def prefill(
     decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int
 ) -> tuple[Cache, Any, Float[Array, "B C"]]:
     """Fills fresh caches with the prompts (token ids, none empty); the logits follow each prompt's last token."""
+    with usual_numbers():
+        return _prefill(decoder, weights, prompts, capacity)
+
+
+def _prefill(decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int) -> tuple[Cache, Any, Array]:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     config = decoder.step.config
     cache = place(init_cache(config, len(prompts), capacity), decoder.step.mesh)
@@ -111,18 +128,23 @@ def prefill(
     return cache, draft_cache, logits_BC
 
 
-@partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "draft_cache"))
 def start(
     decoder: Decoder,
     cache: Cache,
     draft_cache: Any,
     logits_BC: Float[Array, "B C"],
-    limits_B: Int[Array, "B"],
+    limits_B: Int[Array | np.ndarray, "B"],
     keys_B: Array,
     stops: Int[Array, "stops"],
     strategy: Strategy,
 ) -> State:
     """The state after the first token, drawn from the prefill's logits."""
+    with usual_numbers():
+        return _start(decoder, cache, draft_cache, logits_BC, limits_B, keys_B, stops, strategy)
+
+
+@partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "draft_cache"))
+def _start(decoder, cache, draft_cache, logits_BC, limits_B, keys_B, stops, strategy) -> State:
     batch, capacity = limits_B.shape[0], max(layer.keys.shape[2] for layer in cache.layers)
     zeros_B, zeros_BM = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, decoder.drafter.block_size - 1), jnp.int32)
     state = State(
@@ -130,6 +152,7 @@ def start(
         draft_cache=draft_cache,
         last=zeros_B,
         output=jnp.zeros((batch, capacity), jnp.int32),
+        rounds=jnp.zeros((batch, capacity), jnp.int32),
         counts=zeros_B,
         limits=limits_B,
         is_done=limits_B <= 0,
@@ -138,7 +161,7 @@ def start(
     )
     first_B = draw(strategy, logits_BC, _round_keys(state))
     state, _ = _emit(state, first_B[:, None], jnp.ones_like(zeros_B), stops)
-    return state
+    return dataclasses.replace(state, rounds=jnp.zeros_like(state.rounds))
 
 
 def _round_keys(state: State) -> Array:
@@ -159,13 +182,15 @@ def _emit(state: State, tokens_BN: Array, offered_B: Array, stops: Array) -> tup
     kept_B = jnp.where(state.is_done, 0, kept_B)
     is_kept_BN = row_N < kept_B[:, None]
     column_BN = jnp.where(is_kept_BN, state.counts[:, None] + row_N, state.output.shape[1])  # else nowhere
+    index, number_B1 = (jnp.arange(batch)[:, None], column_BN), state.counters.rounds[:, None] + 1
     newest_B = jnp.take_along_axis(tokens_BN, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0]
     counts_B = state.counts + kept_B
     stopped_B = jnp.any(is_stop_BN & is_kept_BN, axis=-1)
     emitted = dataclasses.replace(
         state,
         last=jnp.where(state.is_done, state.last, newest_B),
-        output=state.output.at[jnp.arange(batch)[:, None], column_BN].set(tokens_BN, mode="drop"),
+        output=state.output.at[index].set(tokens_BN, mode="drop"),
+        rounds=state.rounds.at[index].set(jnp.broadcast_to(number_B1, column_BN.shape), mode="drop"),
         counts=counts_B,
         is_done=state.is_done | stopped_B | (counts_B >= state.limits),
     )
@@ -207,17 +232,18 @@ def _count(counters: Counters, accepted_B: Array, kept_B: Array) -> Counters:
     )
 
 
-@partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def decode(
-    decoder: Decoder,
-    weights: Weights,
-    state: State,
-    stops: Int[Array, "stops"],
-    strategy: Strategy,
-    budget: Int[Array, ""],
+    decoder: Decoder, weights: Weights, state: State, stops: Int[Array, "stops"], strategy: Strategy, budget: int
 ) -> State:
     """Up to `budget` rounds; ends early when every row is done. `state` is donated."""
+    with usual_numbers():
+        return _decode(decoder, weights, state, stops, strategy, np.int32(budget))
 
+
+@partial(jax.jit, static_argnames="decoder", donate_argnames="state")
+def _decode(
+    decoder: Decoder, weights: Weights, state: State, stops: Array, strategy: Strategy, budget: Int[Array, ""]
+) -> State:
     def unfinished(carry: tuple[Array, State]) -> Array:
         rounds, state = carry
         return (rounds < budget) & ~jnp.all(state.is_done)
@@ -234,10 +260,10 @@ def row_keys(seeds: list[int]) -> Array:
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
 
-def tokens_of(state: State) -> list[list[int]]:
-    """The tokens generated so far, per row."""
-    output, counts = jax.device_get((state.output, state.counts))
-    return [row[:count].tolist() for row, count in zip(output, counts)]
+def progress(state: State) -> tuple[list[list[int]], list[bool]]:
+    """The tokens generated so far, and whether that is all, per row."""
+    output, counts, is_done = jax.device_get((state.output, state.counts, state.is_done))
+    return [row[:count].tolist() for row, count in zip(output, counts)], is_done.tolist()
 
 
 def as_stops(ids: Any) -> Int[Array, "stops"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.errors import UserError
@@ -34,11 +35,28 @@ class Sampled:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, lambda t: 0 < t < math.inf, "a finite number above 0")
-        _require("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 1, "a whole number from 1")
-        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "in (0, 1]")
-        _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
+        for name, (holds, expected) in _RULES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool | str):
+                raise UserError(f"sampling: {name}={value!r} must be {expected}")
+            number = value.item() if isinstance(value, np.generic) else value
+            if not isinstance(number, int | float):  # None; or a tracer inside jit, which was checked before
+                continue
+            if not holds(number):
+                raise UserError(f"sampling: {name}={number} must be {expected}")
+            # In int32 more than all tokens are all tokens.
+            object.__setattr__(self, name, min(number, INT32_MAX) if name == "top_k" else number)
 
+
+_RULES = {
+    "temperature": (lambda t: 0 < t < math.inf, "a finite number above 0"),
+    "top_k": (lambda k: isinstance(k, int) and k >= 1, "a whole number from 1"),
+    "top_p": (lambda p: 0 < p <= 1, "in (0, 1]"),
+    "min_p": (lambda p: 0 <= p <= 1, "in [0, 1]"),
+}
+INT32_MAX = 2**31 - 1
+# Below it, temperatures make every logit but the largest impossible all the same; a smaller one would overflow.
+LEAST_TEMPERATURE = 1e-30
 
 Strategy = Greedy | Sampled
 
@@ -63,18 +81,12 @@ def strategy_of(values: dict[str, Any], where: str) -> Strategy:
 _OFF: dict[str, tuple[float, ...]] = {"temperature": (), "top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
 
 
-def _require(name: str, value, rule, expected: str) -> None:
-    if isinstance(value, (bool, str)):
-        raise UserError(f"sampling: {name}={value!r} must be {expected}")
-    if isinstance(value, (int, float)) and not rule(value):  # inside jit the fields are tracers, checked before
-        raise UserError(f"sampling: {name}={value} must be {expected}")
-
-
 def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     """The distribution `strategy` draws the next token from, in float32."""
     if isinstance(strategy, Greedy):
         return jax.nn.one_hot(most_likely(logits), logits.shape[-1])
-    p = jax.nn.softmax(logits.astype(jnp.float32) / strategy.temperature, axis=-1)
+    temperature = jnp.maximum(strategy.temperature, LEAST_TEMPERATURE)
+    p = jax.nn.softmax(logits.astype(jnp.float32) / temperature, axis=-1)
     # Every threshold is one of the values of `p` itself, so that no rounding tells equal probabilities apart.
     threshold = jnp.zeros_like(p[..., :1])
     if strategy.top_k is not None:

@@ -119,7 +119,7 @@ def seconds_per_round(
     found = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        state = loop.decode(decoder, weights, state, stops, Greedy(), np.int32(rounds))
+        state = loop.decode(decoder, weights, state, stops, Greedy(), rounds)
         jax.block_until_ready(state)
         found.append((time.perf_counter() - started) / rounds)
     return found[1:]

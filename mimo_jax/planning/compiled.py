@@ -100,8 +100,8 @@ class _Inputs:
         limits, stops = np.ones(self.rows, np.int32), np.zeros(1, np.int32)
         keys = jax.eval_shape(lambda: loop.row_keys([0] * self.rows))
         arguments = (self.cache, self.draft_cache, self.logits, limits, keys, stops, Greedy())
-        state = jax.eval_shape(lambda *inputs: loop.start(self.decoder, *inputs), *arguments)
-        return loop.decode.lower(self.decoder, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
+        state = jax.eval_shape(lambda *inputs: loop._start(self.decoder, *inputs), *arguments)
+        return loop._decode.lower(self.decoder, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
 
 
 def _compiled(plan: Plan, context: int, tokens: int, depth: int, lowered: Any) -> Program:

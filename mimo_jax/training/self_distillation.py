@@ -69,8 +69,8 @@ def generate_chunk(model: Model, corpus: np.ndarray, settings: DistillationConfi
     capacity = loop.capacity_for(settings.length)
     caches = loop.prefill(model.decoder, model.weights, prompts, capacity)
     state = loop.start(model.decoder, *caches, limits, keys, stops, strategy)
-    state = loop.decode(model.decoder, model.weights, state, stops, strategy, np.int32(settings.length))
-    rows = [prompt + written for prompt, written in zip(prompts, loop.tokens_of(state))]
+    state = loop.decode(model.decoder, model.weights, state, stops, strategy, settings.length)
+    rows = [prompt + written for prompt, written in zip(prompts, loop.progress(state)[0])]
     tokens = np.zeros((settings.rows, settings.length), np.uint16)
     for target, row in zip(tokens, rows):
         target[: len(row)] = row
