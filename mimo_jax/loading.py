@@ -93,8 +93,9 @@ def _generation_config(directory: Path) -> dict[str, Any]:
 
 
 def _stop_ids(values: dict[str, Any], config: ModelConfig, directory: Path) -> tuple[int, ...]:
-    found = values.get("eos_token_id", config.eos_token_id)
-    stop_ids = found if isinstance(found, list) else [] if found is None else [found]
+    found = values.get("eos_token_id")
+    found = config.eos_token_id if found is None else found
+    stop_ids = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
     if not all(type(token) is int and 0 <= token < config.vocab_size for token in stop_ids):
         raise UserError(f"{directory}: eos_token_id={stop_ids} must be token ids below {config.vocab_size}")
     return tuple(stop_ids)

@@ -21,9 +21,9 @@ _MAX_VALUE_TEXT = 1000  # characters of a value that an error quotes, at most
 class Schema:
     """What a `config.json` may say.
 
-    `required` lists keys whose other values would need mathematics this package does not have (None: may be null);
-    `equal` pairs keys that must agree where both are given; `own` are keys that published files lack, with the value
-    at which they are not written.
+    `required` lists keys whose other values would need mathematics this package does not have; null is as good as
+    absent. `equal` pairs keys that must agree where both are given; `own` are keys that published files lack, with the
+    value at which they are not written.
     """
 
     name: str  # that errors of the config class begin with
@@ -36,10 +36,10 @@ class Schema:
     def find(self, values: dict[str, Any], where: str) -> dict[str, Any]:
         """Field -> value, of keys that are given and not null."""
         found = {key: _lookup(values, key, where) for key in (*self.keys, *self.required, *self.equal)}
-        for key, allowed in self.required.items():
-            if found[key] is not _ABSENT and found[key] not in allowed:
-                raise UserError(f"{where}: {key}={found[key]!r} is not supported; expected {allowed[0]!r}")
         given = {key: value for key, value in found.items() if value is not None and value is not _ABSENT}
+        for key, allowed in self.required.items():
+            if key in given and given[key] not in allowed:
+                raise UserError(f"{where}: {key}={given[key]!r} is not supported; expected {allowed[0]!r}")
         if missing := [key for key in self.keys if key not in given and key not in self.optional]:
             raise UserError(f"{where}: missing {', '.join(missing)}")
         for key, other in self.equal.items():
@@ -128,13 +128,23 @@ MODEL = Schema(
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
         "norm_topk_prob": (True,),
-        "n_group": (1, None),
-        "topk_group": (1, None),
-        "n_shared_experts": (None, 0),
-        "routed_scaling_factor": (None, 1, 1.0),
+        "n_group": (1,),
+        "topk_group": (1,),
+        "n_shared_experts": (0,),
+        "routed_scaling_factor": (1,),
         "attention_bias": (False,),
         "tie_word_embeddings": (False,),
-        "rope_scaling": (None,),
+        "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
+        # Of other families: what would change the numbers is never passed over.
+        **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), (None,)),
+        **dict.fromkeys(("clip_qkv", "swiglu_limit", "attention_multiplier"), (None,)),
+        **dict.fromkeys(
+            ("use_qk_norm", "qk_norm", "qk_layernorm", "mlp_bias", "use_bias", "rope_interleave"), (False,)
+        ),
+        **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"), (1,)),
+        "use_sliding_window": (True,),
+        "mlp_only_layers": ([],),
+        "decoder_sparse_step": (1,),
     },
     equal={
         "swa_num_attention_heads": "num_attention_heads",
@@ -185,12 +195,12 @@ DRAFTER = Schema(
         }
     ),
     required={
-        "model_type": ("qwen3", None),
-        "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "tie_word_embeddings": (False, None),
-        "rope_scaling": (None,),
-        "is_causal": (False, None),
+        "model_type": ("qwen3",),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (False,),
+        "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
+        "is_causal": (False,),
         "dflash_config.use_swa": (True,),
     },
     equal={
@@ -215,13 +225,15 @@ _PROJECTIONS = {"fused_qkv": True, "split": False}
 
 def from_hf(values: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, FileFormat]:
     """A model's config, and how its files store weights; the dtype of plain ones is only seen in the files."""
+    values = _with_layer_types(_with_rope_parameters(values, where), where)
     fields = MODEL.find(values, where)
     for key in ("hybrid_layer_pattern", "moe_layer_freq"):
         if not isinstance(values[key], list):
             raise UserError(f"{where}: {key}={values[key]!r} must be a list with one entry per layer")
         fields[MODEL.keys[key]] = tuple(values[key])
     if isinstance(fields.get("eos_token_id"), list) and fields["eos_token_id"]:
-        fields["eos_token_id"] = fields["eos_token_id"][0]
+        ids = fields["eos_token_id"]
+        fields["eos_token_id"] = tuple(ids) if len(ids) > 1 else ids[0]
     layers = values.get("num_hidden_layers", len(fields["layer_pattern"]))
     if layers != len(fields["layer_pattern"]):
         raise UserError(
@@ -238,6 +250,57 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> tuple[ModelCo
         raise MODEL.in_words_of_the_file(error, where) from None
     except TypeError as error:
         raise UserError(f"{where}: a value has the wrong type ({error})") from None
+
+
+# Layer type of transformers 5 -> the key of its rotary base, and its number in `hybrid_layer_pattern`.
+_LAYER_TYPES = {"full_attention": ("rope_theta", 0), "sliding_attention": ("swa_rope_theta", 1)}
+
+
+def _with_rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, one table or one for each layer type, as the keys they stand for."""
+    given = values.get("rope_parameters")
+    if given is None:
+        return values
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: rope_parameters={given!r} must be a table")
+    told = dict(values)
+    for kind, (key, _) in _LAYER_TYPES.items():
+        table = given.get(kind, {}) if _LAYER_TYPES.keys() & given.keys() else given
+        for name, value in table.items() if isinstance(table, dict) else [(kind, table)]:
+            if name in ("rope_theta", "partial_rotary_factor"):
+                own = key if name == "rope_theta" else name
+                if told.get(own) not in (None, value):
+                    raise UserError(f"{where}: rope_parameters: {name}={value!r} must equal {own}={told[own]!r}")
+                told[own] = value
+            elif name not in ("rope_type", "type") or value != "default":
+                raise UserError(f"{where}: rope_parameters: {name}={value!r} is not supported; expected 'default'")
+    return told
+
+
+def _with_layer_types(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Lists of layer types, as transformers 5 writes them, as the patterns they stand for."""
+    told = dict(values)
+    for key, pattern, numbers in (
+        ("layer_types", "hybrid_layer_pattern", {kind: number for kind, (_, number) in _LAYER_TYPES.items()}),
+        ("mlp_layer_types", "moe_layer_freq", {"dense": 0, "sparse": 1}),
+    ):
+        types = values.get(key)
+        if types is None:
+            continue
+        if not isinstance(types, list) or not all(isinstance(kind, str) and kind in numbers for kind in types):
+            raise UserError(f"{where}: {key} must be a list of {' and '.join(numbers)}")
+        found = [numbers[kind] for kind in types]
+        if told.get(pattern) not in (None, found):
+            raise UserError(f"{where}: {key} and {pattern} say different things of the layers")
+        told[pattern] = found
+    leading, pattern = values.get("first_k_dense_replace"), told.get("moe_layer_freq")
+    if leading is not None and isinstance(pattern, list) and pattern[: pattern.count(0)] != [0] * pattern.count(0):
+        raise UserError(f"{where}: first_k_dense_replace={leading!r}, but moe_layer_freq begins otherwise")
+    if leading is not None and isinstance(pattern, list) and leading != pattern.count(0):
+        raise UserError(
+            f"{where}: first_k_dense_replace={leading!r} must be {pattern.count(0)}, as moe_layer_freq says"
+        )
+    return told
 
 
 def _architecture(values: dict[str, Any], where: str) -> str:
@@ -266,7 +329,9 @@ def _format_name(quantization: dict[str, Any] | None, where: str) -> str:
             f"{where}: quantization_config.weight_block_size must be [128, 128], "
             f"found {quantization.get('weight_block_size')!r}"
         )
-    store = quantization.get("store_dtype", "fp8")
+    if quantization.get("fmt") not in (None, "e4m3"):
+        raise UserError(f"{where}: quantization_config.fmt={quantization['fmt']!r} must be 'e4m3'")
+    store = quantization.get("store_dtype") or "fp8"
     if store not in ("fp8", "mxfp4"):
         raise UserError(f"{where}: quantization_config.store_dtype={store!r} must be 'fp8' or 'mxfp4'")
     return store
@@ -313,7 +378,7 @@ def drafter_from_hf(values: dict[str, Any], where: str = "config.json") -> Draft
     """A drafter's config."""
     if not isinstance(values.get(_NESTED), dict):
         raise UserError(f"{where}: {_NESTED} must be a table; without it this is not the config of a DFlash drafter")
-    if "use_swa" not in values[_NESTED]:
+    if values[_NESTED].get("use_swa") is None:
         raise UserError(f"{where}: {_NESTED}.use_swa=None is not supported; expected True")
     fields = DRAFTER.find(values, where)
     for field, kind, word in (("target_layer_ids", list, "list"), ("rotary_base", str, "string")):

@@ -11,6 +11,8 @@ import dataclasses
 from mimo_jax.errors import UserError
 
 GLOBAL, SLIDING = 0, 1
+# What every number must fit: devices compute in float32 and count in int32.
+FLOAT32_TINY, INT32_END = 1.2e-38, 2**31
 MAX_BLOCK = 8  # the longest block of tokens that a cache can take back, so the longest that can be drafted
 
 
@@ -46,14 +48,14 @@ class ModelConfig:
     init_range: float = 0.02
     architecture: str = "MiMoV2ForCausalLM"
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None  # one, or several that all end a text
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         for field in _POSITIVE_FIELDS:
             value = getattr(self, field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2**40:
-                raise UserError(f"config: {field}={value!r} must be a positive number")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not FLOAT32_TINY <= value < INT32_END:
+                raise UserError(f"config: {field}={value!r} must be a positive number, from {FLOAT32_TINY} to 2^31")
         for field in _INTEGER_FIELDS:
             if type(getattr(self, field)) is not int:
                 raise UserError(f"config: {field}={getattr(self, field)!r} must be an integer")
@@ -64,7 +66,9 @@ class ModelConfig:
                 raise UserError(f"config: {field}={getattr(self, field)!r} must be true or false")
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, field)
-            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
+            ids = value if isinstance(value, tuple) and field == "eos_token_id" else (value,)
+            is_known = [type(token) is int and 0 <= token < self.vocab_size for token in ids]
+            if value is not None and not (is_known and all(is_known)):
                 raise UserError(f"config: {field}={value!r} must be a token id below vocab_size={self.vocab_size}")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:

@@ -93,6 +93,22 @@ REFUSED = [
     ({"eos_token_id": []}, "eos_token_id=\\[\\]"),
     ({"eos_token_id": 200_000}, "eos_token_id=200000 must be a token id below vocab_size=152576"),
     ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters: rope_type='yarn'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 64e4}}, "rope_theta=640000.0 must equal rope_theta="),
+    ({"rope_parameters": {"full_attention": {"factor": 8.0}}}, "rope_parameters: factor=8.0 is not supported"),
+    ({"rope_parameters": {"sliding_attention": 3}}, "rope_parameters: sliding_attention=3 is not supported"),
+    ({"rope_parameters": 5}, "rope_parameters=5 must be a table"),
+    ({"layer_types": ["full_attention"] * 70}, "layer_types and hybrid_layer_pattern say different things"),
+    ({"mlp_layer_types": ["moe"]}, "mlp_layer_types must be a list of dense and sparse"),
+    ({"first_k_dense_replace": 3}, "first_k_dense_replace=3 must be 1"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+    ({"use_qk_norm": True}, "use_qk_norm=True is not supported"),
+    ({"layernorm_epsilon": 1e-60}, "layernorm_epsilon=1e-60 must be a positive number, from 1.2e-38"),
+    ({"sliding_window": 2**31, "sliding_window_size": 2**31}, "sliding_window=2147483648 must be a positive number"),
+    (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}},
+        "quantization_config.fmt='e5m2' must be 'e4m3'",
+    ),
     ({"attention_projection_layout": "interleaved"}, "attention_projection_layout='interleaved'"),
     ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'fp8'"),
     ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "weight_block_size must be"),
@@ -112,9 +128,37 @@ def test_bad_values_name_the_key(changes, message):
     assert str(caught.value).startswith("folder/config.json: ") and "\n" not in str(caught.value)
 
 
-def test_a_list_of_end_tokens_is_accepted():
-    """Published files may list several end-of-text ids; the first is used."""
-    assert from_hf(published(eos_token_id=[151_645, 151_643]))[0].eos_token_id == 151_645
+def test_every_end_token_of_a_list_counts():
+    """Published files may list several end-of-text ids; all end a text, and all are written again."""
+    config, file_format = from_hf(published(eos_token_id=[151_645, 151_643]))
+    assert config.eos_token_id == (151_645, 151_643)
+    assert to_hf(config, file_format)["eos_token_id"] == [151_645, 151_643]
+    assert from_hf(published(eos_token_id=[151_645]))[0].eos_token_id == 151_645
+
+
+PLAIN = {"rope_type": "default"}
+FULL, SLIDING_BASE = PLAIN | {"rope_theta": 5e6}, PLAIN | {"rope_theta": 1e4, "partial_rotary_factor": 0.334}
+
+
+def test_rope_parameters_are_honoured():
+    """What transformers 5 writes in place of the rotary keys, or beside them, is read or must agree."""
+    bases = {"full_attention": FULL, "sliding_attention": SLIDING_BASE}
+    changes = {"rope_theta": "absent", "swa_rope_theta": "absent", "partial_rotary_factor": None}
+    config, _ = from_hf(published(rope_parameters=bases, **changes))
+    assert (config.rope_theta, config.sliding_rope_theta, config.rotary_dim) == (5e6, 1e4, 64)
+    config, _ = from_hf(published(rope_parameters=PLAIN, rope_scaling=PLAIN))
+    assert config.rope_theta == 1e7
+    layers = [0, 1, 1, 0]
+    types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    changes = {"hybrid_layer_pattern": "absent", "moe_layer_freq": "absent", "num_hidden_layers": 4}
+    config, _ = from_hf(published(layer_types=types, mlp_layer_types=["dense"] + ["sparse"] * 3, **changes))
+    assert list(config.layer_pattern) == layers and config.moe_pattern == (0, 1, 1, 1)
+
+
+def test_null_is_as_good_as_absent():
+    """Writers that spell out every field leave null where they have nothing to say."""
+    nulls = dict.fromkeys(["hidden_act", "scoring_func", "attention_bias", "n_group", "norm_topk_prob", "swa_head_dim"])
+    assert from_hf(published(**nulls))[0] == from_hf(published())[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff", "[" * 100_000], ids=repr)
