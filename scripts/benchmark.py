@@ -3,6 +3,7 @@
 scripts/benchmark.py decode                # ms per token of the bundled model beside transformers (needs torch)
 scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
 scripts/benchmark.py slice --layers 2         # one device's share of the full model, random weights
+scripts/benchmark.py streaming             # a streamed text beside one made in one visit
 scripts/benchmark.py profile --trace DIR   # where a decode step's time goes
 """
 
@@ -61,6 +62,17 @@ def speculation_command(args: argparse.Namespace) -> dict:
     return {"prompts": args.prompts, "tokens": args.tokens, "temperature": args.temperature, **found}
 
 
+def streaming_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation.speed import streaming
+    from mimo_jax.loading import BUNDLED, load
+
+    model = load(args.model or BUNDLED, draft=not args.no_draft)
+    found = streaming(model, args.prompt, args.lengths, args.repeats)
+    for length, row in found.items():
+        print("{:>5} tokens: {ratio:.3f} times one visit ({lowest:.3f} to {highest:.3f})".format(length, **row))
+    return {"repeats": args.repeats, "lengths": found}
+
+
 def slice_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.slice import measure
 
@@ -110,6 +122,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     share.add_argument("--rounds", type=int, default=20, help="per measurement")
     share.add_argument("--repeats", type=int, default=5)
     share.set_defaults(command=slice_command)
+    streaming = commands.add_parser("streaming", help="what streaming a text costs over making it in one visit")
+    streaming.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512], help="tokens to generate")
+    streaming.add_argument("--repeats", type=int, default=15)
+    streaming.add_argument("--no-draft", action="store_true", help="one token per round")
+    streaming.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    streaming.add_argument("--prompt", default="def binary_search(items, target):\n")
+    streaming.set_defaults(command=streaming_command)
     profile = commands.add_parser("profile", help="time per token by operation")
     profile.add_argument("--trace", required=True, help="folder for the trace (open it in Perfetto)")
     profile.set_defaults(command=profile_command)

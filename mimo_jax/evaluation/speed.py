@@ -16,7 +16,7 @@ import numpy as np
 
 from mimo_jax.decode.sampling import Greedy, Strategy
 from mimo_jax.evaluation.references import build_reference, load_weights
-from mimo_jax.generation import generate
+from mimo_jax.generation import Request, generate, stream
 from mimo_jax.loading import Model, load, load_dense
 
 Record = dict[str, Any]
@@ -94,6 +94,20 @@ def _speedup(rows: np.ndarray, plain: np.ndarray) -> dict[str, float]:
         "speedup": (tokens / seconds) / (plain[:, 1].sum() / plain[:, 0].sum()),
         "speedup_half_width": 1.96 * float(np.std(ratios, ddof=1)) / len(ratios) ** 0.5,
     }
+
+
+def streaming(model: Model, prompt: str, lengths: list[int], repeats: int) -> Record:
+    """Per length: what streaming a greedy text costs over making it in one visit, as ratios of decoding seconds."""
+    ids, record = model.tokenizer.encode(prompt), {}
+    for length in lengths:
+        request, ratios = Request(ids, Greedy(), max_tokens=length), []
+        for number in range(repeats + 1):
+            whole = generate(model, request).timing.decode_seconds
+            *_, last = stream(model, request)
+            if number and last.result is not None:  # the first ones compile
+                ratios.append(last.result.timing.decode_seconds / whole)
+        record[str(length)] = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return record
 
 
 def profile(model: Model, prompt: str, count: int, trace: Path, rows: int = 20) -> dict[str, float]:
