@@ -37,6 +37,12 @@ from mimo_jax.weights.params import (
 )
 
 SINGLE = "model.safetensors"
+# (expected dtype, end of the name) -> other dtypes in which writers keep the same bytes, or a narrower number.
+_SAME_BYTES = {
+    ("U8", "weight"): ("I8", "F4"),
+    ("U8", "weight_scale"): ("F8_E8M0",),
+    **dict.fromkeys((("F32", name) for name in ("weight", "weight_scale_inv", "e_score_correction_bias")), ("BF16",)),
+}
 _MAX_CONFIG_BYTES = 4_000_000
 _NAMED = 3  # how many tensors an error names
 
@@ -214,7 +220,7 @@ def _check_names(source: HuggingFaceCheckpoint) -> None:
         where = f"{files[name].path}: tensor {name!r}"
         if found.shape != shape:
             raise UserError(f"{where} has shape {list(found.shape)}; the config needs {list(shape)}")
-        if found.dtype != dtype and (dtype, found.dtype) != ("F32", "BF16"):
+        if found.dtype not in (dtype, *_SAME_BYTES.get((dtype, name.rpartition(".")[2]), ())):
             raise UserError(f"{where} is {found.dtype}; expected {dtype}")
     if missing:
         more = " and more" if len(missing) > _NAMED else ""

@@ -17,5 +17,6 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(np.uint8),  # as its byte, which is how the rest of the package reads E8M0
+    "F4": np.dtype(np.uint8),  # as bytes of two, which halve the last axis
 }
 HF_DTYPES = {"bfloat16": "BF16", "float32": "F32"}  # those that plain weights may have

@@ -310,3 +310,36 @@ def test_nan_in_a_weight_to_quantise_writes_nothing(tmp_path) -> None:
     with pytest.raises(UserError, match=rf"{EXPERT}: inf at index \[5, 7\]"):
         write_checkpoint(tmp_path / "hf", config, params)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("codes", ["U8", "I8", "F4"])
+@pytest.mark.parametrize("scales", ["U8", "F8_E8M0"])
+def test_the_same_bytes_under_other_names_are_read(tmp_path, codes: str, scales: str) -> None:
+    """Packed codes are called U8, I8 or F4, scales U8 or F8_E8M0: the bytes are the same, and so is what is read."""
+    config, tensors = small(), random_tensors(small())
+    expected = read_checkpoint(save_checkpoint(tmp_path / "one", config, tensors)).params
+    directory = save_checkpoint(tmp_path / "other", config, tensors)
+    path = directory / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    for name, entry in header.items():
+        if entry["dtype"] == "U8" and name.endswith(".weight_scale"):
+            entry["dtype"] = scales
+        elif entry["dtype"] == "U8":
+            entry["dtype"] = codes
+            entry["shape"][-1] *= 2 if codes == "F4" else 1
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    found = read_checkpoint(directory).params
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found)):
+        assert one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_codes_are_not_taken_for_scales(tmp_path) -> None:
+    """A dtype that names other contents than a tensor has is still refused."""
+    config, tensors = small(), random_tensors(small())
+    name = "model.layers.1.mlp.experts.0.gate_proj.weight_scale"
+    tensors[name] = "I8", tensors[name][1]
+    with pytest.raises(UserError, match=r"weight_scale' is I8; expected U8"):
+        read_checkpoint(save_checkpoint(tmp_path / "hf", config, tensors))

@@ -32,7 +32,7 @@ BAD_FILES = {
     "deep nesting": (raw(b'{"a":' + b"[" * 200_000), "not valid JSON"),
     "huge integer": (raw(b'{"a":' + b"9" * 100_000 + b"}"), "not valid JSON"),
     "duplicate names": (raw(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), b"1234"), "appears twice"),
-    "unknown dtype": (raw({"a": entry("F4")}, b"1234"), "dtype"),
+    "unknown dtype": (raw({"a": entry("F3")}, b"1234"), "dtype"),
     "unknown key": (raw({"a": entry(more=1)}, b"1234"), "expected exactly"),
     "missing key": (raw({"a": {"dtype": "U8"}}), "expected exactly"),
     "float shape": (raw({"a": entry(shape=(4.0,))}, b"1234"), "list of integers"),

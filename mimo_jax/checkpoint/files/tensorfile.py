@@ -173,6 +173,10 @@ def _parse_entry(name: str, entry: Any, data_start: int, where: str) -> tuple[Te
     if len(shape) > MAX_RANK or len(offsets) != 2:
         raise UserError(f"{where}: {len(shape)} axes and {len(offsets)} offsets; at most {MAX_RANK} and exactly 2")
     begin, end = offsets
+    if dtype == "F4":
+        if not shape or shape[-1] % 2:
+            raise UserError(f"{where}: F4 {shape} must have whole bytes along its last axis")
+        shape = [*shape[:-1], shape[-1] // 2]
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != needed:
         raise UserError(f"{where}: {dtype} {shape} needs {needed} bytes, its offsets span {end - begin}")
