@@ -78,21 +78,19 @@ class Tokenizer:
     def encode(self, text: str, literal: bool = False) -> list[int]:
         """Token ids of a text; in a `literal` one, the names of special tokens are text like any other."""
         with _refusing("tokenizer: this text cannot be encoded"):
-            return self._backend(literal).encode(text, add_special_tokens=False).ids
+            backend = self._literal if literal else self.backend
+            return backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str], literal: bool = False) -> list[list[int]]:
-        """`encode` of many texts."""
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many literal texts, such as source files."""
         with _refusing("tokenizer: these texts cannot be encoded"):
-            encodings = self._backend(literal).encode_batch_fast(texts, add_special_tokens=False)
+            encodings = self._literal.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens; incomplete UTF-8 shows as U+FFFD."""
         with _refusing("tokenizer: these ids cannot be decoded"):
             return self.backend.decode(list(ids), skip_special_tokens=True)
-
-    def _backend(self, literal: bool) -> tokenizers.Tokenizer:
-        return self._literal if literal else self.backend
 
     @functools.cached_property
     def _literal(self) -> tokenizers.Tokenizer:

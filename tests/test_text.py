@@ -72,4 +72,4 @@ def test_special_tokens_in_text_are_text(tokenizer):
     literal = tokenizer.encode(source, literal=True)
     assert tokenizer.id_of(END_OF_TEXT) in tokenizer.encode(source)
     assert tokenizer.id_of(END_OF_TEXT) not in literal and tokenizer.decode(literal) == source
-    assert tokenizer.encode_batch([source], literal=True) == [literal]
+    assert tokenizer.encode_batch([source]) == [literal]

@@ -305,8 +305,8 @@ def _with_layer_types(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _architecture(values: dict[str, Any], where: str) -> str:
     architectures = values.get("architectures") or ["MiMoV2ForCausalLM"]
-    if not isinstance(architectures, list):
-        raise UserError(f"{where}: architectures={architectures!r} must be a list with one name")
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UserError(f"{where}: architectures={architectures!r} must be a list of names")
     return architectures[0]
 
 

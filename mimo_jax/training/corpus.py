@@ -131,7 +131,7 @@ def _tokenize(files: list[SourceFile], tokenizer: Tokenizer, path: Path) -> int:
     with progress(f"tokenizing {path.stem}", sum(source.size for source in files), unit="bytes") as bar:
         for start in range(0, len(files), 256):
             batch = files[start : start + 256]
-            for ids in tokenizer.encode_batch([source.text() for source in batch], literal=True):
+            for ids in tokenizer.encode_batch([source.text() for source in batch]):
                 pieces.append(np.asarray([*ids, tokenizer.id_of(END_OF_TEXT)], np.uint16))
             bar.advance(sum(source.size for source in batch))
     tokens = np.concatenate(pieces)
