@@ -15,7 +15,7 @@ from mimo_jax.weights.mxfp4 import check_scales
 from mimo_jax.weights.params import Part, Weight, array_path
 from pallas_kernels import mxfp4
 
-_CHUNK = 1 << 18  # bytes that stay in a core's cache for the second look
+_PIECE_BYTES = 1 << 20  # of a core's cache
 
 
 def check_stored(weight: Weight, part: Part, array: np.ndarray, where: str) -> None:
@@ -29,7 +29,8 @@ def check_stored(weight: Weight, part: Part, array: np.ndarray, where: str) -> N
 def check_finite(array: np.ndarray, where: str, what: str = "value") -> None:
     """Raises with `where` and the first bad index if floating-point numbers hold NaN or infinity."""
     if not is_finite(array):
-        index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        with np.errstate(invalid="ignore"):  # numpy warns of what is looked for
+            index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise UserError(f"{where}: {what} {array[index]} at index {list(index)} is not a finite number")
 
 
@@ -43,11 +44,9 @@ def is_finite(array: np.ndarray) -> bool:
     largest = int(np.asarray(ml_dtypes.finfo(array.dtype).max, array.dtype).view(f"i{size}"))
     largest_negative = largest | 1 << (8 * size - 1)
     flat = array.reshape(-1).view(f"u{size}")
-    pieces = (flat[start : start + _CHUNK // size] for start in range(0, flat.size, _CHUNK // size))
-    return all(
-        piece.max() <= largest_negative and piece.view(f"i{size}").max() <= largest  # E4M3 has NaN and no infinity
-        for piece in pieces
-    )
+    length = _PIECE_BYTES // size
+    pieces = (flat[start : start + length] for start in range(0, flat.size, length))
+    return all(piece.max() <= largest_negative and piece.view(f"i{size}").max() <= largest for piece in pieces)
 
 
 def check_leaves(weights: Iterable[Weight], params: Params, where: str) -> None:

@@ -220,7 +220,7 @@ def _check_digest(data: bytes, path: Path) -> None:
         digest.update(memoryview(data)[: line.start()])
         digest.update(memoryview(data)[line.end() :])
     if not line or digest.hexdigest() != line[1].decode():
-        raise UserError(f"{path}: damaged: it does not match its own SHA-256")
+        raise UserError(f"{path}: damaged, or not written by convert.py: it does not match its own SHA-256")
 
 
 def _table(values: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
