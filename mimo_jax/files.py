@@ -28,19 +28,29 @@ def exclusive(lock: Path, busy: str) -> Iterator[None]:
 
     The system takes a lock from a process that dies, however it dies, so a lock file that can be locked is a leftover.
     """
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        if not _try_lock(descriptor):
-            os.close(descriptor)
-            raise UserError(busy)
-        if _is_at(descriptor, lock):
-            break
-        os.close(descriptor)  # its holder removed it after we had opened it
+    try:
+        descriptor = _locked(lock)
+    except OSError as error:
+        raise UserError(f"{lock}: could not be locked ({error.strerror})") from None
+    if descriptor is None:
+        raise UserError(busy)
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _locked(lock: Path) -> int | None:
+    """The open lock file, or None where another process holds it."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        if not _try_lock(descriptor):
+            os.close(descriptor)
+            return None
+        if _is_at(descriptor, lock):
+            return descriptor
+        os.close(descriptor)  # its holder removed it after it was opened here
 
 
 def _try_lock(descriptor: int) -> bool:

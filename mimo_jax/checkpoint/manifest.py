@@ -116,7 +116,8 @@ def refuse_existing(destination: Path, overwrite: bool) -> None:
     if destination.is_symlink() or not (destination / MANIFEST).is_file():
         raise UserError(f"{destination}: has no {MANIFEST}, so it is not a written checkpoint; not replaced")
     try:
-        unlisted = sorted(set(list_files(destination)) - read_manifest(destination)["files"].keys())
+        listed = read_manifest(destination)["files"]
+        unlisted = [name for name in list_files(destination) if name not in listed]
     except UserError as error:
         raise UserError(f"{destination}: not replaced, as it is not a checkpoint written here ({error})") from None
     if unlisted:

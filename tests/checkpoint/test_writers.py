@@ -16,7 +16,7 @@ from mimo_jax.checkpoint import convert, orbax
 from mimo_jax.checkpoint.convert import to_huggingface, to_orbax, verify
 from mimo_jax.checkpoint.manifest import new_directory
 from mimo_jax.errors import UserError
-from mimo_jax.files import write_atomically
+from mimo_jax.files import exclusive, write_atomically
 from tests.checkpoint.samples import random_tensors, save_checkpoint, small
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +136,12 @@ def test_a_destination_around_or_in_the_source_is_refused(source, tmp_path) -> N
         with pytest.raises(UserError, match="lies in the source, or the source in it"):
             to_orbax(converted / "inner", destination, overwrite=True)
     assert (converted / "inner" / "model.safetensors").exists() and (converted / "manifest.json").exists()
+
+
+def test_a_place_that_cannot_be_locked_is_one_line(tmp_path) -> None:
+    """A lock file that cannot be made, or a link in its place, is named; nothing is written through it."""
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    for lock in (tmp_path / ".lock", tmp_path / "absent" / ".lock"):
+        with pytest.raises(UserError, match=r"\.lock: could not be locked"), exclusive(lock, "held"):
+            pass
+    assert not (tmp_path / "elsewhere").exists()
