@@ -38,6 +38,7 @@ from mimo_jax.weights.params import (
 
 SINGLE = "model.safetensors"
 _MAX_CONFIG_BYTES = 4_000_000
+_MAX_REASON = 200  # characters of another library's message
 _NAMED = 3  # how many tensors an error names
 
 Region = tuple[slice, ...]  # of an array of the tree
@@ -92,7 +93,8 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, FileFormat]:
     except UserError:
         raise
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: a value has the wrong type ({type(error).__name__}: {error})") from None
+        reason = " ".join(str(error).split())[:_MAX_REASON]
+        raise UserError(f"{path}: a value has the wrong type ({type(error).__name__}: {reason})") from None
 
 
 def read_torch_dtype(directory: Path) -> str | None:
