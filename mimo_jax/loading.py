@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mimo_jax import layouts
 from mimo_jax.checkpoint.files.tensorfile import load_json, read_bytes
 from mimo_jax.checkpoint.huggingface import read_hf_config
+from mimo_jax.checkpoint.manifest import verify_directory
 from mimo_jax.checkpoint.read import read
 from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.config.model import MASTERS, ModelConfig
@@ -61,6 +62,7 @@ def load(
     mesh: Mesh | None = None,
     backend: str | None = None,
     generation_config: bool = True,
+    verify: bool = False,
 ) -> Model:
     """Reads a Hugging Face or an Orbax checkpoint directory.
 
@@ -69,13 +71,16 @@ def load(
     it never changes the distribution of what is generated. On a `mesh` (`sharding.make_mesh`) every device gets its own
     part of the weights. `backend` names what multiplies packed experts (`pallas_kernels.expert_matmul.BACKENDS`); by
     default that is the fastest that the device runs. What the checkpoint's `generation_config.json` says of sampling is
-    the model's default strategy; without `generation_config` that is greedy.
+    the model's default strategy; without `generation_config` that is greedy. `verify` first reads every file and
+    compares it with the manifest that conversions and exports write.
     """
     from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
 
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    if verify:
+        verify_directory(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if mesh is not None:
         check_fits(*read_hf_config(directory), mesh)

@@ -47,6 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-draft", action="store_true", help="one token per round, without the checkpoint's drafter")
+    parser.add_argument("--verify", action="store_true", help="compare every file with the checkpoint's manifest first")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
     add_mesh_options(parser)
     return parser.parse_args(argv)
@@ -95,7 +96,8 @@ def main(argv: list[str]) -> None:
     from mimo_jax.loading import BUNDLED, load
 
     follow = not args.no_generation_config
-    model = load(args.model or BUNDLED, draft=not args.no_draft, mesh=mesh, generation_config=follow)
+    options = {"draft": not args.no_draft, "mesh": mesh, "generation_config": follow, "verify": args.verify}
+    model = load(args.model or BUNDLED, **options)
     ids = [encode_prompt(model, prompt) for prompt in prompts]  # before anything is printed
     requests = [Request(prompt, strategy, args.max_tokens, args.seed, args.stop) for prompt in ids]
     if len(prompts) > 1:

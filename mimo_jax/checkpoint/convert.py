@@ -13,9 +13,9 @@ import numpy as np
 
 from mimo_jax.checkpoint import huggingface, orbax
 from mimo_jax.checkpoint.dflash import drafter_files
-from mimo_jax.checkpoint.export import write_checkpoint
-from mimo_jax.checkpoint.files.tensorfile import read_bytes
-from mimo_jax.checkpoint.manifest import read_manifest, refuse_existing, verify_files
+from mimo_jax.checkpoint.export import fill_checkpoint
+from mimo_jax.checkpoint.files.tensorfile import inside, read_bytes
+from mimo_jax.checkpoint.manifest import MANIFEST, new_directory, verify_directory
 from mimo_jax.checkpoint.read import read
 from mimo_jax.cli.memory import current_memory, peak_memory, return_freed_memory
 from mimo_jax.cli.progress import progress
@@ -43,25 +43,26 @@ _MAX_CARRIED_BYTES = 1 << 28
 
 def carried_files(directory: Path) -> dict[str, bytes | Path]:
     """What a checkpoint keeps through every conversion: the tokenizer and other small files, and its drafter."""
-    small = {name: read_bytes(directory / name, _MAX_CARRIED_BYTES) for name in CARRIED if (directory / name).exists()}
-    return {**small, **drafter_files(directory)}
+    present = [inside(directory, name) for name in CARRIED if (directory / name).exists()]
+    return {**{path.name: read_bytes(path, _MAX_CARRIED_BYTES) for path in present}, **drafter_files(directory)}
 
 
 def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:
     """Converts a Hugging Face directory; returns what was found and measured."""
-    _refuse(source, destination, overwrite)
-    opened = huggingface.open_checkpoint(source)
-    parts = _split_for(opened)
-    return_freed_memory()
-    base, held = current_memory(), array_bytes(opened.weights())
-    print(f"layout: {opened.describe()}", file=sys.stderr)
-    with progress("reading", opened.nbytes, "bytes") as bar:
-        params = huggingface.read_params(opened, parts, bar.advance)
-    heads = huggingface.probe_qkv(opened, params)
-    print(f"probe: {heads} QKV heads recomputed from the file's bytes, all equal", file=sys.stderr)
-    with progress("writing", held, "bytes") as bar:
-        extra = carried_files(source)
-        orbax.write_orbax(destination, opened.config, opened.file_format, params, extra, overwrite, bar.advance)
+    _check_apart(source, destination)
+    with new_directory(destination, overwrite) as folder:
+        _check_source(source)
+        opened = huggingface.open_checkpoint(source)
+        parts = _split_for(opened)
+        return_freed_memory()
+        base, held = current_memory(), array_bytes(opened.weights())
+        print(f"layout: {opened.describe()}", file=sys.stderr)
+        with progress("reading", opened.nbytes, "bytes") as bar:
+            params = huggingface.read_params(opened, parts, bar.advance)
+        heads = huggingface.probe_qkv(opened, params)
+        print(f"probe: {heads} QKV heads recomputed from the file's bytes, all equal", file=sys.stderr)
+        with progress("writing", held, "bytes") as bar:
+            orbax.fill_orbax(folder, opened.config, opened.file_format, params, carried_files(source), bar.advance)
     return {
         "storage": opened.file_format.name,
         "qkv_layout": opened.qkv_order,
@@ -90,32 +91,29 @@ def _split_for(opened: huggingface.HuggingFaceCheckpoint) -> ShardingOf | None:
 
 def to_huggingface(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:
     """Converts an Orbax model directory (or re-exports a Hugging Face one) to the FP4-DFlash layout."""
-    _refuse(source, destination, overwrite)
-    return_freed_memory()
-    base = current_memory()
-    found = read(source)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
-    stored = found.file_format.of("expert")
-    if stored != "mxfp4":
-        print(f"experts are stored as {stored}: rounding them to MXFP4", file=sys.stderr)
-    with progress("writing", array_bytes(weights(found.config, PUBLISHED)), "bytes") as bar:
-        extra = carried_files(source)
-        write_checkpoint(destination, found.config, found.params, extra, overwrite, bar.advance)
+    _check_apart(source, destination)
+    with new_directory(destination, overwrite) as folder:
+        _check_source(source)
+        return_freed_memory()
+        base = current_memory()
+        found = read(source)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
+        stored = found.file_format.of("expert")
+        if stored != "mxfp4":
+            print(f"experts are stored as {stored}: rounding them to MXFP4", file=sys.stderr)
+        with progress("writing", array_bytes(weights(found.config, PUBLISHED)), "bytes") as bar:
+            fill_checkpoint(folder, found.config, found.params, carried_files(source), bar.advance)
     return {"storage": PUBLISHED.name, "from": found.file_format.name, **memory_report(base, held)}
 
 
 def verify(directory: Path) -> dict[str, Any]:
     """Checks every file and every tensor against the manifest; the first difference is an error."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: not found; expected a checkpoint directory")
-    manifest = read_manifest(directory)
-    total = sum(entry["bytes"] for entry in manifest["files"].values())
-    with progress("verifying", total, "bytes") as bar:
-        verify_files(directory, manifest, bar.advance)
+    manifest = verify_directory(directory)
     if manifest["kind"] == "orbax":
         orbax.verify_leaves(directory, manifest["tensors"])
-    else:
+    elif manifest["kind"] == "huggingface":
         _verify_tensors(directory, manifest["tensors"])
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
     return {"kind": manifest["kind"], "files": len(manifest["files"]), "bytes": total, "verified": True}
 
 
@@ -130,11 +128,22 @@ def _verify_tensors(directory: Path, digests: dict[str, str]) -> None:
         file.release(name)
 
 
-def _refuse(source: Path, destination: Path, overwrite: bool) -> None:
-    """Before any work: a destination that may not be replaced, or that is the source."""
-    refuse_existing(destination, overwrite)
-    if destination.resolve() == source.resolve() or source.resolve() in destination.resolve().parents:
-        raise UserError(f"{destination}: lies in the source; choose another place")
+def _check_apart(source: Path, destination: Path) -> None:
+    """The destination may become another directory at the end: it is not the source, in it, or around it."""
+    if _holds(source, destination) or _holds(destination, source):
+        raise UserError(f"{destination}: lies in the source, or the source in it; choose another place")
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    """Whether `inner` is `outer` or lies in it, by whatever names."""
+    inner = inner.resolve()
+    return outer.exists() and any(folder.exists() and folder.samefile(outer) for folder in (inner, *inner.parents))
+
+
+def _check_source(source: Path) -> None:
+    """What was damaged after it was written here would otherwise come out with a manifest that says it is whole."""
+    if (source / MANIFEST).exists():
+        verify_directory(source)
 
 
 def memory_report(base: int, held: int) -> dict[str, Any]:

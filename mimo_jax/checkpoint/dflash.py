@@ -17,6 +17,7 @@ import numpy as np
 from mimo_jax.checkpoint.export import json_bytes
 from mimo_jax.checkpoint.files.tensorfile import TensorFile, TensorFileWriter, inside, load_json, read_bytes, read_index
 from mimo_jax.checkpoint.files.torchfile import TorchFile, TorchTensor, torch_file
+from mimo_jax.checkpoint.finite import check_finite
 from mimo_jax.checkpoint.manifest import new_directory, place_file, read_manifest, write_file, write_manifest
 from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.config.huggingface import drafter_from_hf, drafter_to_hf
@@ -60,7 +61,7 @@ def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, Any]]:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a drafter's folder")
-    path = directory / CONFIG
+    path = inside(directory, CONFIG)
     config = drafter_from_hf(load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path)), str(path))
     held = _open_files(directory)
     dtype = _dtype_of(held, directory)
@@ -68,8 +69,9 @@ def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, Any]]:
 
     def read(weight: Weight, part: Part) -> jax.Array:
         if weight.row is MASK:
-            return jnp.array(_read_mask(directory / MASK_FILE, config, dtype))
+            return jnp.array(_read_mask(inside(directory, MASK_FILE), config, dtype))
         file, stored = held[part.name]
+        check_finite(file.read(stored), f"{file.path}: tensor {stored!r}")
         array = jnp.array(file.read(stored))  # a copy: the file may change afterwards
         file.release(stored)
         return array
@@ -80,7 +82,7 @@ def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, Any]]:
 def _open_files(directory: Path) -> dict[str, tuple[TensorFile, str]]:
     """Published tensor name -> (file, name in it), over one file or all that an index names."""
     present = {path.name for path in directory.iterdir() if path.suffix == ".safetensors"}
-    index = next((directory / name for name in _INDEXES if (directory / name).exists()), None)
+    index = next((inside(directory, name) for name in _INDEXES if (directory / name).exists()), None)
     placed = read_index(index, directory, present) if index else None
     if placed is None and (len(present) != 1 or not min(present).startswith(_STEMS)):
         found = _quoted(sorted(present)) or "no safetensors file"
@@ -159,13 +161,15 @@ def _read_mask(path: Path, config: DrafterConfig, dtype: str) -> np.ndarray:
         raise UserError(f"{path}: embedding has shape {list(vector.shape)}; the config needs [{config.hidden_size}]")
     if vector.dtype not in HF_DTYPES.values():
         raise UserError(f"{path}: embedding is {vector.dtype}; expected {' or '.join(HF_DTYPES.values())}")
-    return _cast(file.read(vector).reshape(-1), dtype)
+    return _cast(file.read(vector).reshape(-1), dtype, f"{path}: embedding")
 
 
-def _cast(array: Any, dtype: str) -> np.ndarray:
-    """`array` in the dtype of the folder."""
+def _cast(array: Any, dtype: str, where: str) -> np.ndarray:
+    """`array` in the dtype of the folder, in which all of it must be finite."""
     with np.errstate(invalid="ignore", over="ignore"):  # numpy warns where a NaN is cast
-        return np.asarray(array).astype(DTYPES[HF_DTYPES[dtype]])
+        cast = np.asarray(array).astype(DTYPES[HF_DTYPES[dtype]])
+    check_finite(cast, where)
+    return cast
 
 
 def write_drafter(directory: Path, config: DrafterConfig, params: dict[str, Any], dtype: str = "bfloat16") -> None:
@@ -179,14 +183,14 @@ def write_drafter(directory: Path, config: DrafterConfig, params: dict[str, Any]
 
 def attach_drafter(checkpoint: Path, config: DrafterConfig, params: dict[str, Any], dtype: str = "bfloat16") -> None:
     """Puts a drafter into a checkpoint that this package wrote, in place of the one it has; all of it or nothing."""
-    manifest = read_manifest(checkpoint)
-    kept = [name for name in manifest["files"] if not name.startswith(f"{FOLDER}/")]
     with new_directory(checkpoint, overwrite=True) as folder:
+        manifest = read_manifest(checkpoint)
+        kept = {name: entry for name, entry in manifest["files"].items() if not name.startswith(f"{FOLDER}/")}
         for name in kept:
-            place_file(folder / name, checkpoint / name)
+            place_file(folder / name, inside(checkpoint, name))
         (folder / FOLDER).mkdir()
         _fill(folder / FOLDER, config, params, dtype)
-        write_manifest(folder, manifest["kind"], manifest["tensors"], lambda nbytes: None)
+        write_manifest(folder, manifest["kind"], manifest["tensors"], lambda nbytes: None, kept)
 
 
 def drafter_files(directory: Path) -> dict[str, Path]:
@@ -194,14 +198,14 @@ def drafter_files(directory: Path) -> dict[str, Path]:
     wanted = {".json", ".pt", ".safetensors"}
     folder = directory / FOLDER
     paths = sorted(path for path in folder.iterdir() if path.suffix in wanted) if has_drafter(directory) else []
-    return {f"{FOLDER}/{path.name}": inside(folder, path.name) for path in paths}
+    return {f"{FOLDER}/{path.name}": inside(directory, f"{FOLDER}/{path.name}") for path in paths}
 
 
 def _fill(folder: Path, config: DrafterConfig, params: dict[str, Any], dtype: str) -> None:
     held = {"/".join(path_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     if differing := sorted(held ^ {weight.label for weight in drafter_weights(config, dtype)}):
         raise ValueError(f"parameters and config differ in {', '.join(differing)}")
-    mask = _cast(params[MASK.path], dtype)
+    mask = _cast(params[MASK.path], dtype, MASK.path)
     if mask.shape != (config.hidden_size,):
         raise ValueError(f"mask: shape {mask.shape}, the config has {config.hidden_size}")
     write_file(folder / CONFIG, json_bytes(drafter_to_hf(config, dtype)))
@@ -209,7 +213,7 @@ def _fill(folder: Path, config: DrafterConfig, params: dict[str, Any], dtype: st
     writer = TensorFileWriter(folder / TENSORS, expected_drafter_tensors(config, dtype))
     try:
         for weight in _named(config, dtype):
-            writer.write(weight.parts[0].name, _cast(weight.of(params), dtype))
+            writer.write(weight.parts[0].name, _cast(weight.of(params), dtype, weight.parts[0].name))
         writer.close()
     finally:
         writer.abort()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mimo_jax.checkpoint.files.tensorfile import TensorFileWriter
+from mimo_jax.checkpoint.finite import check_stored
 from mimo_jax.checkpoint.manifest import new_directory, place_file, write_manifest
 from mimo_jax.config.huggingface import to_hf
 from mimo_jax.config.model import PUBLISHED, ModelConfig
@@ -42,7 +43,19 @@ def write_checkpoint(
 
     `params` may be of any file format. Nothing called `directory` exists until everything is on disk.
     """
-    advance = advance or (lambda nbytes: None)
+    with new_directory(Path(directory), overwrite) as folder:
+        fill_checkpoint(folder, config, params, extra_files or {}, advance or (lambda nbytes: None), shard_bytes)
+
+
+def fill_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    params: dict[str, Any],
+    extra_files: Mapping[str, bytes | Path],
+    advance: Callable[[int], None],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`write_checkpoint`'s content, in the folder of `new_directory`."""
     PUBLISHED.check_fits(config)
     shards = _plan_shards(config, shard_bytes)
     placed = {name: file for file, specs in shards.items() for name in specs}
@@ -51,13 +64,12 @@ def write_checkpoint(
         "config.json": json_bytes(to_hf(config, PUBLISHED)),
         "generation_config.json": json_bytes(_generation_config(config)),
         INDEX: json_bytes({"metadata": {"total_size": total}, "weight_map": placed}),
-        **(extra_files or {}),
+        **extra_files,
     }
-    with new_directory(Path(directory), overwrite) as folder:
-        for name, data in files.items():
-            place_file(folder / name, data)
-        digests = _write_shards(folder, shards, placed, config, params, advance)
-        write_manifest(folder, "huggingface", digests, lambda nbytes: None)
+    for name, data in files.items():
+        place_file(folder / name, data)
+    digests = _write_shards(folder, shards, placed, config, params, advance)
+    write_manifest(folder, "huggingface", digests, lambda nbytes: None)
 
 
 def json_bytes(values: Any) -> bytes:
@@ -133,10 +145,12 @@ def _tensors(config: ModelConfig, params: dict[str, Any]) -> Iterator[tuple[str,
         for index in range(weight.parts[0].count):
             label = weight.parts[0].tensor_name(index)
             leaf_at = leaf[index] if weight.parts[0].split == "stack" else leaf
-            stored: Any = encode(leaf_at, weight.stored, DTYPES[weight.parts[0].dtype], label)
+            with np.errstate(invalid="ignore", over="ignore"):  # the check below says what numpy would warn of
+                stored: Any = encode(leaf_at, weight.stored, DTYPES[weight.parts[0].dtype], label)
             for part in weight.parts:
-                array = getattr(stored, part.field) if part.field else stored
-                yield part.tensor_name(index), array.reshape(part.tensor_shape)
+                array = (getattr(stored, part.field) if part.field else stored).reshape(part.tensor_shape)
+                check_stored(weight, part, array, part.tensor_name(index))
+                yield part.tensor_name(index), array
 
 
 def _on_host(leaf: Any) -> Any:

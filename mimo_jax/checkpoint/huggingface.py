@@ -17,12 +17,12 @@ import numpy as np
 from mimo_jax.checkpoint import qkv
 from mimo_jax.checkpoint.export import INDEX, MTP_FILE
 from mimo_jax.checkpoint.files.tensorfile import TensorFile, inside, load_json, read_bytes, read_index
+from mimo_jax.checkpoint.finite import check_stored
 from mimo_jax.config.huggingface import from_hf
 from mimo_jax.config.model import FileFormat, ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.weights import Params
 from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
-from mimo_jax.weights.mxfp4 import check_scales
 from mimo_jax.weights.params import (
     SKIPPED_PREFIXES,
     Part,
@@ -44,6 +44,7 @@ _SAME_BYTES = {
     **dict.fromkeys((("F32", name) for name in ("weight", "weight_scale_inv", "e_score_correction_bias")), ("BF16",)),
 }
 _MAX_CONFIG_BYTES = 4_000_000
+_MAX_REASON = 200  # characters of another library's message
 _NAMED = 3  # how many tensors an error names
 
 Region = tuple[slice, ...]  # of an array of the tree
@@ -91,19 +92,20 @@ class HuggingFaceCheckpoint:
 
 def read_hf_config(directory: Path) -> tuple[ModelConfig, FileFormat]:
     """`config.json` of a checkpoint directory, read as strictly as its tensors."""
-    path = directory / "config.json"
+    path = inside(directory, "config.json")
     values = load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path))
     try:
         return from_hf(values, str(path))
     except UserError:
         raise
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: a value has the wrong type ({type(error).__name__}: {error})") from None
+        reason = " ".join(str(error).split())[:_MAX_REASON]
+        raise UserError(f"{path}: a value has the wrong type ({type(error).__name__}: {reason})") from None
 
 
 def read_torch_dtype(directory: Path) -> str | None:
     """What the config says of the dense weights' dtype."""
-    path = directory / "config.json"
+    path = inside(directory, "config.json")
     return load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path)).get("torch_dtype")
 
 
@@ -126,7 +128,7 @@ def open_checkpoint(directory: Path) -> HuggingFaceCheckpoint:
 
 def _open_files(directory: Path) -> dict[str, TensorFile]:
     """Tensor name -> file, over all shards; a tensor found twice, or not where the index says, is an error."""
-    index = directory / INDEX
+    index = inside(directory, INDEX)
     held = {path.name for path in directory.iterdir() if path.suffix == ".safetensors"}
     placed = read_index(index, directory, held) if index.exists() else None
     if placed is not None:
@@ -294,25 +296,25 @@ def _fill(
         return _fill_dense_qkv(source, weight, region, buffer, advance)
     if part.split != "stack":
         tensor = source.read(part.name).reshape(part.shape)[region]
-        _check_values(part, weight, tensor, part.name)
+        _check_values(source, part, weight, tensor, part.name)
         buffer[...] = tensor
         return _done(source, part.name, tensor.nbytes, advance)
     for index in range(first.start, first.stop):
         name = part.tensor_name(index)
         tensor = source.read(name)[tuple(rest)]
-        _check_values(part, weight, tensor, name)
+        _check_values(source, part, weight, tensor, name)
         buffer[index - first.start] = tensor
         _done(source, name, tensor.nbytes, advance)
 
 
-def _check_values(part: Part, weight: Weight, tensor: np.ndarray, name: str) -> None:
-    if part.field != "scales":
-        return
-    if weight.stored == "mxfp4":
-        check_scales(tensor, name)
-    elif not np.isfinite(tensor).all():
-        index = [int(i) for i in np.argwhere(~np.isfinite(tensor))[0]]
-        raise UserError(f"{name}: scale {tensor[tuple(index)]} at index {index} is not a finite number")
+def _check_values(source: HuggingFaceCheckpoint, part: Part, weight: Weight, tensor: np.ndarray, name: str) -> None:
+    """Of what was read of a tensor; the error names a place in the whole."""
+    where = f"{source.files[name].path}: {name}"
+    try:
+        check_stored(weight, part, tensor, where)
+    except UserError:
+        check_stored(weight, part, source.read(name), where)
+        raise
 
 
 def _fill_dense_qkv(
@@ -322,6 +324,8 @@ def _fill_dense_qkv(
     chunks, rows, cols = region
     thirds = _qkv_thirds(source, weight)
     parts = [third.reshape(source.config.qkv_chunks, -1, third.shape[-1])[chunks] for _, third in thirds]
+    for (name, _), part in zip(thirds, parts):
+        _check_values(source, weight.parts[0], weight, part, name)
     buffer[...] = np.concatenate(parts, axis=1)[:, rows, cols]
     for (name, _), part in zip(thirds, parts):
         _done(source, name, part.nbytes, advance)

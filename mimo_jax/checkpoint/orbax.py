@@ -1,8 +1,8 @@
 """Orbax checkpoints (the v1 API): a directory appears by rename when it is complete, and is always restored through an
 abstract tree, so that the same checkpoint opens on any number of devices.
 
-A converted model is a directory of `params/` (the Orbax tree), `config.json`, the tokenizer's files and a manifest; a
-training run keeps bare trees, one directory per step.
+A converted model is a directory of `params/` (the Orbax tree), `config.json`, the tokenizer's files and a manifest. A
+training run keeps one directory per step, of `state/` (the Orbax tree) and a manifest.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import logging
 import math
 import os
 import re
-import shutil
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,17 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from mimo_jax.checkpoint.export import json_bytes
+from mimo_jax.checkpoint.finite import check_leaves
 from mimo_jax.checkpoint.huggingface import Checkpoint, read_hf_config, read_torch_dtype
 from mimo_jax.checkpoint.manifest import (
     check_whole,
     new_directory,
+    partial_of,
     place_file,
     read_manifest,
     remove_all,
+    remove_leftovers,
+    verify_files,
     write_manifest,
 )
 from mimo_jax.config.huggingface import to_hf
@@ -41,10 +44,11 @@ from mimo_jax.config.model import FileFormat, ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.weights.params import ShardingOf, abstract_tree, weights
 
-PARAMS = "params"
+PARAMS, STATE = "params", "state"
 _IN_FLIGHT_BYTES = 32 << 20
 _CHUNK_BYTES = 64 << 20  # a 2.4 GB expert stack in one chunk takes four times as long to write
 _LEFTOVER = ".orbax-checkpoint-tmp"
+_STEP = re.compile("[0-9]{8}|[1-9][0-9]{8,}")
 
 
 @contextmanager
@@ -117,28 +121,59 @@ def steps(directory: Path) -> list[int]:
     """Steps with a complete checkpoint below `directory`, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir())
+    names = [entry.name for entry in directory.iterdir() if _STEP.fullmatch(entry.name) and entry.is_dir()]
+    return sorted(map(int, names))
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    return directory / f"{step:08d}"
 
 
 def save_step(directory: Path, step: int, tree: Any, keep: int = 2) -> None:
-    """Saves `directory/step` and drops all but the newest `keep`. A kill at any point leaves only complete steps."""
-    directory.mkdir(parents=True, exist_ok=True)
-    remove_all([*directory.glob(f"*{_LEFTOVER}*"), *directory.glob("trash-*")])
+    """Saves `directory/step` and drops all but the newest `keep`. A kill at any point leaves only complete steps.
+
+    Of several processes all put their shards in; the first makes the directory, lists the files' digests and clears up.
+    """
+    is_first = jax.process_index() == 0
+    if is_first:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
     if step not in steps(directory):
-        save_tree(directory / f"{step:08d}", tree)
+        path = step_directory(directory, step)
+        with new_directory(path) if is_first else nullcontext(partial_of(path)) as folder:
+            save_tree(folder / STATE, tree)
+            if is_first:
+                write_manifest(folder, "step", {}, lambda nbytes: None)
+    if is_first:
+        _drop_old(directory, keep)
+
+
+def _drop_old(directory: Path, keep: int) -> None:
     for old in steps(directory)[:-keep]:
         # Out of sight first: deleting in place would leave a listed step that cannot be restored.
-        trash = directory / f"trash-{old:08d}"
-        (directory / f"{old:08d}").rename(trash)
-        shutil.rmtree(trash)
+        with suppress(FileNotFoundError):  # another process was faster
+            step_directory(directory, old).rename(directory / f"trash-{old:08d}")
+    remove_all(directory.glob("trash-*"))
+
+
+def restore_step(path: Path, abstract: Any) -> Any:
+    """One step's tree, after a look at all its files."""
+    if jax.process_index() == 0:
+        verify_files(path, read_manifest(path), lambda nbytes: None)
+    return restore_tree(path / STATE, abstract)
 
 
 def restore_latest(directory: Path, abstract: Any) -> Any:
-    """The newest step's tree."""
+    """The newest step's tree. A damaged one is an error: whoever goes on from the step before should know it."""
     found = steps(directory)
     if not found:
         raise UserError(f"{directory}: holds no complete checkpoint")
-    return restore_tree(directory / f"{found[-1]:08d}", abstract)
+    newest = step_directory(directory, found[-1])
+    try:
+        return restore_step(newest, abstract)
+    except UserError as error:
+        before = f"remove {newest} to go on from step {found[-2]}" if found[1:] else "there is no step before it"
+        raise UserError(f"{error}; {before}") from None
 
 
 def write_orbax(
@@ -151,16 +186,25 @@ def write_orbax(
     advance: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a model directory; nothing called `directory` exists until everything is on disk."""
-    advance = advance or (lambda nbytes: None)
     with new_directory(Path(directory), overwrite) as folder:
-        described = json_bytes(to_hf(config, file_format))
-        for name, data in {**(extra_files or {}), "config.json": described}.items():
-            place_file(folder / name, data)
-        try:
-            save_tree(folder / PARAMS, params)
-        except UserError as error:
-            raise UserError(str(error).replace(str(folder), str(directory))) from None
-        write_manifest(folder, "orbax", leaf_digests(params), advance)
+        fill_orbax(folder, config, file_format, params, extra_files or {}, advance or (lambda nbytes: None))
+
+
+def fill_orbax(
+    folder: Path,
+    config: ModelConfig,
+    file_format: FileFormat,
+    params: dict[str, Any],
+    extra_files: Mapping[str, bytes | Path],
+    advance: Callable[[int], None],
+) -> None:
+    """`write_orbax`'s content, in the folder of `new_directory`."""
+    check_leaves(weights(config, file_format), params, str(folder))
+    described = json_bytes(to_hf(config, file_format))
+    for name, data in {**extra_files, "config.json": described}.items():
+        place_file(folder / name, data)
+    save_tree(folder / PARAMS, params)
+    write_manifest(folder, "orbax", leaf_digests(params), advance)
 
 
 def leaf_digests(params: Any) -> dict[str, str]:
@@ -202,7 +246,9 @@ def read_orbax(directory: str | Path, sharding_of: ShardingOf | None = None) -> 
     check_whole(directory, read_manifest(directory))
     config, file_format = read_orbax_config(directory)
     abstract = abstract_tree(weights(config, file_format), sharding_of)
-    return Checkpoint(config, file_format, restore_tree(directory / PARAMS, abstract))
+    params = restore_tree(directory / PARAMS, abstract)
+    check_leaves(weights(config, file_format), params, str(directory))
+    return Checkpoint(config, file_format, params)
 
 
 def verify_leaves(directory: Path, digests: dict[str, str]) -> None:

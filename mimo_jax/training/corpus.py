@@ -1,7 +1,8 @@
 """Python source found on the machine, as a reproducible training corpus.
 
 Files are deduplicated by content and split by package, so that no held-out file shares a package with a training
-file. A manifest with the hash of every file says exactly what went in.
+file. A manifest with the hash of every file says exactly what went in, and holds those of what came out: token ids
+mean nothing without the tokenizer that made them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mimo_jax.checkpoint.files.tensorfile import load_json
 from mimo_jax.cli.progress import progress
 from mimo_jax.errors import UserError
-from mimo_jax.files import write_atomically
+from mimo_jax.files import exclusive, write_atomically
 from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
 
 MIN_BYTES, MAX_BYTES = 200, 200_000
@@ -28,6 +30,7 @@ TEST_FOLDERS = {"test", "tests", "testing"}  # repetitive, and nobody's idea of 
 HELD_OUT_SHARE = 0.04
 PACKAGE_LIMITS = {"train": 12_000_000, "heldout": 1_000_000}  # bytes: no package dominates its split
 SPLITS = ("train", "heldout")
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +106,24 @@ def build(
     if not all(by_split.values()):
         raise UserError(f"corpus: {len(files)} files found under {len(roots)} roots; both splits need some")
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer or Tokenizer.train(_texts(by_split["train"], tokenizer_bytes), vocab_size)
-    tokenizer.save(out / "tokenizer.json")
-    counts = {split: _tokenize(by_split[split], tokenizer, out / f"{split}.bin") for split in SPLITS}
-    manifest = {
-        "python": sys.version.split()[0],
-        "vocab_size": tokenizer.vocab_size,
-        "tokens": counts,
-        "bytes": {split: sum(source.size for source in by_split[split]) for split in SPLITS},
-        "packages": {split: sorted({source.package for source in by_split[split]}) for split in SPLITS},
-        "files": [[source.split, source.path, source.size, source.sha256] for source in files],
-    }
-    write_atomically(out / "manifest.json", json.dumps(manifest, indent=0).encode())
+    with exclusive(out / ".lock", f"{out}: another process is building this corpus; wait until it is done"):
+        tokenizer = tokenizer or Tokenizer.train(_texts(by_split["train"], tokenizer_bytes), vocab_size)
+        tokens = {split: _tokenize(by_split[split], tokenizer, split) for split in SPLITS}
+        content = {TOKENIZER: tokenizer.backend.to_str(pretty=True).encode()}
+        content |= {_token_file(split): tokens[split].tobytes() for split in SPLITS}
+        manifest = {
+            "python": sys.version.split()[0],
+            "vocab_size": tokenizer.vocab_size,
+            "tokens": {split: len(tokens[split]) for split in SPLITS},
+            "bytes": {split: sum(source.size for source in by_split[split]) for split in SPLITS},
+            "packages": {split: sorted({source.package for source in by_split[split]}) for split in SPLITS},
+            "files": [[source.split, source.path, source.size, source.sha256] for source in files],
+            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in content.items()},
+        }
+        # The manifest comes first: from then on, whatever a kill leaves of an older corpus does not match.
+        write_atomically(out / MANIFEST, json.dumps(manifest, indent=0).encode())
+        for name, data in content.items():
+            write_atomically(out / name, data)
     return manifest
 
 
@@ -126,25 +135,54 @@ def _texts(files: list[SourceFile], limit: int) -> Iterator[str]:
         yield source.text()
 
 
-def _tokenize(files: list[SourceFile], tokenizer: Tokenizer, path: Path) -> int:
+def _tokenize(files: list[SourceFile], tokenizer: Tokenizer, split: str) -> np.ndarray:
     pieces = []
-    with progress(f"tokenizing {path.stem}", sum(source.size for source in files), unit="bytes") as bar:
+    with progress(f"tokenizing {split}", sum(source.size for source in files), unit="bytes") as bar:
         for start in range(0, len(files), 256):
             batch = files[start : start + 256]
             for ids in tokenizer.encode_batch([source.text() for source in batch]):
                 pieces.append(np.asarray([*ids, tokenizer.id_of(END_OF_TEXT)], np.uint16))
             bar.advance(sum(source.size for source in batch))
-    tokens = np.concatenate(pieces)
-    write_atomically(path, tokens.tobytes())
-    return len(tokens)
+    return np.concatenate(pieces)
+
+
+def _token_file(split: str) -> str:
+    return f"{split}.bin"
 
 
 def load_tokens(data: Path, split: str) -> np.ndarray:
-    """The token ids of a split, memory-mapped."""
-    path = data / f"{split}.bin"
+    """The token ids of a split, memory-mapped. They and the tokenizer must be what the manifest, if any, says."""
+    path = data / _token_file(split)
     if not path.is_file():
         raise UserError(f"{path}: not found; build it with `scripts/train.py corpus --data {data}`")
+    _check_built_together(data, (path.name, TOKENIZER))
     return np.memmap(path, np.uint16, mode="r")
+
+
+def _check_built_together(data: Path, names: Iterable[str]) -> None:
+    path = data / MANIFEST
+    if not path.exists():  # tokens that were not built here
+        return
+    listed = load_json(path.read_bytes(), str(path)).get("sha256")
+    for name in names:
+        if not isinstance(listed, dict) or listed.get(name) != digest(data / name):
+            raise UserError(
+                f"{data / name}: not the one that {MANIFEST} lists, so damaged or of an interrupted build; "
+                f"build it again with `scripts/train.py corpus --data {data}`"
+            )
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file, if there is one."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(data: Path) -> dict[str, str | None]:
+    """SHA-256 of what a run learns from: by them a run knows its corpus again, and an export its tokenizer."""
+    return {"tokenizer": digest(data / TOKENIZER), "tokens": digest(data / _token_file("train"))}
 
 
 def batch_at(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) -> np.ndarray:

@@ -57,6 +57,7 @@ def extra_files(config: ModelConfig, tokenizer: Tokenizer, tokenizer_json: bytes
 def export(run_directory: Path, tokenizer_path: Path, out: Path) -> dict[str, Any]:
     """Writes a finished run to `out` in the FP4-DFlash layout."""
     config, train = run.read_settings(run_directory)
+    run.check_tokenizer(run_directory, tokenizer_path)
     state = run.latest_state(run_directory, config, train)
     tokenizer = Tokenizer.load(tokenizer_path)
     write_checkpoint(out, config, state.params, extra_files(config, tokenizer, tokenizer_path.read_bytes()))

@@ -21,7 +21,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.loading import load_dense, load_drafter
 from mimo_jax.sharding import check_rows, place, shape_of
 from mimo_jax.training import drafter, qat, run
-from mimo_jax.training.corpus import load_tokens
+from mimo_jax.training.corpus import TOKENIZER, digest, identity, load_tokens
 from mimo_jax.training.pretraining import TrainConfig, init_state
 from mimo_jax.training.self_distillation import load_texts
 
@@ -44,7 +44,7 @@ def pretrain(launch: Launch, train: TrainConfig, preset_name: str, start: str | 
         config, params = model.config, model.params
     else:
         config, params = dataclasses.replace(preset(preset_name), dtype=dtype), None
-    settings = run.settings_of(config, train, start=start)
+    settings = run.settings_of(config, train, start=start, corpus=identity(launch.data))
     return _on_corpus(launch, config, train, lambda: init_state(config, train, params), settings)
 
 
@@ -61,7 +61,8 @@ def anneal(launch: Launch, start: Path, has_qat: bool, **changes: Any) -> dict[s
     changed = {field: value for field, value in changes.items() if value is not None}
     train = dataclasses.replace(base, decay_start=first, decay_steps=steps, qat=has_qat, **changed)
     launch = dataclasses.replace(launch, last_step=first + steps)
-    settings = run.settings_of(config, train, start=start.name)
+    run.check_tokenizer(start, launch.data / TOKENIZER)
+    settings = run.settings_of(config, train, start=start.name, corpus=identity(launch.data))
     return _on_corpus(launch, config, train, lambda: qat.begin(state, train) if has_qat else state, settings)
 
 
@@ -85,14 +86,16 @@ def train_drafter(
         config, params = drafter.drafter_for(model.config, model.tokenizer, geometry), None
     check_rows(train.batch, launch.mesh, "sequences of a batch")
     update = drafter.training_update(texts, load_tokens(launch.data, "train"), model, config, train)
-    settings = run.settings_of(config, train, start=start)
+    if train.human_share:
+        _check_same_tokenizer(model_directory, launch.data)
+    settings = run.settings_of(config, train, start=start, corpus=identity(launch.data))
     tokens_per_step = train.batch * texts.tokens.shape[1]
     return _go(launch, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step)
 
 
 def _check_same_tokenizer(checkpoint: Path, data: Path) -> None:
-    files = [directory / "tokenizer.json" for directory in (checkpoint, data)]
-    if files[0].read_bytes() != files[1].read_bytes():
+    files = [directory / TOKENIZER for directory in (checkpoint, data)]
+    if digest(files[0]) != digest(files[1]):
         raise UserError(f"{files[1]} differs from {files[0]}; build the corpus with --tokenizer {files[0]}")
 
 
@@ -115,11 +118,12 @@ def _go(
     tokens_per_step: int,
 ) -> dict[str, Any]:
     """The last line of the run's log, and where it was resumed; of the first process."""
-    run.prepare(launch.run, settings)
-    resumed = orbax.steps(launch.run / "checkpoints")
-    state = run.restore(launch.run, fresh_state, launch.mesh) if resumed else place(fresh_state(), launch.mesh)
-    with jax.set_mesh(launch.mesh) if launch.mesh is not None else contextlib.nullcontext():
-        run.train_until(launch.run, state, launch.last_step, update, tokens_per_step)
+    with run.only_trainer(launch.run):
+        run.prepare(launch.run, settings)
+        resumed = orbax.steps(launch.run / "checkpoints")
+        state = run.restore(launch.run, fresh_state, launch.mesh) if resumed else place(fresh_state(), launch.mesh)
+        with jax.set_mesh(launch.mesh) if launch.mesh is not None else contextlib.nullcontext():
+            run.train_until(launch.run, state, launch.last_step, update, tokens_per_step)
     if jax.process_index():
         return {}
     if importlib.util.find_spec("matplotlib"):

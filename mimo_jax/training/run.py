@@ -6,10 +6,12 @@ Batches depend only on (seed, step), so a run killed and started again continues
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mimo_jax.checkpoint import orbax
+from mimo_jax.checkpoint.files.tensorfile import load_json, read_bytes
 from mimo_jax.cli.progress import progress
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.files import write_atomically
+from mimo_jax.files import exclusive, write_atomically
 from mimo_jax.sharding import place_batch, shapes_on
 from mimo_jax.training.corpus import batch_at
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
@@ -33,6 +36,7 @@ Update = Callable[[State, int], tuple[State, Metrics]]
 
 SAVE_EVERY = 100
 LOG_EVERY = 10
+_MAX_SETTINGS_BYTES, _MAX_TOKENIZER_BYTES = 4_000_000, 1 << 28
 
 
 def restore(run: Path, fresh_state: Callable[[], State], mesh: Mesh | None = None) -> State:
@@ -48,11 +52,22 @@ def latest_state(run: Path, config: ModelConfig, train: TrainConfig) -> TrainSta
     return restore(run, lambda: (init_qat if train.qat else init_state)(config, train))
 
 
+@contextmanager
+def only_trainer(run: Path) -> Iterator[None]:
+    """Keeps other processes from training the run until the block ends; of a distributed one, the first does so."""
+    if jax.process_index():
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run / ".lock", f"{run}: is being trained by another process; stop that, or use another --run"):
+        yield
+
+
 def prepare(run: Path, settings: dict[str, Any]) -> None:
     """Creates the run's directory, or checks that the one there was started with the same settings."""
     path = run / "run.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        found = _read_json(path)
         for key, value in settings.items():
             if found.get(key) != value:
                 raise UserError(f"{path}: {key}={found.get(key)!r}, this command has {value!r}; use another --run")
@@ -132,15 +147,33 @@ def settings_of(model: Any, train: Any, **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"model": dataclasses.asdict(model), "train": dataclasses.asdict(train), **more}))
 
 
-def configs_of(run: Path, model_kind: Callable[..., Any], train_kind: Callable[..., Any]) -> tuple[Any, Any]:
-    """The two configs a run was started with."""
+def all_settings(run: Path) -> dict[str, Any]:
+    """What `prepare` was given when the run began."""
     if not (run / "run.json").is_file():
         raise UserError(f"{run}: not a run directory; expected run.json")
-    settings = json.loads((run / "run.json").read_text())
-    model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
+    return _read_json(run / "run.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return load_json(read_bytes(path, _MAX_SETTINGS_BYTES), str(path))
+
+
+def check_tokenizer(run: Path, tokenizer: Path) -> None:
+    """Ids mean what the tokenizer of the run's corpus says; a corpus that was built again may have another."""
+    learnt = (all_settings(run).get("corpus") or {}).get("tokenizer")
+    if learnt and learnt != hashlib.sha256(read_bytes(tokenizer, _MAX_TOKENIZER_BYTES)).hexdigest():
+        raise UserError(
+            f"{tokenizer}: not the tokenizer that {run} was trained with; give the --data it was trained on"
+        )
+
+
+def configs_of(run: Path, model_kind: Callable[..., Any], train_kind: Callable[..., Any]) -> tuple[Any, Any]:
+    """The two configs a run was started with."""
+    settings = all_settings(run)
     try:
+        model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
         return model_kind(**model), train_kind(**settings["train"])
-    except TypeError as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{run / 'run.json'}: written by another version ({error})") from None
 
 

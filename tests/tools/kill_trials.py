@@ -47,7 +47,7 @@ def inspect_saves(folder: Path) -> int:
     for step in found:
         expected = training_state(step)
         abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in expected.items()}
-        held = orbax.restore_tree(folder / "run" / f"{step:08d}", abstract)
+        held = orbax.restore_step(folder / "run" / f"{step:08d}", abstract)
         for name, array in expected.items():
             np.testing.assert_array_equal(np.asarray(held[name]), array)
     return COMPLETE if found else ABSENT

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.errors import UserError
+from mimo_jax.files import exclusive, write_atomically
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import corpus
 
@@ -109,6 +110,63 @@ def test_batches_depend_on_seed_and_step_alone():
         assert starts == list(range(0, 1000, 10))
     assert any((one != two).any() for one, two in zip(steps[:25], steps[25:]))
     assert (corpus.batch_at(tokens, 17, 4, 10, 4) != steps[17]).any()
+
+
+class Killed(Exception):
+    """Stands for the process being gone."""
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_killed_rebuild_is_the_old_corpus_or_is_noticed(root, built, monkeypatch, written):
+    """Tokens of one build are never read beside the tokenizer of another, and building again mends it."""
+    _, out = built
+    before = {split: np.array(corpus.load_tokens(out, split)) for split in corpus.SPLITS}
+    writes = iter(range(4))
+
+    def dying(path, data):
+        if next(writes) == written:
+            raise Killed
+        write_atomically(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "write_atomically", dying)
+        with pytest.raises(Killed):
+            corpus.build(out, [root], vocab_size=280, tokenizer_bytes=100_000)
+    if written == 0:
+        for split in corpus.SPLITS:
+            np.testing.assert_array_equal(corpus.load_tokens(out, split), before[split])
+    else:
+        with pytest.raises(UserError, match=r"not the one that manifest.json lists.*build it again"):
+            for split in corpus.SPLITS:
+                corpus.load_tokens(out, split)
+    manifest = corpus.build(out, [root], vocab_size=280, tokenizer_bytes=100_000)
+    assert [len(corpus.load_tokens(out, split)) for split in corpus.SPLITS] == list(manifest["tokens"].values())
+    assert sorted(path.name for path in out.iterdir()) == [
+        "heldout.bin",
+        "manifest.json",
+        "tokenizer.json",
+        "train.bin",
+    ]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "tokenizer.json"])
+def test_a_changed_file_of_a_corpus_is_noticed(built, name):
+    """A flipped bit of tokens or tokenizer is named."""
+    _, out = built
+    data = bytearray((out / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}: not the one that manifest.json lists"):
+        corpus.load_tokens(out, "train")
+
+
+def test_a_corpus_has_one_builder(root, built):
+    """A second build into the same folder ends with one line, and what is there stays."""
+    _, out = built
+    with exclusive(out / ".lock", "held"):
+        with pytest.raises(UserError, match="another process is building this corpus"):
+            corpus.build(out, [root], vocab_size=280, tokenizer_bytes=100_000)
+    assert Tokenizer.load(out / "tokenizer.json").vocab_size == 300
 
 
 def test_too_little_text_is_an_error(tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +12,9 @@ import pytest
 from mimo_jax.checkpoint import orbax
 from mimo_jax.errors import UserError
 from mimo_jax.training import run
+from mimo_jax.training.corpus import identity
+from mimo_jax.training.export import export
+from mimo_jax.training.launch import Launch, pretrain
 from mimo_jax.training.pretraining import TrainConfig, init_state
 from mimo_jax.training.qat import init_qat
 from tests.tiny import tiny_config
@@ -107,6 +112,66 @@ def test_a_run_is_not_continued_with_other_settings(straight):
     other = dataclasses.replace(train, warmup=3)
     with pytest.raises(UserError, match=r"run.json: train=.*use another --run"):
         run.prepare(directory, run.settings_of(CONFIG, other))
+
+
+def flip(path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_of_a_step_is_seen(straight, tmp_path):
+    """A damaged newest step is refused in one line that names it and the step to go on from, and that one restores."""
+    directory, train, _ = straight
+    damaged = tmp_path / "run"
+    shutil.copytree(directory, damaged)
+    newest = damaged / "checkpoints" / f"{LAST:08d}"
+    paths = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size]
+    rng = random.Random(0)
+    for path in rng.choices(paths, k=20) + paths:
+        position = rng.randrange(path.stat().st_size)
+        flip(path, position)
+        with pytest.raises(UserError, match=rf"{newest.name}/.*; remove {newest} to go on from step 10$") as caught:
+            run.latest_state(damaged, CONFIG, train)
+        assert "\n" not in str(caught.value)
+        flip(path, position)
+    flip(paths[0], 0)
+    shutil.rmtree(newest)
+    assert int(run.latest_state(damaged, CONFIG, train).step) == 10
+
+
+def test_a_run_has_one_trainer(tmp_path):
+    """A second process that would train the run is told so in one line, before it writes anything."""
+    TOKENS.tofile(tmp_path / "train.bin")
+    second = Launch(tmp_path / "run", tmp_path, 1)
+    with run.only_trainer(tmp_path / "run"):
+        with pytest.raises(UserError, match=r"run: is being trained by another process") as caught:
+            pretrain(second, PLAIN, "mimo-tiny", None, "float32")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_knows_its_corpus(tmp_path):
+    """A run is not continued on other tokens, nor exported or annealed with another tokenizer than its own."""
+    TOKENS.tofile(tmp_path / "train.bin")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    run.prepare(tmp_path / "run", run.settings_of(CONFIG, PLAIN, corpus=identity(tmp_path)))
+    run.check_tokenizer(tmp_path / "run", tmp_path / "tokenizer.json")
+    TOKENS[:-1].tofile(tmp_path / "train.bin")
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    with pytest.raises(UserError, match=r"run.json: corpus=.*use another --run"):
+        run.prepare(tmp_path / "run", run.settings_of(CONFIG, PLAIN, corpus=identity(tmp_path)))
+    with pytest.raises(UserError, match=r"tokenizer.json: not the tokenizer that .*run was trained with"):
+        export(tmp_path / "run", tmp_path / "tokenizer.json", tmp_path / "out")
+
+
+def test_a_damaged_description_of_a_run_is_one_line(tmp_path):
+    """A run.json that is no longer JSON, or no longer a run's, is named."""
+    for text, message in (("{", "not valid JSON"), ("{}", "written by another version"), ("[]", "expected a JSON obj")):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match=rf"run.json: {message}"):
+            run.read_settings(tmp_path)
 
 
 def test_loss_plot(straight, tmp_path):

@@ -248,9 +248,19 @@ def read_index(path: Path, directory: Path, held: set[str]) -> dict[str, str]:
     return placed
 
 
-def inside(directory: Path, shard: str) -> Path:
-    """The path of a shard, which may be a link but not one that leads out of the directory."""
-    path = directory / shard
-    if path.is_symlink() and path.resolve().parent != directory.resolve():
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file of a checkpoint, `name` with slashes; a link may lead to no place but the checkpoint's own.
+
+    In a Hugging Face cache that is also the repository's blobs: `snapshots/<revision>/<name>` -> `../../blobs/<hash>`.
+    """
+    path, root = directory / name, os.path.realpath(directory)
+    real = os.path.realpath(path)
+    if not real.startswith(os.path.join(root, "")) and os.path.dirname(real) != _blobs(Path(root)):
         raise UserError(f"{path}: a link out of the directory; copy the files there (hf download --local-dir)")
     return path
+
+
+def _blobs(root: Path) -> str | None:
+    """Where the files of `root` lie if it is (in) a snapshot of a Hugging Face cache."""
+    snapshots = next((folder for folder in root.parents if folder.name == "snapshots"), None)
+    return str(snapshots.parent / "blobs") if snapshots else None
