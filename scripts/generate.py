@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import add_mesh_options, mesh_of
+from mimo_jax.cli.options import Parser, add_mesh_options, mesh_of
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ FEW_ROUNDS = 16  # too few to judge a drafter by
 SUSPICIOUS_SHARE = 0.25  # of the accepted drafts to expect
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch")
@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-draft", action="store_true", help="one token per round, without the checkpoint's drafter")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
     add_mesh_options(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
@@ -88,7 +88,7 @@ def read_strategy(args: argparse.Namespace) -> Strategy | None:
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
+    args = parser().parse_args(argv)
     prompts, strategy = read_prompts(args), read_strategy(args)
     mesh = mesh_of(args)
     from mimo_jax.generation import Request, encode_prompt, generate_batch, stream
