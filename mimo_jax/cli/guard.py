@@ -79,6 +79,7 @@ def _check_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
         raise UserError("standard output is closed; results are written there (> /dev/null drops them)")
     streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
     for stream in streams:

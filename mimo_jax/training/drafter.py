@@ -98,8 +98,6 @@ class Geometry:
         check_whole("drafter", 1, MOST_LAYERS, layers=self.layers)
         check_whole("drafter", 1, window=self.window)
         check_whole("drafter", 0, bias_rank=self.bias_rank, lookup=self.lookup)
-        for layer in self.target_layer_ids or ():
-            check_whole("drafter", -1, target_layer_ids=layer)
 
     def check_fits(self, target: ModelConfig) -> None:
         """Raises where a size goes beyond the target's, so that it would buy nothing but memory."""

@@ -7,6 +7,7 @@ under-used ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from mimo_jax.cli.memory import check_memory
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError, check_real, check_whole
-from mimo_jax.modeling.backbone import Backbone, init_params
+from mimo_jax.modeling.backbone import Backbone, abstract_params, init_params
 from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
 from mimo_jax.weights import Params
 
@@ -73,7 +75,10 @@ class TrainState:
 
 def init_state(config: ModelConfig, train: TrainConfig, params: Params | None = None) -> TrainState:
     """The state before the first update: random parameters unless float32 `params` are given."""
-    params = init_params(config, jax.random.key(train.seed)) if params is None else params
+    if params is None:
+        held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+        check_memory(2 * 4 * held, "random weights and the optimiser's state")
+        params = init_params(config, jax.random.key(train.seed))
     return TrainState(params, make_optimizer(train.schedule, train.weight_decay).init(params), jnp.int32(0))
 
 

@@ -52,14 +52,14 @@ class DistillationConfig:
         numbers = {"rows": self.rows, "length": self.length, "shortest": self.shortest, "longest": self.longest}
         check_whole("self-distillation", 1, **numbers)
         check_whole("self-distillation", 0, 2**32 - 1, seed=self.seed)
+        if not isinstance(self.temperatures, tuple) or not self.temperatures:
+            raise UserError(f"self-distillation: temperatures={self.temperatures!r} must be some numbers")
         for temperature in self.temperatures:
             check_real("self-distillation", 0, 100, temperature=temperature)
         if not 1 <= self.shortest <= self.longest < self.length:
             raise UserError(
                 f"self-distillation: shortest={self.shortest}, longest={self.longest}, length={self.length} must rise"
             )
-        if not self.temperatures:
-            raise UserError("self-distillation: no temperatures; at least one is needed")
 
     def strategy(self, chunk: int) -> Strategy:
         return strategy_at(self.temperatures[chunk % len(self.temperatures)])
@@ -128,7 +128,7 @@ def load_texts(directory: Path) -> Texts:
 
 def _load_chunk(path: Path) -> Texts:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             tokens, starts, ends = (stored[field.name] for field in dataclasses.fields(Texts))
     except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a chunk of texts ({error}); delete it and give self-distill again") from None

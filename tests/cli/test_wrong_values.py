@@ -15,6 +15,7 @@ import pytest
 
 from mimo_jax.checkpoint.dflash import FOLDER, write_drafter
 from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.values import output_file
 from mimo_jax.modeling.dflash import init_drafter
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import run
@@ -142,6 +143,7 @@ def good_arguments(folder: Path, script: str, name: str) -> dict[str, list[str]]
         ("train", "anneal"): {"run": "new"},
         ("train", "drafter"): {"run": "new", "start": folder / "model" / FOLDER, "anchors": 2},
         ("train", "corpus"): {"data": "corpus"},
+        ("benchmark", "slice"): {"layers": 1},
         ("evaluate", "bits"): {"windows": 3, "out": "result.json"},
         ("evaluate", "acceptance"): {"plot": "plot.png", "out": "result.json"},
     }
@@ -217,3 +219,26 @@ def test_what_no_parser_knows_is_one_line(script, capsys):
     if ("", script) not in COMMANDS:
         assert outcome(script, [], capsys) in (0, 2)
     assert outcome(script, ["--help"], capsys) == 0
+
+
+OUTPUTS = [entry for entry in OPTIONS if entry[2].dest in ("out", "plot", "trace", "destination")]
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "action"), OUTPUTS, ids=[f"{script}-{name}-{action.dest}" for script, name, action in OUTPUTS]
+)
+def test_outputs_are_tried_before_the_work(script, name, action, folder, capsys):
+    """What cannot be written is said at once: no finished result is lost."""
+    for value in ("", "/proc/x", str(folder / "file" / "x"), "x" * 300):
+        text = f"{action.option_strings[-1]}={value}" if action.option_strings else value
+        if value or action.type is output_file:
+            assert outcome(script, arguments_with(folder, script, name, {action.dest: [text]}), capsys) == 2
+
+
+@pytest.mark.parametrize("value", ["missing/result.json", ".", "/dev/null"])
+def test_a_file_to_write_is_a_regular_one_in_a_folder(value):
+    """A folder that is missing, a folder in place of the file, and a device, which a rename would replace."""
+    with pytest.raises(argparse.ArgumentTypeError, match=value):
+        output_file(value)
+    output_file("result.json")
+    assert list(Path().iterdir()) == []
