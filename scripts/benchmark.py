@@ -20,7 +20,7 @@ from mimo_jax.cli.values import HOTTEST, SEED, output_folder, real, whole
 
 def decode_command(args: argparse.Namespace) -> dict:
     if not args.no_transformers:
-        need_packages("--no-transformers leaves this out: transformers", "references", "torch", "transformers")
+        need_packages("transformers (--no-transformers leaves it out)", "references", "torch", "transformers")
     import jax
 
     from mimo_jax.evaluation import speed

@@ -87,7 +87,7 @@ def _check_streams() -> None:
 
 
 def _stop(error: Exception) -> NoReturn:
-    if isinstance(error, RuntimeError) and "jax" in sys.modules:
+    if isinstance(error, RuntimeError):
         stop_if_another_died(error)
     reason = explained(error)
     if reason is None and os.environ.get("MIMO_TRACEBACK"):
@@ -122,8 +122,8 @@ def _absent_platform() -> str | None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        return f"JAX_PLATFORMS={asked}: no such device here {error}; choose another, for example cpu"
+        reason = f" ({error})" if str(error) else ""
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no such device here{reason}; try another, or cpu"
     return None
 
 

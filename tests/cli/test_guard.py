@@ -134,12 +134,13 @@ def test_closed_streams(guarded):
     assert (done.returncode, done.stdout) == (0, "x\n")
 
 
-def test_a_platform_that_is_absent_is_one_line():
-    """JAX itself says nothing at all."""
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_platform_that_is_absent_is_one_line(platform):
+    """JAX itself raises a bare AssertionError for the one, and a RuntimeError of its own for the other."""
     code = "from mimo_jax.cli.guard import main_guard; main_guard(lambda: __import__('jax').devices())"
-    environment = {**os.environ, "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     if not done.returncode:
         pytest.skip("there is a GPU")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: JAX_PLATFORMS=cuda: no such device") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: no such device") and done.stderr.count("\n") == 1

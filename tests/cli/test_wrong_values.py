@@ -242,3 +242,13 @@ def test_a_file_to_write_is_a_regular_one_in_a_folder(value):
         output_file(value)
     output_file("result.json")
     assert list(Path().iterdir()) == []
+
+
+def test_what_is_not_installed_is_said_before_the_work(folder, monkeypatch, capsys):
+    """Decoding beside transformers needs torch, which no lock file holds; without them it needs neither."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    with pytest.raises(SystemExit, match="2"):
+        main_guard(lambda: MODULES["benchmark"].main(["decode", f"--model={folder / 'model'}"]))
+    assert "transformers (--no-transformers leaves it out): not installed: torch; install" in capsys.readouterr().err
+    assert outcome("benchmark", ["decode", f"--model={folder / 'model'}", "--no-transformers"], capsys) == 0
