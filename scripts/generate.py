@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 FEW_ROUNDS = 16  # too few to judge a drafter by
+MOST_BYTES = 1 << 24  # of a prompt: a device has no end
 SUSPICIOUS_SHARE = 0.25  # of the accepted drafts to expect
 
 
@@ -59,14 +60,17 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
         except ValueError as error:
             raise UserError(f"--prompt-ids: {error}; expected whole numbers separated by commas") from None
     if args.prompt_file:
+        if args.prompt_file == "-" and sys.stdin is None:
+            raise UserError("--prompt-file -: standard input is closed")
+        file = sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")
+        with file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UserError(f"{args.prompt_file}: more than {MOST_BYTES} bytes, which no context holds")
         try:
-            file = sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")
-            with file:
-                return [file.read().decode("utf-8")]
+            return [text.decode("utf-8")]
         except UnicodeDecodeError as error:
             raise UserError(f"{args.prompt_file}: not valid UTF-8 at byte {error.start}") from None
-        except OSError as error:
-            raise UserError(f"{args.prompt_file}: {error.strerror}") from None
     if args.prompt is None:
         raise UserError("prompt: missing; give --prompt, --prompt-ids or --prompt-file")
     return args.prompt
