@@ -15,10 +15,13 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import add_drafter_options, named_folders
+from mimo_jax.cli.options import Parser, add_drafter_options, named_folders, need_packages
+from mimo_jax.cli.values import HOTTEST, SEED, output_folder, real, whole
 
 
 def decode_command(args: argparse.Namespace) -> dict:
+    if not args.no_transformers:
+        need_packages("transformers (--no-transformers leaves it out)", "references", "torch", "transformers")
     import jax
 
     from mimo_jax.evaluation import speed
@@ -92,35 +95,35 @@ def profile_command(args: argparse.Namespace) -> dict:
     from mimo_jax.loading import BUNDLED, load
 
     model = load(args.model or BUNDLED, draft=False)
-    found = profile(model, args.prompt, args.tokens, Path(args.trace))
+    found = profile(model, args.prompt, args.tokens, args.trace)
     for name, micros in found.items():
         print(f"{micros:9.1f} us per token  {name}")
     return {"microseconds_per_token": found}
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     decode = commands.add_parser("decode", help="ms per token at batch 1, beside transformers")
-    decode.add_argument("--repeats", type=int, default=7)
+    decode.add_argument("--repeats", type=whole(1), default=7)
     decode.add_argument("--no-transformers", action="store_true")
     decode.set_defaults(command=decode_command)
     speculation = commands.add_parser("speculation", help="tokens per second with a drafter over plain decoding")
     speculation.add_argument("--data", default="runs/corpus", help="folder of the corpus")
     add_drafter_options(speculation)
-    speculation.add_argument("--prompts", type=int, default=40, help="held-out prompts of 128 tokens")
-    speculation.add_argument("--temperature", type=float, default=0.0)
-    speculation.add_argument("--seed", type=int, default=0)
+    speculation.add_argument("--prompts", type=whole(2), default=40, help="held-out prompts of 128 tokens")
+    speculation.add_argument("--temperature", type=real(0, HOTTEST), default=0.0)
+    speculation.add_argument("--seed", type=whole(0, SEED), default=0)
     speculation.add_argument("--model", help="checkpoint directory (default: the bundled model)")
-    speculation.add_argument("--tokens", type=int, default=48)
+    speculation.add_argument("--tokens", type=whole(1), default=48)
     speculation.set_defaults(command=speculation_command)
     share = commands.add_parser("slice", help="one device's share of a model that needs several: a round there")
     share.add_argument("--preset", default="mimo-v2.5-pro")
-    share.add_argument("--tp", type=int, default=8, help="tensor-parallel devices of the whole")
-    share.add_argument("--layers", type=int, help="only the first layers, for smaller devices")
-    share.add_argument("--context", type=int, nargs="+", default=[1024, 262_144])
-    share.add_argument("--rounds", type=int, default=20, help="per measurement")
-    share.add_argument("--repeats", type=int, default=5)
+    share.add_argument("--tp", type=whole(1), default=8, help="tensor-parallel devices of the whole")
+    share.add_argument("--layers", type=whole(1), help="only the first layers, for smaller devices")
+    share.add_argument("--context", type=whole(1), nargs="+", default=[1024, 262_144])
+    share.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
+    share.add_argument("--repeats", type=whole(1), default=5)
     share.set_defaults(command=slice_command)
     streaming = commands.add_parser("streaming", help="what streaming a text costs over making it in one visit")
     streaming.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512], help="tokens to generate")
@@ -130,14 +133,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     streaming.add_argument("--prompt", default="def binary_search(items, target):\n")
     streaming.set_defaults(command=streaming_command)
     profile = commands.add_parser("profile", help="time per token by operation")
-    profile.add_argument("--trace", required=True, help="folder for the trace (open it in Perfetto)")
+    profile.add_argument(
+        "--trace", type=output_folder, required=True, help="folder for the trace (open it in Perfetto)"
+    )
     profile.set_defaults(command=profile_command)
     for command in (decode, profile):
         command.add_argument("--model", help="checkpoint directory (default: the bundled model)")
         command.add_argument("--prompt", default="def binary_search(items, target):\n")
-        command.add_argument("--tokens", type=int, default=128)
-    return parser.parse_args(argv)
+        command.add_argument("--tokens", type=whole(1), default=128)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    print(json.dumps(args.command(args)))
 
 
 if __name__ == "__main__":
-    main_guard(lambda: print(json.dumps((args := parse(sys.argv[1:])).command(args))))
+    main_guard(lambda: main(sys.argv[1:]))

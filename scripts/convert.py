@@ -17,18 +17,20 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.options import Parser
+from mimo_jax.cli.values import output_folder
 
 
 def to_orbax_command(args: argparse.Namespace) -> dict:
     from mimo_jax.checkpoint.convert import to_orbax
 
-    return _reported(args, to_orbax(Path(args.source), Path(args.destination), args.overwrite))
+    return _reported(args, to_orbax(Path(args.source), args.destination, args.overwrite))
 
 
 def to_hf_command(args: argparse.Namespace) -> dict:
     from mimo_jax.checkpoint.convert import to_huggingface
 
-    return _reported(args, to_huggingface(Path(args.source), Path(args.destination), args.overwrite))
+    return _reported(args, to_huggingface(Path(args.source), args.destination, args.overwrite))
 
 
 def verify_command(args: argparse.Namespace) -> dict:
@@ -43,11 +45,11 @@ def _reported(args: argparse.Namespace, report: dict) -> dict:
         f"base for {report['array_bytes'] / 1e6:,.0f} MB of arrays: {report['ratio']:.2f}x",
         file=sys.stderr,
     )
-    return {"destination": args.destination, **report}
+    return {"destination": str(args.destination), **report}
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, command, text in (
         ("to-orbax", to_orbax_command, "a Hugging Face directory (FP8, FP4-DFlash or BF16) to Orbax"),
@@ -55,17 +57,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ):
         converter = commands.add_parser(name, help=text)
         converter.add_argument("source", help="the directory to read")
-        converter.add_argument("destination", help="the directory to create")
+        converter.add_argument("destination", type=output_folder, help="the directory to create")
         converter.add_argument("--overwrite", action="store_true", help="replace the destination once the new is whole")
         converter.set_defaults(command=command)
     verifier = commands.add_parser("verify", help="every file and tensor of a written directory against its manifest")
     verifier.add_argument("directory")
     verifier.set_defaults(command=verify_command)
-    return parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    print(json.dumps(args.command(args)))
 
 
 if __name__ == "__main__":
     # Bytes are only moved, and an accelerator's memory would be in the way; eight devices for `convert._split_for`.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-    main_guard(lambda: print(json.dumps((args := parse(sys.argv[1:])).command(args))))
+    main_guard(lambda: main(sys.argv[1:]))

@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import add_drafter_options, named_folders, need_matplotlib
+from mimo_jax.cli.options import Parser, add_drafter_options, named_folders
+from mimo_jax.cli.plots import need_matplotlib
+from mimo_jax.cli.values import HOTTEST, output_file, real, whole
+from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
 
@@ -49,6 +52,8 @@ def acceptance_command(args: argparse.Namespace) -> dict:
 
     if args.plot:
         need_matplotlib()
+        if args.plot == args.out:
+            raise UserError(f"--plot and --out both name {args.out}; they are two files")
     directory = Path(args.model or BUNDLED)
     plain = dataclasses.replace(load(directory, draft=False), rule=args.rule)
     drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
@@ -67,7 +72,7 @@ def acceptance_command(args: argparse.Namespace) -> dict:
                 file=sys.stderr,
             )
     if args.plot:
-        acceptance.plot(record["rows"], Path(args.plot))
+        acceptance.plot(record["rows"], args.plot)
     return record
 
 
@@ -83,8 +88,8 @@ def _rows(found: dict) -> list[dict]:
     return [found | row for row in subsets]
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     bits = commands.add_parser("bits", help="held-out bits per byte of a checkpoint")
     bits.add_argument("--model", help="checkpoint directory (default: the bundled model)")
@@ -98,28 +103,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     acceptance.add_argument(
         "--rule", choices=("block", "token"), default="block", help="how sampled drafts are verified"
     )
-    acceptance.add_argument("--plot", help="PNG file to write")
-    acceptance.add_argument("--prompts", type=int, default=200, help="held-out prompts")
-    acceptance.add_argument("--prompt-tokens", type=int, default=128)
+    acceptance.add_argument("--plot", type=output_file, help="PNG file to write")
+    acceptance.add_argument("--prompts", type=whole(2), default=200, help="held-out prompts")
+    acceptance.add_argument("--prompt-tokens", type=whole(1), default=128)
     acceptance.add_argument(
-        "--tokens", type=int, default=48, help="to generate after each prompt (small models loop if it is many)"
+        "--tokens", type=whole(1), default=48, help="to generate after each prompt (small models loop if it is many)"
     )
-    acceptance.add_argument("--rows", type=int, default=40, help="prompts per batch")
-    acceptance.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0])
+    acceptance.add_argument("--rows", type=whole(1), default=40, help="prompts per batch")
+    acceptance.add_argument("--temperature", type=real(0, HOTTEST), nargs="+", default=[0.0, 0.7, 1.0])
     acceptance.set_defaults(command=acceptance_command)
     for command in (bits, qat):
-        command.add_argument("--windows", type=int, default=400, help="held-out windows of 512 tokens")
+        command.add_argument("--windows", type=whole(2), default=400, help="held-out windows of 512 tokens")
     for command in (bits, qat, acceptance):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
-        command.add_argument("--out", help="also write the result to this JSON file")
-    return parser.parse_args(argv)
+        command.add_argument("--out", type=output_file, help="also write the result to this JSON file")
+    return parser
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
+    args = parser().parse_args(argv)
     record = args.command(args)
     if args.out:
-        write_atomically(Path(args.out), (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
     print(json.dumps(record))
 
 

@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import add_mesh_options, mesh_of
+from mimo_jax.cli.options import Parser, add_mesh_options, mesh_of
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 
 FEW_ROUNDS = 16  # too few to judge a drafter by
+MOST_BYTES = 1 << 24  # of a prompt: a device has no end
 SUSPICIOUS_SHARE = 0.25  # of the accepted drafts to expect
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch")
     prompt.add_argument("--prompt-ids", action="append", help="comma-separated token ids instead of text")
     prompt.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
+    parser.add_argument("--literal", action="store_true", help="names of special tokens in the prompt are plain text")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--greedy", action="store_true", help="always the most likely token")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: what the checkpoint says)")
@@ -50,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="compare every file with the checkpoint's manifest first")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
     add_mesh_options(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
@@ -60,14 +62,17 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
         except ValueError as error:
             raise UserError(f"--prompt-ids: {error}; expected whole numbers separated by commas") from None
     if args.prompt_file:
+        if args.prompt_file == "-" and sys.stdin is None:
+            raise UserError("--prompt-file -: standard input is closed")
+        file = sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")
+        with file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UserError(f"{args.prompt_file}: more than {MOST_BYTES} bytes, which no context holds")
         try:
-            file = sys.stdin.buffer if args.prompt_file == "-" else open(args.prompt_file, "rb")
-            with file:
-                return [file.read().decode("utf-8")]
+            return [text.decode("utf-8")]
         except UnicodeDecodeError as error:
             raise UserError(f"{args.prompt_file}: not valid UTF-8 at byte {error.start}") from None
-        except OSError as error:
-            raise UserError(f"{args.prompt_file}: {error.strerror}") from None
     if args.prompt is None:
         raise UserError("prompt: missing; give --prompt, --prompt-ids or --prompt-file")
     return args.prompt
@@ -89,7 +94,7 @@ def read_strategy(args: argparse.Namespace) -> Strategy | None:
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
+    args = parser().parse_args(argv)
     prompts, strategy = read_prompts(args), read_strategy(args)
     mesh = mesh_of(args)
     from mimo_jax.generation import Request, encode_prompt, generate_batch, stream
@@ -98,7 +103,7 @@ def main(argv: list[str]) -> None:
     follow = not args.no_generation_config
     options = {"draft": not args.no_draft, "mesh": mesh, "generation_config": follow, "verify": args.verify}
     model = load(args.model or BUNDLED, **options)
-    ids = [encode_prompt(model, prompt) for prompt in prompts]  # before anything is printed
+    ids = [encode_prompt(model, prompt, args.literal) for prompt in prompts]  # before anything is printed
     requests = [Request(prompt, strategy, args.max_tokens, args.seed, args.stop) for prompt in ids]
     if len(prompts) > 1:
         results = generate_batch(model, requests)

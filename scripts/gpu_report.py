@@ -5,7 +5,6 @@ scripts/gpu_report.py [--out docs/results]
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -15,6 +14,8 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.options import Parser
+from mimo_jax.cli.values import output_folder
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
@@ -30,7 +31,10 @@ def device() -> dict:
     if jax.default_backend() != "gpu":
         raise UserError("gpu_report: JAX sees no GPU; install the package's `cuda` extra on a machine that has one")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    smi = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    found = subprocess.run(query, capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"gpu_report: nvidia-smi ended with {found.returncode}: {found.stderr or found.stdout}")
+    smi = found.stdout.strip().splitlines()
     return {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "nvidia_smi": smi}
 
 
@@ -59,10 +63,16 @@ def run_benchmark(path: Path) -> dict:
         return {"module": module, "passed": False, "result": last}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="folder of the JSON file")
-    out = parser.parse_args().out
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--out", type=output_folder, default=str(ROOT / "docs" / "results"), help="folder of the JSON file"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    out = parser().parse_args(argv).out
     found = device()
     benchmarks = [run_benchmark(path) for path in sorted((ROOT / "pallas_kernels").glob("*/benchmark.py"))]
     report = {
@@ -82,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(lambda: main(sys.argv[1:]))

@@ -8,13 +8,13 @@ nvidia-cuda-nvdisasm.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 
 from mimo_jax.cli.guard import main_guard
+from mimo_jax.cli.options import Parser
+from mimo_jax.cli.values import whole
 from mimo_jax.errors import UserError
-from pallas_kernels.expert_matmul import report
-from pallas_kernels.expert_matmul.shapes import SHAPES
 
 HEADER = "shape      tokens kernel   regs smem KB spills instr/weight  ALU/weight  max/mean  bytes"
 LINE = (
@@ -23,11 +23,19 @@ LINE = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    from pallas_kernels.expert_matmul.shapes import SHAPES
+
+    parser = Parser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["pro-tp8", "flash-tp8"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 256])
-    args = parser.parse_args()
+    parser.add_argument("--tokens", nargs="+", type=whole(1), default=[1, 8, 16, 256])
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    from pallas_kernels.expert_matmul import report
+
     if problem := report.missing():
         raise UserError(f"kernel_report: {problem}")
     rows = []
@@ -39,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    main_guard(lambda: main(sys.argv[1:]))

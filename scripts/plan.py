@@ -6,19 +6,18 @@ scripts/plan.py --target 16xb200 --expert-parallel 2 --context 1048576     # ano
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import need_matplotlib
+from mimo_jax.cli.options import Parser
+from mimo_jax.cli.plots import need_matplotlib
+from mimo_jax.cli.values import output_file, whole
 from mimo_jax.errors import UserError
-from pallas_kernels.expert_matmul import BACKENDS
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
+    args = parser().parse_args(argv)
     if args.plot:
         need_matplotlib()
     from mimo_jax.config.presets import drafter_preset, preset, preset_format
@@ -47,23 +46,25 @@ def main(argv: list[str]) -> None:
     if reason:
         print(f"plan: {reason}", file=sys.stderr)
     if args.plot:
-        report.plot(record, Path(args.plot))
+        report.plot(record, args.plot)
     print(json.dumps(record))
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    from pallas_kernels.expert_matmul import BACKENDS
+
+    parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="mimo-v2.5-pro")
     parser.add_argument("--target", default="8xh200", help="COUNTxGPU: 1 to 16 of h100, h200, b200")
-    parser.add_argument("--expert-parallel", type=int, default=1, help="groups that experts are distributed over")
-    parser.add_argument("--context", type=int, default=131_072, help="cached tokens of the row that decodes")
+    parser.add_argument("--expert-parallel", type=whole(1), default=1, help="groups that experts are distributed over")
+    parser.add_argument("--context", type=whole(1), default=131_072, help="cached tokens of the row that decodes")
     parser.add_argument(
         "--expert-backend", choices=BACKENDS, help="what multiplies the experts (default: the fastest for the target)"
     )
     parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
     parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
-    parser.add_argument("--plot", help="PNG file to write")
-    return parser.parse_args(argv)
+    parser.add_argument("--plot", type=output_file, help="PNG file to write")
+    return parser
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import add_mesh_options, mesh_of, need_matplotlib
+from mimo_jax.cli.options import Parser, add_mesh_options, mesh_of
+from mimo_jax.cli.plots import need_matplotlib
+from mimo_jax.cli.values import new_folder, output_file, output_folder, real, whole
 
 if TYPE_CHECKING:
     from mimo_jax.training.launch import Launch
@@ -33,8 +35,8 @@ def corpus_command(args: argparse.Namespace) -> dict:
 
     roots = [Path(root) for root in args.root] or corpus.default_roots()
     tokenizer = Tokenizer.load(Path(args.tokenizer)) if args.tokenizer else None
-    manifest = corpus.build(Path(args.data), roots, args.vocab_size, args.tokenizer_bytes, tokenizer)
-    digest = hashlib.sha256((Path(args.data) / "manifest.json").read_bytes()).hexdigest()
+    manifest = corpus.build(args.data, roots, args.vocab_size, args.tokenizer_bytes, tokenizer)
+    digest = hashlib.sha256((args.data / "manifest.json").read_bytes()).hexdigest()
     return {key: manifest[key] for key in ("python", "tokens", "bytes", "packages")} | {"manifest_sha256": digest}
 
 
@@ -42,7 +44,7 @@ def launch_of(args: argparse.Namespace) -> Launch:
     mesh = mesh_of(args)
     from mimo_jax.training.launch import Launch
 
-    return Launch(Path(args.run), Path(args.data), args.steps, mesh)
+    return Launch(args.run, Path(args.data), args.steps, mesh)
 
 
 def pretrain_command(args: argparse.Namespace) -> dict:
@@ -65,7 +67,7 @@ def anneal_command(args: argparse.Namespace) -> dict:
 def export_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.export import export
 
-    return export(Path(args.run), Path(args.data) / "tokenizer.json", Path(args.out))
+    return export(Path(args.run), Path(args.data) / "tokenizer.json", args.out)
 
 
 def self_distill_command(args: argparse.Namespace) -> dict:
@@ -75,8 +77,8 @@ def self_distill_command(args: argparse.Namespace) -> dict:
 
     settings = DistillationConfig(args.length, args.rows, temperatures=tuple(args.temperature), seed=args.seed)
     tokens = load_tokens(Path(args.data), "train")
-    texts = generate_texts(load_dense(Path(args.model)), tokens, settings, Path(args.out), args.chunks)
-    return {"texts": args.out, "rows": len(texts), "tokens": int((texts.ends - texts.starts).sum())}
+    texts = generate_texts(load_dense(Path(args.model)), tokens, settings, args.out, args.chunks)
+    return {"texts": str(args.out), "rows": len(texts), "tokens": int((texts.ends - texts.starts).sum())}
 
 
 def drafter_command(args: argparse.Namespace) -> dict:
@@ -103,27 +105,27 @@ def drafter_command(args: argparse.Namespace) -> dict:
 def export_drafter_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.export import export_drafter
 
-    out, checkpoint = (Path(folder) if folder else None for folder in (args.out, args.checkpoint))
-    return export_drafter(Path(args.run), out, checkpoint, args.expect)
+    checkpoint = Path(args.checkpoint) if args.checkpoint else None
+    return export_drafter(Path(args.run), args.out, checkpoint, args.expect)
 
 
 def plot_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training import run
 
     need_matplotlib()
-    run.plot_losses([Path(directory) for directory in args.run], Path(args.out))
-    return {"plot": args.out}
+    run.plot_losses([Path(directory) for directory in args.run], args.out)
+    return {"plot": str(args.out)}
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     corpus = commands.add_parser("corpus", help="tokenizer and token files from Python source on this machine")
     corpus.add_argument("--root", action="append", default=[], help="folder to search (default: this interpreter's)")
     corpus.add_argument("--vocab-size", type=int, default=4096)
     corpus.add_argument("--tokenizer", help="a finished tokenizer.json, instead of training one")
-    corpus.add_argument("--tokenizer-bytes", type=int, default=30_000_000, help="text the tokenizer learns from")
+    corpus.add_argument("--tokenizer-bytes", type=whole(1), default=30_000_000, help="text the tokenizer learns from")
     corpus.set_defaults(command=corpus_command)
 
     pretrain = commands.add_parser("pretrain", help="from random weights or a checkpoint, at a constant rate")
@@ -145,12 +147,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     export = commands.add_parser("export", help="write a finished run as a checkpoint in the FP4-DFlash layout")
     export.add_argument("--run", required=True, help="the run to export")
-    export.add_argument("--out", required=True, help="folder to write; must not exist")
+    export.add_argument("--out", type=new_folder, required=True, help="folder to write; must not exist")
     export.set_defaults(command=export_command)
 
     distill = commands.add_parser("self-distill", help="text written by the target, for its drafter to learn from")
-    distill.add_argument("--out", required=True, help="folder of chunk files; those that exist are kept")
-    distill.add_argument("--chunks", type=int, required=True, help="chunk files to have in the end")
+    distill.add_argument(
+        "--out", type=output_folder, required=True, help="folder of chunk files; those that exist are kept"
+    )
+    distill.add_argument("--chunks", type=whole(1), required=True, help="chunk files to have in the end")
     distill.add_argument("--rows", type=int, default=128, help="sequences per chunk")
     distill.add_argument("--length", type=int, default=256, help="tokens per sequence, its prompt included")
     distill.add_argument(
@@ -182,28 +186,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
     export_drafter = commands.add_parser("export-drafter", help="write a trained drafter as a dflash/ folder")
     export_drafter.add_argument("--run", required=True, help="the run to export")
     place = export_drafter.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", help="folder to write; must not exist")
+    place.add_argument("--out", type=new_folder, help="folder to write; must not exist")
     place.add_argument("--checkpoint", help="checkpoint to put it into, in place of the drafter it has")
-    export_drafter.add_argument("--expect", type=float, help="tokens per round that `evaluate.py acceptance` measured")
+    export_drafter.add_argument(
+        "--expect", type=real(1, 1000), help="tokens per round that `evaluate.py acceptance` measured"
+    )
     export_drafter.set_defaults(command=export_drafter_command)
 
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")
     plot.add_argument("--run", action="append", required=True, help="a run; repeat it")
-    plot.add_argument("--out", required=True, help="PNG file to write")
+    plot.add_argument("--out", type=output_file, required=True, help="PNG file to write")
     plot.set_defaults(command=plot_command)
 
     for command in (distill, drafter):
         command.add_argument("--model", required=True, help="checkpoint folder of the target")
     for command in (pretrain, distill, drafter):
         command.add_argument("--seed", type=int, default=0)
-    for command in (corpus, pretrain, anneal, export, distill, drafter):
+    corpus.add_argument("--data", type=output_folder, default="runs/corpus", help="folder of the corpus")
+    for command in (pretrain, anneal, export, distill, drafter):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
     for command in (pretrain, anneal, drafter):
-        command.add_argument("--run", required=True, help="folder of the run: log, plot, checkpoints")
-        command.add_argument("--steps", type=int, required=True, help="updates to make")
+        command.add_argument(
+            "--run", type=output_folder, required=True, help="folder of the run: log, plot, checkpoints"
+        )
+        command.add_argument("--steps", type=whole(1), required=True, help="updates to make")
         add_mesh_options(command)
-    return parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    print(json.dumps(args.command(args)))
 
 
 if __name__ == "__main__":
-    main_guard(lambda: print(json.dumps((args := parse(sys.argv[1:])).command(args))))
+    main_guard(lambda: main(sys.argv[1:]))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
 
 import jax
+
+from mimo_jax.errors import UserError
+
+
+def check_memory(nbytes: float, what: str) -> None:
+    """Raises where the CPU's memory cannot hold `nbytes`: the system would end this process without a word."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.default_backend() == "cpu" and nbytes > total:
+        raise UserError(f"memory: {what} takes {nbytes / 1e9:,.0f} GB at least; this machine has {total / 1e9:,.0f} GB")
 
 
 def return_freed_memory() -> None:

@@ -5,19 +5,33 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mimo_jax.cli.distributed import join
+from mimo_jax.cli.values import address, whole
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 
-def need_matplotlib() -> None:
-    """Raises, before any work is done, where a plot could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plot: matplotlib is not installed; it comes with the extra: pip install -e '.[plots]'")
+MOST_PROCESSES = 10_000
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with arguments in one line; `description` keeps its lines."""
+
+    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **options) -> None:
+        super().__init__(*args, formatter_class=formatter_class, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; --help lists what it takes")
+
+
+def need_packages(what: str, extra: str, *packages: str) -> None:
+    """Raises, before any work is done, where packages of an extra are absent."""
+    if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{what}: not installed: {', '.join(absent)}; install them with: pip install -e '.[{extra}]'")
 
 
 def add_drafter_options(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +56,9 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel", type=int, default=1, help="devices that share every matrix; the whole is the product"
     )
     group.add_argument("--distributed", action="store_true", help="find the processes of Slurm, MPI or Kubernetes")
-    group.add_argument("--coordinator", help="host:port of process 0, where nothing can be found")
-    group.add_argument("--num-processes", type=int)
-    group.add_argument("--process-id", type=int)
+    group.add_argument("--coordinator", type=address, help="host:port of process 0, where nothing can be found")
+    group.add_argument("--num-processes", type=whole(1, MOST_PROCESSES))
+    group.add_argument("--process-id", type=whole(0, MOST_PROCESSES))
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:

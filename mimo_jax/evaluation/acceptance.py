@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from mimo_jax.cli.plots import save_figure
 from mimo_jax.cli.progress import progress
 from mimo_jax.decode.sampling import Sampled, Strategy, strategy_at
 from mimo_jax.drafters.autoregressive import AutoregressiveDrafter
 from mimo_jax.drafters.mtp import MtpDrafter
 from mimo_jax.drafters.prompt_lookup import PromptLookupDrafter
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, check_whole
 from mimo_jax.evaluation.entropy_bound import entropy_per_token, order_blind_bound
 from mimo_jax.generation import Request, Result, generate_batch
 from mimo_jax.loading import Model, with_drafter
@@ -49,6 +50,7 @@ def drafting_models(plain: Model, drafters: dict[str, Path], chains: dict[str, P
 
 def prompts_of(tokens: np.ndarray, count: int, length: int) -> list[list[int]]:
     """`count` evenly spaced prompts of `length` held-out tokens."""
+    check_whole("acceptance", 1, prompts=count, prompt_tokens=length)
     if (len(tokens) - length) < count:
         raise UserError(f"acceptance: {count} prompts of {length} tokens asked for, {len(tokens)} tokens are held out")
     starts = np.linspace(0, len(tokens) - length, count).astype(int)
@@ -105,15 +107,13 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
 
     Each row is one of `summaries` with its "drafter" and "temperature".
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row["subset"] == "no loops"]
+    rows = [row for row in rows if row["subset"] == "no loops"] or rows  # small models may write nothing but loops
     temperatures = sorted({row["temperature"] for row in rows})
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     width = 0.8 / len(temperatures)
     for index, temperature in enumerate(temperatures):
         chosen = [row for row in rows if row["temperature"] == temperature]
@@ -130,8 +130,7 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
             right.plot(range(1, len(by_position) + 1), by_position, marker=".", linewidth=1, label=row["drafter"])
     right.set(xlabel="draft position", ylabel="acceptance, all before it accepted", title=f"T = {temperatures[0]}")
     right.legend(fontsize="small")
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, out)
 
 
 def study(

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.cli.progress import progress
 from mimo_jax.config.model import ModelConfig
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, check_whole
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
-from mimo_jax.training.corpus import load_tokens
+from mimo_jax.training.corpus import check_vocabulary, load_tokens
 from mimo_jax.training.pretraining import cross_entropy
 from mimo_jax.training.qat import QatState, quantize_experts
 from mimo_jax.training.run import latest_state, read_settings
@@ -52,8 +52,10 @@ def bits_per_byte(
 ) -> Bits:
     """Mean over `windows` evenly spaced windows of `length` predicted tokens; the same windows for every model."""
     available = (len(tokens) - 1) // length
+    check_whole("evaluation", 2, windows=windows)  # one has no spread
     if windows > available:
         raise UserError(f"evaluation: {windows} windows of {length} tokens asked for, {available} are held out")
+    check_vocabulary(tokens, config.vocab_size)
     starts = np.linspace(0, available - 1, windows).astype(int) * length
     nats, sizes = [], []
     with progress("evaluating", windows) as bar:
@@ -103,4 +105,7 @@ def compare_qat(run: Path, tokens: np.ndarray, byte_lengths: np.ndarray, windows
 
 def heldout_of(data: Path) -> tuple[np.ndarray, np.ndarray]:
     """Held-out tokens of a corpus, and the bytes that each token id stands for."""
-    return load_tokens(data, "heldout"), np.array(Tokenizer.load(data / "tokenizer.json").byte_lengths())
+    tokens = load_tokens(data, "heldout")
+    lengths = np.array(Tokenizer.load(data / "tokenizer.json").byte_lengths())
+    check_vocabulary(tokens, len(lengths))
+    return tokens, lengths

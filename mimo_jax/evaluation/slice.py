@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax import layouts
+from mimo_jax.cli.memory import check_memory
 from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.presets import drafter_preset, preset, preset_format
@@ -29,7 +30,7 @@ from mimo_jax.modeling.cache import init_cache
 from mimo_jax.planning.forecast import ACCEPTANCES, BOUNDS, all_reduces
 from mimo_jax.planning.traffic import Plan, round_reads
 from mimo_jax.sharding import MeshShape
-from mimo_jax.weights.params import Weight, abstract_tree
+from mimo_jax.weights.params import Weight, abstract_tree, array_bytes
 from pallas_kernels.hardware import GPUS
 from pallas_kernels.timing import seconds
 
@@ -144,6 +145,7 @@ def measure(
     config = share(whole.config, ways, layers)
     drafter = drafter_share(drafter, ways, config.num_layers)
     plan = Plan(config, whole.file_format, drafter, MeshShape(), cache_itemsize=2)
+    check_memory(array_bytes(plan.weights()), f"the share of {config.num_layers} layers")
     on_gpu = jax.default_backend() == "gpu"
     layout = None if on_gpu else "packed"
     _, config, params = layouts.for_device(config, random_weights(plan.weights()), layout=layout, consume=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mimo_jax.decode.sampling import Greedy, Strategy
 from mimo_jax.evaluation.references import build_reference, load_weights
-from mimo_jax.generation import Request, generate, stream
+from mimo_jax.generation import Request, encode_prompt, generate, stream
 from mimo_jax.loading import Model, load, load_dense
 
 Record = dict[str, Any]
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 def decode_runs(directory: Path, prompt: str, count: int, with_transformers: bool) -> dict[str, Callable[[], Any]]:
     """Greedy decoding of `count` tokens, by name: the layout for one CPU, packed weights, transformers."""
     model, packed = (load(directory, layout=layout, draft=False) for layout in ("xla_cpu", "packed"))
-    ids = model.tokenizer.encode(prompt)
+    ids = encode_prompt(model, prompt)
     runs: dict[str, Callable[[], Any]] = {
         "xla_cpu": lambda: generate(model, ids, Greedy(), max_tokens=count),
         "packed": lambda: generate(packed, ids, Greedy(), max_tokens=count),

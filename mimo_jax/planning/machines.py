@@ -24,7 +24,7 @@ class Target:
 
 def parse_target(text: str) -> Target:
     """A target from words like "8xh200"."""
-    match = re.fullmatch(r"(\d+)x(\w+)", text.lower())
+    match = re.fullmatch(r"(\d{1,3})x(\w+)", text.lower())
     if match is None or match[2] not in GPUS or not 1 <= int(match[1]) <= MOST:
         raise UserError(f"target {text!r} must be COUNTxGPU, 1 to {MOST} of {', '.join(GPUS)}; for example 8xh200")
     return Target(GPUS[match[2]], int(match[1]))

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mimo_jax.cli.plots import save_figure
 from mimo_jax.planning.compiled import NEGLIGIBLE, Program
 from mimo_jax.planning.forecast import ACCEPTANCES, BOUNDS, all_reduces, roofline_seconds, tokens_per_second
 from mimo_jax.planning.machines import Target
@@ -104,12 +105,10 @@ def _program_lines(name: str, program: dict[str, Any]) -> list[str]:
 
 def plot(record: dict[str, Any], out: Path) -> None:
     """Where a round's time goes at full bandwidth, and what the all-reduces add."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 3), layout="constrained")
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots()
     total = sum(record["reads"]["drafted"].values())
     seconds = record["roofline_seconds"]["drafted"]
     names = [name for name, size in record["reads"]["drafted"].items() if size > total / 500]
@@ -124,5 +123,4 @@ def plot(record: dict[str, Any], out: Path) -> None:
     axes.set_yticks(range(len(record["reads"])), list(record["reads"]))
     axes.set(xlabel="ms at full bandwidth (projected)", title=f"{record['target']}: where a round's time goes")
     axes.legend(fontsize="small", ncols=2)
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, out)

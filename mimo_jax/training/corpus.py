@@ -19,9 +19,9 @@ import numpy as np
 
 from mimo_jax.checkpoint.files.tensorfile import load_json
 from mimo_jax.cli.progress import progress
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, check_whole
 from mimo_jax.files import exclusive, write_atomically
-from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
+from mimo_jax.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
 
 MIN_BYTES, MAX_BYTES = 200, 200_000
 MAX_LINE = 400  # longer lines are data, not code
@@ -101,6 +101,9 @@ def build(
 
     A tokenizer of `vocab_size` is trained on the first `tokenizer_bytes`, unless a finished one is given.
     """
+    if tokenizer:
+        vocab_size = tokenizer.vocab_size
+    check_whole("corpus", len(SPECIAL_TOKENS) + 256, 1 << 16, vocab_size=vocab_size)  # every byte; 16 bits
     files = collect(roots)
     by_split = {split: [source for source in files if source.split == split] for split in SPLITS}
     if not all(by_split.values()):
@@ -155,8 +158,17 @@ def load_tokens(data: Path, split: str) -> np.ndarray:
     path = data / _token_file(split)
     if not path.is_file():
         raise UserError(f"{path}: not found; build it with `scripts/train.py corpus --data {data}`")
+    size = path.stat().st_size
+    if not size or size % 2:
+        raise UserError(f"{path}: {size} bytes are no list of 16-bit token ids; build it again")
     _check_built_together(data, (path.name, TOKENIZER))
     return np.memmap(path, np.uint16, mode="r")
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises where tokens are those of another tokenizer; indexing would clamp them in silence."""
+    if (largest := tokens.max()) >= vocab_size:
+        raise UserError(f"corpus: token {largest} is none of {vocab_size}; build it with the tokenizer of this model")
 
 
 def _check_built_together(data: Path, names: Iterable[str]) -> None:

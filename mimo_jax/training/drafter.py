@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mimo_jax.config.drafter import LONGEST_MATCH, DrafterConfig
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.drafters.prompt_lookup import continuation
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, check_real, check_whole
 from mimo_jax.loading import Model
 from mimo_jax.modeling.attention import heads_first
 from mimo_jax.modeling.backbone import Backbone
@@ -29,8 +29,8 @@ from mimo_jax.modeling.dflash import DFlash, KeysValues, abstract_drafter, init_
 from mimo_jax.modeling.linear import linear
 from mimo_jax.sharding import place_batch
 from mimo_jax.tokenizer import MASK, Tokenizer
-from mimo_jax.training.corpus import batch_at, shuffled
-from mimo_jax.training.optimizers import OPTIMIZERS, make_optimizer
+from mimo_jax.training.corpus import batch_at, check_vocabulary, shuffled
+from mimo_jax.training.optimizers import OPTIMIZERS, check_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState, cross_entropy
 from mimo_jax.training.run import Metrics, Update, configs_of, restore
 from mimo_jax.training.self_distillation import Texts
@@ -47,6 +47,7 @@ LOSSES = {
 }
 KINDS = ("block", "chain")
 DPACE_FLOOR = 0.5  # alpha of D-PACE
+MOST_LAYERS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,15 @@ class DraftTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.human_share <= 1:
-            raise UserError(f"drafter: human_share={self.human_share} must lie in 0..1")
         for field, choices in (("kind", KINDS), ("loss", LOSSES), ("optimizer", OPTIMIZERS)):
             if getattr(self, field) not in choices:
                 raise UserError(f"drafter: {field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
-        for field in ("steps", "batch", "anchors", "gamma", "peak_rate"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"drafter: {field}={getattr(self, field)} must be positive")
+        check_whole("drafter", 1, steps=self.steps, batch=self.batch, anchors=self.anchors)
+        check_whole("drafter", 0, 2**32 - 1, seed=self.seed)
+        check_rate("drafter", self.peak_rate)
+        check_real("drafter", 0.01, 1e6, gamma=self.gamma)
+        shares = {"human_share": self.human_share, "warmup_share": self.warmup_share}
+        check_real("drafter", 0, 1, weight_decay=self.weight_decay, **shares)
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -91,6 +93,17 @@ class Geometry:
     bias_rank: int = 0
     lookup: int = 0
     target_layer_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("drafter", 1, MOST_LAYERS, layers=self.layers)
+        check_whole("drafter", 1, window=self.window)
+        check_whole("drafter", 0, bias_rank=self.bias_rank, lookup=self.lookup)
+
+    def check_fits(self, target: ModelConfig) -> None:
+        """Raises where a size goes beyond the target's, so that it would buy nothing but memory."""
+        check_whole("drafter", 1, target.max_position, window=self.window)
+        check_whole("drafter", 0, target.max_position, lookup=self.lookup)
+        check_whole("drafter", 0, target.vocab_size, bias_rank=self.bias_rank)
 
 
 def init_state(config: DrafterConfig, train: DraftTrainConfig, params: Params | None = None) -> TrainState:
@@ -255,6 +268,11 @@ def training_update(
     texts: Texts, corpus: np.ndarray, model: Model, config: DrafterConfig, train: DraftTrainConfig
 ) -> Update[TrainState]:
     """The update of `run.train_until` for a drafter of `model`, whose weights are dense, on the model's mesh."""
+    length, vocab_size = texts.tokens.shape[1], model.config.vocab_size
+    if train.anchors > length:
+        raise UserError(f"drafter: anchors={train.anchors} do not fit into texts of {length} tokens")
+    check_vocabulary(np.asarray(texts.tokens), vocab_size)
+    batch_of(texts, corpus, 0, train)  # raises where the corpus is too small
 
     def update(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         batch = place_batch(batch_of(texts, corpus, step, train), model.mesh)
@@ -291,6 +309,7 @@ def as_chain(config: DrafterConfig, params: Params) -> tuple[DrafterConfig, Para
 
 def drafter_for(target: ModelConfig, tokenizer: Tokenizer, geometry: Geometry) -> DrafterConfig:
     """A drafter in proportion to `target`; by default it reads five layers from the first to the last."""
+    geometry.check_fits(target)
     last = target.num_layers - 1
     return DrafterConfig(
         hidden_size=target.hidden_size,

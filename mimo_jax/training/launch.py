@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,5 +129,5 @@ def _go(
         run.plot_losses([launch.run], launch.run / "loss.png")
     else:
         print("no loss.png: it needs the `plots` extra (pip install -e '.[plots]')", file=sys.stderr)
-    last = json.loads((launch.run / "log.jsonl").read_text().splitlines()[-1])
+    last = run.read_log(launch.run)[-1]
     return {"run": str(launch.run), "resumed_at": resumed[-1] if resumed else 0, **last}

@@ -8,6 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from mimo_jax.errors import check_real
 from mimo_jax.weights.params import path_names, row_of
 
 OPTIMIZERS = ("muon", "adamw")
@@ -30,6 +31,11 @@ def matrix_axes(params) -> Any:
         return MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
 
     return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def check_rate(where: str, peak: float) -> None:
+    """Raises unless a learning rate could train anything: updates have the size of weights, and are float32."""
+    check_real(where, 1e-12, 1.0, peak_rate=peak)
 
 
 def learning_rate(peak: float, warmup: int, decay_start: int, decay_steps: int) -> optax.Schedule:

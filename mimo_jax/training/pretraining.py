@@ -7,6 +7,7 @@ under-used ones (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from mimo_jax.cli.memory import check_memory
 from mimo_jax.config.model import ModelConfig
-from mimo_jax.errors import UserError
-from mimo_jax.modeling.backbone import Backbone, init_params
-from mimo_jax.training.optimizers import learning_rate, make_optimizer
+from mimo_jax.errors import UserError, check_real, check_whole
+from mimo_jax.modeling.backbone import Backbone, abstract_params, init_params
+from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
 from mimo_jax.weights import Params
 
 
@@ -41,11 +43,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("batch", "length", "peak_rate", "mtp_share"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"training: {field}={getattr(self, field)} must be positive")
-        if self.decay_steps < 0 or self.warmup < 0:
-            raise UserError(f"training: decay_steps={self.decay_steps}, warmup={self.warmup} must not be negative")
+        check_whole("training", 1, batch=self.batch, mtp_share=self.mtp_share)
+        check_whole("training", 2, length=self.length)  # MTP layers predict the token after the next
+        check_whole("training", 0, warmup=self.warmup, decay_start=self.decay_start, decay_steps=self.decay_steps)
+        check_whole("training", 0, 2**32 - 1, seed=self.seed)
+        check_rate("training", self.peak_rate)
+        check_real("training", 0, 1, weight_decay=self.weight_decay, balance_rate=self.balance_rate)
+        check_real("training", 0, 1000, mtp_weight=self.mtp_weight)
+        if not isinstance(self.qat, bool):
+            raise UserError(f"training: qat={self.qat!r} must be true or false")
 
     @property
     def mtp_rows(self) -> int:
@@ -69,7 +75,10 @@ class TrainState:
 
 def init_state(config: ModelConfig, train: TrainConfig, params: Params | None = None) -> TrainState:
     """The state before the first update: random parameters unless float32 `params` are given."""
-    params = init_params(config, jax.random.key(train.seed)) if params is None else params
+    if params is None:
+        held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+        check_memory(2 * 4 * held, "random weights and the optimiser's state")
+        params = init_params(config, jax.random.key(train.seed))
     return TrainState(params, make_optimizer(train.schedule, train.weight_decay).init(params), jnp.int32(0))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ from jax.sharding import Mesh
 
 from mimo_jax.checkpoint import orbax
 from mimo_jax.checkpoint.files.tensorfile import load_json, read_bytes
+from mimo_jax.cli.plots import save_figure
 from mimo_jax.cli.progress import progress
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError
 from mimo_jax.files import exclusive, write_atomically
 from mimo_jax.sharding import place_batch, shapes_on
-from mimo_jax.training.corpus import batch_at
+from mimo_jax.training.corpus import batch_at, check_vocabulary
 from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, train_step
 from mimo_jax.training.qat import QatState, init_qat, qat_step
 
@@ -93,6 +95,7 @@ def train_until(run: Path, state: State, last_step: int, update: Update[State], 
             state, metrics = update(state, step - 1)
             if step % LOG_EVERY == 0 or step == last_step:
                 metrics = {name: round(float(value), 5) for name, value in jax.device_get(metrics).items()}
+                _check_finite(run, step, metrics)
                 speed = LOG_EVERY * tokens_per_step / (time.perf_counter() - started)
                 log.write(json.dumps({"step": step, **metrics, "tokens_per_second": round(speed)}) + "\n")
                 log.flush()
@@ -104,11 +107,22 @@ def train_until(run: Path, state: State, last_step: int, update: Update[State], 
     return state
 
 
+def _check_finite(run: Path, step: int, metrics: dict[str, float]) -> None:
+    """Weights that have become NaN would be saved in place of good ones."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise UserError(
+                f"{run}: {name} is {metrics[name]} at step {step}; it is not saved. Lower --rate in another --run"
+            )
+
+
 def pretraining_update(
     tokens: np.ndarray, config: ModelConfig, train: TrainConfig, mesh: Mesh | None = None
 ) -> Update[Any]:
     """The update of `train_until` for pretraining and QAT on a corpus' tokens."""
     step_fn = qat_step if train.qat else train_step
+    batch_at(tokens, 0, train.batch, train.length, train.seed)  # raises where the corpus is too small
+    check_vocabulary(tokens, config.vocab_size)
 
     def update(state: Any, step: int) -> tuple[Any, Metrics]:
         batch = batch_at(tokens, step, train.batch, train.length, train.seed)
@@ -120,26 +134,45 @@ def pretraining_update(
 def _truncate_log(path: Path, step: int) -> None:
     """Drops what a killed run logged after its last save, so that the curve has no doubled points."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        text = path.read_text(errors="surrogateescape")
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+        kept = [line for line in lines if _row(line, path)["step"] <= step]
         write_atomically(path, "".join(kept).encode())
+
+
+def _row(line: str, path: Path) -> dict[str, Any]:
+    """One line of a log."""
+    row = load_json(line.encode("utf-8", "surrogateescape"), str(path))
+    if not all(isinstance(row.get(key), int | float) for key in ("step", "loss")):
+        raise UserError(f"{path}: a line without step and loss; it was not written by a training run")
+    return row
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged, at least one row."""
+    path = run / "log.jsonl"
+    rows = [_row(line, path) for line in path.read_text(errors="surrogateescape").splitlines()]
+    if not rows:
+        raise UserError(f"{path}: empty; give the run more --steps")
+    return rows
 
 
 def plot_losses(runs: list[Path], out: Path) -> None:
     """Loss over steps of one or more runs, as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for run in runs:
-        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        rows = read_log(run)
         axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=run.name, linewidth=1)
     axis.set(xlabel="step", ylabel="training loss (nats per token)")
     axis.legend()
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, out)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return load_json(read_bytes(path, _MAX_SETTINGS_BYTES), str(path))
 
 
 def settings_of(model: Any, train: Any, **more: Any) -> dict[str, Any]:
@@ -152,10 +185,6 @@ def all_settings(run: Path) -> dict[str, Any]:
     if not (run / "run.json").is_file():
         raise UserError(f"{run}: not a run directory; expected run.json")
     return _read_json(run / "run.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return load_json(read_bytes(path, _MAX_SETTINGS_BYTES), str(path))
 
 
 def check_tokenizer(run: Path, tokenizer: Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -16,9 +18,10 @@ from jaxtyping import Array, Int
 from mimo_jax.cli.progress import progress
 from mimo_jax.decode import loop
 from mimo_jax.decode.sampling import Strategy, strategy_at
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, check_real, check_whole
 from mimo_jax.files import write_atomically
 from mimo_jax.loading import Model
+from mimo_jax.training.corpus import check_vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -46,12 +49,17 @@ class DistillationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        numbers = {"rows": self.rows, "length": self.length, "shortest": self.shortest, "longest": self.longest}
+        check_whole("self-distillation", 1, **numbers)
+        check_whole("self-distillation", 0, 2**32 - 1, seed=self.seed)
+        if not isinstance(self.temperatures, tuple) or not self.temperatures:
+            raise UserError(f"self-distillation: temperatures={self.temperatures!r} must be some numbers")
+        for temperature in self.temperatures:
+            check_real("self-distillation", 0, 100, temperature=temperature)
         if not 1 <= self.shortest <= self.longest < self.length:
             raise UserError(
                 f"self-distillation: shortest={self.shortest}, longest={self.longest}, length={self.length} must rise"
             )
-        if self.rows < 1 or not self.temperatures or min(self.temperatures) < 0:
-            raise UserError(f"self-distillation: rows={self.rows}, temperatures={self.temperatures} must be positive")
 
     def strategy(self, chunk: int) -> Strategy:
         return strategy_at(self.temperatures[chunk % len(self.temperatures)])
@@ -79,6 +87,7 @@ def generate_chunk(model: Model, corpus: np.ndarray, settings: DistillationConfi
 
 def generate_texts(model: Model, corpus: np.ndarray, settings: DistillationConfig, out: Path, chunks: int) -> Texts:
     """Fills `out` up to `chunks` chunk files and returns them all."""
+    _check_fits(model, corpus, settings)
     out.mkdir(parents=True, exist_ok=True)
     with progress("generating", chunks * settings.rows) as bar:
         for chunk in range(chunks):
@@ -92,6 +101,17 @@ def generate_texts(model: Model, corpus: np.ndarray, settings: DistillationConfi
     return load_texts(out)
 
 
+def _check_fits(model: Model, corpus: np.ndarray, settings: DistillationConfig) -> None:
+    limit, vocab_size = model.config.max_position, model.config.vocab_size
+    if settings.length > limit:
+        raise UserError(f"self-distillation: length={settings.length}, but the target's context holds {limit} tokens")
+    if len(corpus) <= settings.longest:
+        raise UserError(f"corpus: {len(corpus)} tokens; prompts of up to {settings.longest} are taken from it")
+    if vocab_size > 1 << 16:
+        raise UserError(f"self-distillation: vocab_size={vocab_size}; texts are stored as 16-bit token ids")
+    check_vocabulary(corpus, vocab_size)
+
+
 def load_texts(directory: Path) -> Texts:
     """All chunks of a folder, in order."""
     paths = sorted(directory.glob("chunk-*.npz"))
@@ -99,5 +119,20 @@ def load_texts(directory: Path) -> Texts:
         raise UserError(
             f"{directory}: no chunk-*.npz; write some with `scripts/train.py self-distill --out {directory}`"
         )
-    chunks = [np.load(path) for path in paths]
-    return Texts(*(np.concatenate([chunk[field.name] for chunk in chunks]) for field in dataclasses.fields(Texts)))
+    chunks = [_load_chunk(path) for path in paths]
+    lengths = {chunk.tokens.shape[1] for chunk in chunks}
+    if len(lengths) > 1:
+        raise UserError(f"{directory}: chunks of {sorted(lengths)} tokens; only texts of one --length go together")
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *chunks)
+
+
+def _load_chunk(path: Path) -> Texts:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            tokens, starts, ends = (stored[field.name] for field in dataclasses.fields(Texts))
+    except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a chunk of texts ({error}); delete it and give self-distill again") from None
+    kinds = [(array.dtype, array.ndim) for array in (tokens, starts, ends)]
+    if kinds != [(np.uint16, 2), (np.int32, 1), (np.int32, 1)] or not len(tokens) == len(starts) == len(ends) > 0:
+        raise UserError(f"{path}: not a chunk of texts (found {kinds}); delete it and give self-distill again")
+    return Texts(tokens, starts, ends)

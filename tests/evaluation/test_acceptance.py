@@ -59,3 +59,13 @@ def test_loops_are_reported_apart_and_plotted(tmp_path):
     pytest.importorskip("matplotlib")
     plot([{"drafter": "a", "temperature": t} | row for t in (0.0, 1.0) for row in rows], tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_nothing_but_loops_is_drawn(tmp_path):
+    """Small models may write only loops: the finished result still gets its picture, whatever its file is called."""
+    pytest.importorskip("matplotlib")
+    loop = dataclasses.replace(result(1, 8, [1], [1]), tokens=[1, 2] * 20)
+    rows = summaries([loop, loop])
+    assert [row["subset"] for row in rows] == ["all"]
+    plot([{"drafter": "a", "temperature": 0.0} | row for row in rows], tmp_path / "picture.x")
+    assert (tmp_path / "picture.x").read_bytes().startswith(b"\x89PNG")

@@ -54,6 +54,8 @@ def test_text_then_a_summary_then_one_line_of_json(cache):
         (("--prompt-ids", "1,a"), "--prompt-ids"),
         (("--prompt", "x", "--model", "nowhere"), "nowhere: not found"),
         (("--prompt-file", "nowhere.txt"), "nowhere.txt: No such file"),
+        (("--prompt-file", "/dev/zero"), "/dev/zero: more than 16777216 bytes"),
+        (("--prompt-file", "/"), "/: Is a directory"),
         (("--prompt", "x" * 9000), "the context holds 1024"),
         (("--prompt", "caf\udce9"), "not valid UTF-8"),
     ],
