@@ -28,8 +28,8 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.py"))
 CONFIG = small(vocab_size=320)
 # Where work begins. A call that comes so far was accepted.
 WORK = (
-    "mimo_jax.checkpoint.convert.verify_files",
-    "mimo_jax.checkpoint.convert.write_checkpoint",
+    "mimo_jax.checkpoint.manifest.verify_files",
+    "mimo_jax.checkpoint.convert.fill_checkpoint",
     "mimo_jax.checkpoint.huggingface.read_params",
     "mimo_jax.cli.options.join",
     "mimo_jax.evaluation.acceptance.continue_all",
@@ -39,6 +39,7 @@ WORK = (
     "mimo_jax.evaluation.speed.generate",
     "mimo_jax.evaluation.speed.interleaved",
     "mimo_jax.generation.stream",
+    "mimo_jax.planning.compiled.compile_programs",
     "mimo_jax.planning.report.record_of",
     "mimo_jax.training.corpus.collect",
     "mimo_jax.training.drafter.latest_state",
@@ -115,7 +116,8 @@ def here(folder, tmp_path, monkeypatch) -> None:
 
     for name in WORK:
         monkeypatch.setattr(name, accepted)
-    monkeypatch.setattr("pallas_kernels.expert_matmul.report.missing", lambda: None)
+    for missing in ("pallas_kernels.topology.missing", "pallas_kernels.expert_matmul.report.missing"):
+        monkeypatch.setattr(missing, lambda: None)  # the same with and without the compilers
     monkeypatch.setenv("MIMO_TRACEBACK", "1")
     monkeypatch.chdir(tmp_path)
 
