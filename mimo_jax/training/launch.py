@@ -19,8 +19,9 @@ from mimo_jax.config.presets import preset
 from mimo_jax.errors import UserError
 from mimo_jax.loading import load_dense, load_drafter
 from mimo_jax.sharding import check_rows, place, shape_of
+from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import drafter, qat, run
-from mimo_jax.training.corpus import TOKENIZER, digest, identity, load_tokens
+from mimo_jax.training.corpus import TOKENIZER, identity, load_tokens
 from mimo_jax.training.pretraining import TrainConfig, init_state
 from mimo_jax.training.self_distillation import load_texts
 
@@ -38,7 +39,7 @@ class Launch:
 def pretrain(launch: Launch, train: TrainConfig, preset_name: str, start: str | None, dtype: str) -> dict[str, Any]:
     """At a constant rate, from the random weights of a preset or from the checkpoint folder `start`."""
     if start:
-        _check_same_tokenizer(Path(start), launch.data)
+        check_same_tokenizer(Path(start), launch.data)
         model = load_dense(Path(start), dtype)
         config, params = model.config, model.params
     else:
@@ -86,15 +87,17 @@ def train_drafter(
     check_rows(train.batch, launch.mesh, "sequences of a batch")
     update = drafter.training_update(texts, load_tokens(launch.data, "train"), model, config, train)
     if train.human_share:
-        _check_same_tokenizer(model_directory, launch.data)
+        check_same_tokenizer(model_directory, launch.data)
     settings = run.settings_of(config, train, start=start, corpus=identity(launch.data))
     tokens_per_step = train.batch * texts.tokens.shape[1]
     return _go(launch, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step)
 
 
-def _check_same_tokenizer(checkpoint: Path, data: Path) -> None:
+def check_same_tokenizer(checkpoint: Path, data: Path) -> None:
+    """The same as loaded: a corpus keeps a tokenizer in this library's spelling, not in the bytes of the checkpoint."""
     files = [directory / TOKENIZER for directory in (checkpoint, data)]
-    if digest(files[0]) != digest(files[1]):
+    first, second = (Tokenizer.load(file).backend.to_str() for file in files)
+    if first != second:
         raise UserError(f"{files[1]} differs from {files[0]}; build the corpus with --tokenizer {files[0]}")
 
 

@@ -10,6 +10,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.files import exclusive, write_atomically
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import corpus
+from mimo_jax.training.launch import check_same_tokenizer
 
 
 def module(package: int, index: int) -> str:
@@ -86,6 +87,19 @@ def test_a_finished_tokenizer_is_used_as_it_is(root, tmp_path, built):
     manifest = corpus.build(again, [root], vocab_size=280, tokenizer_bytes=100_000, tokenizer=given)
     assert (again / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert manifest["vocab_size"] == 300 and small["vocab_size"] == 280
+
+
+def test_a_tokenizer_is_the_same_however_its_file_is_spelled(built, tmp_path):
+    """A checkpoint of other writers fits the corpus that its tokenizer cut; one with another tokenizer does not."""
+    _, out = built
+    values = json.loads((out / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"padding": None}))
+    check_same_tokenizer(tmp_path, out)
+    Tokenizer.train(["other text"], 300).save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="differs from"):
+        check_same_tokenizer(tmp_path, out)
+    with pytest.raises(UserError, match="nowhere"):
+        check_same_tokenizer(tmp_path / "nowhere", out)
 
 
 def test_tokens_decode_to_the_files(root, built):
