@@ -72,7 +72,7 @@ def prepare(run: Path, settings: dict[str, Any]) -> None:
         found = _read_json(path)
         for key, value in settings.items():
             if found.get(key) != value:
-                raise UserError(f"{path}: {key}={found.get(key)!r}, this command has {value!r}; use another --run")
+                raise UserError(f"{path}: {key}={found.get(key)!r}, this command has {value!r}; use another folder")
         return
     run.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

@@ -1,15 +1,18 @@
 """Text that the target writes itself, which its drafter learns from (self-distillation).
 
-Every chunk is one file and depends only on (seed, chunk number), so a run that was killed goes on where it stopped.
+Every chunk is one file and depends only on target, corpus, settings and its number, so a run that was killed goes on
+where it stopped. `run.json` beside the chunks says what those are; texts of another target are not added.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from mimo_jax.decode.sampling import Strategy, strategy_at
 from mimo_jax.errors import UserError, check_real, check_whole
 from mimo_jax.files import write_atomically
 from mimo_jax.loading import Model
+from mimo_jax.training import run
 from mimo_jax.training.corpus import check_vocabulary
 
 
@@ -88,7 +92,9 @@ def generate_chunk(model: Model, corpus: np.ndarray, settings: DistillationConfi
 def generate_texts(model: Model, corpus: np.ndarray, settings: DistillationConfig, out: Path, chunks: int) -> Texts:
     """Fills `out` up to `chunks` chunk files and returns them all."""
     _check_fits(model, corpus, settings)
-    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("chunk-*.npz")) and not (out / "run.json").exists():
+        raise UserError(f"{out}: has chunks, but no run.json that says what wrote them; use another folder")
+    run.prepare(out, run.settings_of(model.config, settings, weights=_digest(model.params), corpus=_digest(corpus)))
     with progress("generating", chunks * settings.rows) as bar:
         for chunk in range(chunks):
             path = out / f"chunk-{chunk:05}.npz"
@@ -99,6 +105,14 @@ def generate_texts(model: Model, corpus: np.ndarray, settings: DistillationConfi
                 write_atomically(path, buffer.getvalue())
             bar.advance(settings.rows)
     return load_texts(out)
+
+
+def _digest(arrays: Any) -> str:
+    """SHA-256 of a tree's numbers."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(arrays):
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _check_fits(model: Model, corpus: np.ndarray, settings: DistillationConfig) -> None:

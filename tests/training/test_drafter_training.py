@@ -109,6 +109,19 @@ def test_self_generated_text_is_the_targets(tmp_path):
     np.testing.assert_array_equal(again.tokens, texts.tokens)
 
 
+def test_texts_of_another_target_or_corpus_are_not_added(tmp_path):
+    """A drafter learns from one target's texts: a folder of them takes no others, nor any whose origin it lost."""
+    self_distillation.generate_texts(MODEL, CORPUS, SETTINGS, tmp_path, 1)
+    other = dataclasses.replace(MODEL, params=jax.tree.map(lambda array: array + 1, MODEL.params))
+    with pytest.raises(UserError, match=r"run\.json: weights="):
+        self_distillation.generate_texts(other, CORPUS, SETTINGS, tmp_path, 2)
+    with pytest.raises(UserError, match=r"run\.json: corpus="):
+        self_distillation.generate_texts(MODEL, CORPUS[1:], SETTINGS, tmp_path, 2)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match=r"no run\.json"):
+        self_distillation.generate_texts(MODEL, CORPUS, SETTINGS, tmp_path, 2)
+
+
 def test_training_raises_what_is_accepted(tmp_path):
     """A drafter trained on the target's own greedy text is accepted far more often than an untrained one.
 

@@ -110,7 +110,7 @@ def test_a_run_is_not_continued_with_other_settings(straight):
     """Giving a run's folder with another model or schedule names what differs."""
     directory, train, _ = straight
     other = dataclasses.replace(train, warmup=3)
-    with pytest.raises(UserError, match=r"run.json: train=.*use another --run"):
+    with pytest.raises(UserError, match=r"run.json: train=.*use another folder"):
         run.prepare(directory, run.settings_of(CONFIG, other))
 
 
@@ -160,7 +160,7 @@ def test_a_run_knows_its_corpus(tmp_path):
     run.check_tokenizer(tmp_path / "run", tmp_path / "tokenizer.json")
     TOKENS[:-1].tofile(tmp_path / "train.bin")
     (tmp_path / "tokenizer.json").write_text("{ }")
-    with pytest.raises(UserError, match=r"run.json: corpus=.*use another --run"):
+    with pytest.raises(UserError, match=r"run.json: corpus=.*use another folder"):
         run.prepare(tmp_path / "run", run.settings_of(CONFIG, PLAIN, corpus=identity(tmp_path)))
     with pytest.raises(UserError, match=r"tokenizer.json: not the tokenizer that .*run was trained with"):
         export(tmp_path / "run", tmp_path / "tokenizer.json", tmp_path / "out")
