@@ -24,8 +24,11 @@ from mimo_jax.files import write_atomically
 def bits_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.bits import bits_per_byte, heldout_of
     from mimo_jax.loading import BUNDLED, load
+    from mimo_jax.training.corpus import check_same_tokenizer
 
-    model = load(args.model or BUNDLED, draft=False)
+    directory = Path(args.model or BUNDLED)
+    check_same_tokenizer(directory, Path(args.data))
+    model = load(directory, draft=False)
     found = bits_per_byte(model.params, model.config, *heldout_of(Path(args.data)), windows=args.windows)
     print(f"{found.bits_per_byte:.4f} bits per byte (+- {found.error:.4f})", file=sys.stderr)
     return dataclasses.asdict(found)
@@ -33,7 +36,10 @@ def bits_command(args: argparse.Namespace) -> dict:
 
 def qat_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.bits import compare_qat, heldout_of
+    from mimo_jax.training.corpus import TOKENIZER
+    from mimo_jax.training.run import check_tokenizer
 
+    check_tokenizer(Path(args.run), Path(args.data) / TOKENIZER)
     record = compare_qat(Path(args.run), *heldout_of(Path(args.data)), args.windows)
     best = record["BF16"]["bits_per_byte"]
     for name, row in record.items():
@@ -49,12 +55,14 @@ def acceptance_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation import acceptance
     from mimo_jax.evaluation.bits import heldout_of
     from mimo_jax.loading import BUNDLED, load
+    from mimo_jax.training.corpus import check_same_tokenizer
 
     if args.plot:
         need_matplotlib()
         if args.plot == args.out:
             raise UserError(f"--plot and --out both name {args.out}; they are two files")
     directory = Path(args.model or BUNDLED)
+    check_same_tokenizer(directory, Path(args.data))
     plain = dataclasses.replace(load(directory, draft=False), rule=args.rule)
     drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
     models = acceptance.drafting_models(plain, drafters, named_folders(args.chain))

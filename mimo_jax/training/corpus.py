@@ -192,6 +192,14 @@ def digest(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_same_tokenizer(checkpoint: Path, data: Path) -> None:
+    """The same as loaded: a corpus keeps a tokenizer in this library's spelling, not in the bytes of the checkpoint."""
+    files = [directory / TOKENIZER for directory in (checkpoint, data)]
+    first, second = (Tokenizer.load(file).backend.to_str() for file in files)
+    if first != second:
+        raise UserError(f"{files[1]} differs from {files[0]}; build the corpus with --tokenizer {files[0]}")
+
+
 def identity(data: Path) -> dict[str, str | None]:
     """SHA-256 of what a run learns from: by them a run knows its corpus again, and an export its tokenizer."""
     return {"tokenizer": digest(data / TOKENIZER), "tokens": digest(data / _token_file("train"))}

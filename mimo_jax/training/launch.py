@@ -19,9 +19,8 @@ from mimo_jax.config.presets import preset
 from mimo_jax.errors import UserError
 from mimo_jax.loading import load_dense, load_drafter
 from mimo_jax.sharding import check_rows, place, shape_of
-from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import drafter, qat, run
-from mimo_jax.training.corpus import TOKENIZER, identity, load_tokens
+from mimo_jax.training.corpus import TOKENIZER, check_same_tokenizer, identity, load_tokens
 from mimo_jax.training.pretraining import TrainConfig, init_state
 from mimo_jax.training.self_distillation import load_texts
 
@@ -91,14 +90,6 @@ def train_drafter(
     settings = run.settings_of(config, train, start=start, corpus=identity(launch.data))
     tokens_per_step = train.batch * texts.tokens.shape[1]
     return _go(launch, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step)
-
-
-def check_same_tokenizer(checkpoint: Path, data: Path) -> None:
-    """The same as loaded: a corpus keeps a tokenizer in this library's spelling, not in the bytes of the checkpoint."""
-    files = [directory / TOKENIZER for directory in (checkpoint, data)]
-    first, second = (Tokenizer.load(file).backend.to_str() for file in files)
-    if first != second:
-        raise UserError(f"{files[1]} differs from {files[0]}; build the corpus with --tokenizer {files[0]}")
 
 
 def _on_corpus(

@@ -10,7 +10,7 @@ from mimo_jax.errors import UserError
 from mimo_jax.files import exclusive, write_atomically
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import corpus
-from mimo_jax.training.launch import check_same_tokenizer
+from mimo_jax.training.corpus import check_same_tokenizer
 
 
 def module(package: int, index: int) -> str:
