@@ -111,7 +111,7 @@ def _digest(arrays: Any) -> str:
     """SHA-256 of a tree's numbers."""
     digest = hashlib.sha256()
     for array in jax.tree.leaves(arrays):
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
