@@ -24,13 +24,15 @@ def guarded(tmp_path):
         script = tmp_path / "script.py"
         lines = [f"    {line}\n" for line in body.splitlines()]
         script.write_text(
-            "import os, sys\nfrom mimo_jax.cli.guard import main_guard\n"
+            "import os, signal, sys\nfrom mimo_jax.cli.guard import main_guard\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits that it is ignored
             f"def main():\n{''.join(lines)}\nmain_guard(main)\n"
         )
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
         return subprocess.run(
-            ["sh", "-c", f'exec "$0" "$1" {closing}', sys.executable, script], text=True, env=environment, **streams
+            ["sh", "-c", f'exec "$0" "$1" {closing}', sys.executable, script],
+            **{"text": True, "env": environment, "timeout": 60, **streams},
         )
 
     return run
