@@ -140,7 +140,8 @@ def test_closed_streams(guarded):
 def test_a_platform_that_is_absent_is_one_line(platform):
     """JAX itself raises a bare AssertionError for the one, and a RuntimeError of its own for the other."""
     code = "from mimo_jax.cli.guard import main_guard; main_guard(lambda: __import__('jax').devices())"
-    environment = {**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}
+    # Without the compilers' folder in the path: a plugin that finds no driver logs of its own accord.
+    environment = {**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     if not done.returncode:
         pytest.skip("there is a GPU")
