@@ -19,8 +19,8 @@ from mimo_jax.checkpoint.files.tensorfile import TensorFile, TensorFileWriter, i
 from mimo_jax.checkpoint.files.torchfile import TorchFile, TorchTensor, torch_file
 from mimo_jax.checkpoint.finite import check_finite
 from mimo_jax.checkpoint.manifest import new_directory, place_file, read_manifest, write_file, write_manifest
+from mimo_jax.config.dflash import drafter_from_hf, drafter_to_hf
 from mimo_jax.config.drafter import DrafterConfig
-from mimo_jax.config.huggingface import drafter_from_hf, drafter_to_hf
 from mimo_jax.errors import UserError
 from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
 from mimo_jax.weights.params import MASK, Part, Weight, build_tree, drafter_weights, expected_tensors, path_names

@@ -1,82 +1,12 @@
-"""The published `config.json` of a model, and of a drafter, to and from our configs: one schema each, one reader.
-
-A key with a dot lies in a table of that name. Whatever the schema does not allow is an error in the words of the file.
-"""
+"""The published `config.json` of a model, to and from our config and file format."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from typing import Any
 
-from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.config.model import FileFormat, ModelConfig
+from mimo_jax.config.schema import Schema
 from mimo_jax.errors import UserError
-
-_ABSENT = object()
-_MAX_VALUE_TEXT = 1000  # characters of a value that an error quotes, at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Schema:
-    """What a `config.json` may say.
-
-    `required` lists keys whose other values would need mathematics this package does not have; null is as good as
-    absent. `equal` pairs keys that must agree where both are given; `own` are keys that published files lack, with the
-    value at which they are not written.
-    """
-
-    name: str  # that errors of the config class begin with
-    keys: dict[str, str]  # key -> field; needed unless optional
-    optional: frozenset[str]
-    required: dict[str, tuple[Any, ...]]
-    equal: dict[str, str]
-    own: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def find(self, values: dict[str, Any], where: str) -> dict[str, Any]:
-        """Field -> value, of keys that are given and not null."""
-        found = {key: _lookup(values, key, where) for key in (*self.keys, *self.required, *self.equal)}
-        given = {key: value for key, value in found.items() if value is not None and value is not _ABSENT}
-        for key, allowed in self.required.items():
-            if key in given and given[key] not in allowed:
-                raise UserError(f"{where}: {key}={given[key]!r} is not supported; expected {allowed[0]!r}")
-        if missing := [key for key in self.keys if key not in given and key not in self.optional]:
-            raise UserError(f"{where}: missing {', '.join(missing)}")
-        for key, other in self.equal.items():
-            if key in given and given[key] != given.get(other):
-                raise UserError(f"{where}: {key}={given[key]!r} must equal {other}={given.get(other)!r}")
-        return {field: given[key] for key, field in self.keys.items() if key in given}
-
-    def in_words_of_the_file(self, error: Exception, where: str) -> UserError:
-        """An error about a field, naming its key."""
-        key_of = {field: key for key, field in self.keys.items()}
-        words = re.sub(r"\w+", lambda word: key_of.get(word[0], word[0]), str(error))
-        return UserError(f"{where}: {words.removeprefix(f'{self.name}: ')}")
-
-    def fill(self, config: Any) -> dict[str, Any]:
-        """Key -> value of a config, tables as tables, tuples as lists."""
-        values: dict[str, Any] = {}
-        for key, field in self.keys.items():
-            value = getattr(config, field)
-            if key in self.own and value == self.own[key]:
-                continue
-            table, _, name = key.rpartition(".")
-            place = values.setdefault(table, {}) if table else values
-            place[name] = list(value) if isinstance(value, tuple) else value
-        return values
-
-
-def _lookup(values: dict[str, Any], key: str, where: str) -> Any:
-    table, _, name = key.rpartition(".")
-    value = (values[table] if table else values).get(name, _ABSENT)
-    try:
-        is_short = value is _ABSENT or len(repr(value)) <= _MAX_VALUE_TEXT
-    except (ValueError, RecursionError):
-        is_short = False
-    if not is_short:
-        raise UserError(f"{where}: {key} takes more than {_MAX_VALUE_TEXT} characters; no such value is sensible")
-    return value
-
 
 MODEL = Schema(
     name="config",
@@ -151,70 +81,6 @@ MODEL = Schema(
         "swa_head_dim": "head_dim",
         "swa_v_head_dim": "v_head_dim",
         "sliding_window_size": "sliding_window",
-    },
-)
-
-_NESTED = "dflash_config"
-DRAFTER = Schema(
-    name="drafter",
-    keys={
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "num_key_value_heads": "num_kv_heads",
-        "head_dim": "head_dim",
-        "partial_rotary_factor": "partial_rotary_factor",
-        "block_size": "block_size",
-        "num_target_layers": "num_target_layers",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_position",
-        "rope_theta": "rope_theta",
-        "rms_norm_eps": "norm_eps",
-        "initializer_range": "init_range",
-        "dflash_config.target_layer_ids": "target_layer_ids",
-        "dflash_config.mask_token_id": "mask_token_id",
-        "dflash_config.swa_window_size": "window",
-        "dflash_config.backbone_rotary_base": "backbone_rotary_base",
-        "dflash_config.attention_value_scale": "value_scale",
-        "dflash_config.attention_sink_bias": "has_sink",
-        "dflash_config.rotary_base": "rotary_base",
-        "dflash_config.bias_rank": "bias_rank",
-        "dflash_config.lookup": "lookup",
-        "dflash_config.acceptance_length": "acceptance_length",
-    },
-    optional=frozenset(
-        {
-            "max_position_embeddings",
-            "initializer_range",
-            "dflash_config.backbone_rotary_base",
-            "dflash_config.rotary_base",
-            "dflash_config.bias_rank",
-            "dflash_config.lookup",
-            "dflash_config.acceptance_length",
-        }
-    ),
-    required={
-        "model_type": ("qwen3",),
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "tie_word_embeddings": (False,),
-        "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
-        "is_causal": (False,),
-        "dflash_config.use_swa": (True,),
-    },
-    equal={
-        "v_head_dim": "head_dim",
-        "target_hidden_size": "hidden_size",
-        "sliding_window": "dflash_config.swa_window_size",
-        "add_swa_attention_sink_bias": "dflash_config.attention_sink_bias",
-    },
-    own={
-        "dflash_config.backbone_rotary_base": None,
-        "dflash_config.rotary_base": "drafter",
-        "dflash_config.bias_rank": 0,
-        "dflash_config.lookup": 0,
-        "dflash_config.acceptance_length": None,
     },
 )
 
@@ -294,12 +160,13 @@ def _with_layer_types(values: dict[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: {key} and {pattern} say different things of the layers")
         told[pattern] = found
     leading, pattern = values.get("first_k_dense_replace"), told.get("moe_layer_freq")
-    if leading is not None and isinstance(pattern, list) and pattern[: pattern.count(0)] != [0] * pattern.count(0):
+    if leading is None or not isinstance(pattern, list):
+        return told
+    dense = pattern.count(0)
+    if pattern[:dense] != [0] * dense:
         raise UserError(f"{where}: first_k_dense_replace={leading!r}, but moe_layer_freq begins otherwise")
-    if leading is not None and isinstance(pattern, list) and leading != pattern.count(0):
-        raise UserError(
-            f"{where}: first_k_dense_replace={leading!r} must be {pattern.count(0)}, as moe_layer_freq says"
-        )
+    if leading != dense:
+        raise UserError(f"{where}: first_k_dense_replace={leading!r} must be {dense}, as moe_layer_freq says")
     return told
 
 
@@ -372,38 +239,3 @@ def to_hf(config: ModelConfig, file_format: FileFormat) -> dict[str, Any]:
             + ["model.decoder.self_attn.o_proj"],
         }
     return values
-
-
-def drafter_from_hf(values: dict[str, Any], where: str = "config.json") -> DrafterConfig:
-    """A drafter's config."""
-    if not isinstance(values.get(_NESTED), dict):
-        raise UserError(f"{where}: {_NESTED} must be a table; without it this is not the config of a DFlash drafter")
-    if values[_NESTED].get("use_swa") is None:
-        raise UserError(f"{where}: {_NESTED}.use_swa=None is not supported; expected True")
-    fields = DRAFTER.find(values, where)
-    for field, kind, word in (("target_layer_ids", list, "list"), ("rotary_base", str, "string")):
-        if not isinstance(fields.get(field, kind()), kind):
-            raise UserError(f"{where}: {_NESTED}.{field}={fields[field]!r} must be a {word}")
-    try:
-        return DrafterConfig(**fields | {"target_layer_ids": tuple(fields["target_layer_ids"])})
-    except UserError as error:
-        raise DRAFTER.in_words_of_the_file(error, where) from None
-
-
-def drafter_to_hf(config: DrafterConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a drafter whose weights are stored as `dtype`, with the published keys."""
-    values = DRAFTER.fill(config)
-    nested = {"use_swa": True, **values.pop(_NESTED)}
-    return {
-        "architectures": ["DFlashDraftModel"],
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "v_head_dim": config.head_dim,
-        "sliding_window": config.window,
-        "torch_dtype": dtype,
-        **values,
-        _NESTED: nested,
-    }

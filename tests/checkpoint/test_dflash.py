@@ -14,8 +14,8 @@ from mimo_jax.checkpoint import dflash
 from mimo_jax.checkpoint.dflash import expected_drafter_tensors, has_drafter, read_drafter, write_drafter
 from mimo_jax.checkpoint.files.tensorfile import TensorFile
 from mimo_jax.checkpoint.files.torchfile import torch_file
+from mimo_jax.config.dflash import drafter_from_hf
 from mimo_jax.config.drafter import DrafterConfig
-from mimo_jax.config.huggingface import drafter_from_hf
 from mimo_jax.errors import UserError
 from mimo_jax.modeling.dflash import abstract_drafter
 from tests.checkpoint import samples

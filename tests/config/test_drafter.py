@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from mimo_jax.config.dflash import drafter_from_hf, drafter_to_hf
 from mimo_jax.config.drafter import DrafterConfig
-from mimo_jax.config.huggingface import drafter_from_hf, drafter_to_hf
 from mimo_jax.errors import UserError
 from tests.tools.fuzz import mutate_value
 
