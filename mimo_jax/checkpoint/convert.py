@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from mimo_jax.checkpoint import huggingface, orbax
 from mimo_jax.checkpoint.dflash import drafter_files
 from mimo_jax.checkpoint.export import fill_checkpoint
-from mimo_jax.checkpoint.files.tensorfile import inside, read_bytes
+from mimo_jax.checkpoint.files.tensorfile import as_bytes, inside, read_bytes
 from mimo_jax.checkpoint.manifest import MANIFEST, new_directory, verify_directory
 from mimo_jax.checkpoint.read import read
 from mimo_jax.cli.memory import current_memory, peak_memory, return_freed_memory
@@ -122,8 +121,7 @@ def _verify_tensors(directory: Path, digests: dict[str, str]) -> None:
     if opened.files.keys() != digests.keys():
         raise UserError(f"{directory}: holds {len(opened.files)} tensors, the manifest {len(digests)}")
     for name, file in opened.files.items():
-        data = file.read(name).reshape(-1).view(np.uint8).data
-        if hashlib.sha256(data).hexdigest() != digests[name]:
+        if hashlib.sha256(as_bytes(file.read(name))).hexdigest() != digests[name]:
             raise UserError(f"{file.path}: tensor {name} differs from the manifest's SHA-256")
         file.release(name)
 

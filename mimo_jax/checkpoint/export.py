@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.checkpoint.files.tensorfile import TensorFileWriter
+from mimo_jax.checkpoint.files.tensorfile import TensorFileWriter, as_bytes
 from mimo_jax.checkpoint.finite import check_stored
 from mimo_jax.checkpoint.manifest import new_directory, place_file, write_manifest
 from mimo_jax.config.huggingface import to_hf
@@ -126,9 +126,9 @@ def _write_shards(
                 if writer is not None:
                     writer.close()
                 writer = TensorFileWriter(folder / placed[name], shards[placed[name]])
-            data = np.ascontiguousarray(array)
+            data = np.ascontiguousarray(array)  # once, for both
             writer.write(name, data)
-            digests[name] = hashlib.sha256(data.reshape(-1).view(np.uint8).data).hexdigest()
+            digests[name] = hashlib.sha256(as_bytes(data)).hexdigest()
             advance(data.nbytes)
         if writer is not None:
             writer.close()

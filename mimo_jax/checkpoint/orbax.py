@@ -26,6 +26,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from mimo_jax.checkpoint.export import json_bytes
+from mimo_jax.checkpoint.files.tensorfile import as_bytes
 from mimo_jax.checkpoint.finite import check_leaves
 from mimo_jax.checkpoint.huggingface import Checkpoint, read_hf_config, read_torch_dtype
 from mimo_jax.checkpoint.manifest import (
@@ -214,8 +215,7 @@ def leaf_digests(params: Any) -> dict[str, str]:
 
 
 def _digest(leaf: Any) -> str:
-    array = np.ascontiguousarray(_on_host(leaf))
-    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+    return hashlib.sha256(as_bytes(_on_host(leaf))).hexdigest()
 
 
 def _on_host(leaf: Any) -> np.ndarray:

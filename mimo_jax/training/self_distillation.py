@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from mimo_jax.checkpoint.files.tensorfile import as_bytes
 from mimo_jax.cli.progress import progress
 from mimo_jax.decode import loop
 from mimo_jax.decode.sampling import Strategy, strategy_at
@@ -111,7 +112,7 @@ def _digest(arrays: Any) -> str:
     """SHA-256 of a tree's numbers."""
     digest = hashlib.sha256()
     for array in jax.tree.leaves(arrays):
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        digest.update(as_bytes(np.asarray(array)))
     return digest.hexdigest()
 
 

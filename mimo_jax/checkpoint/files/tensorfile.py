@@ -183,6 +183,11 @@ def _parse_entry(name: str, entry: Any, data_start: int, where: str) -> tuple[Te
     return TensorInfo(dtype, tuple(shape), data_start + begin), data_start + end
 
 
+def as_bytes(array: np.ndarray) -> memoryview:
+    """An array's bytes as they are stored, without a copy where they lie in a row."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 class TensorFileWriter:
     """Writes a file whose tensors are known beforehand, in any order and without holding any of them."""
 
@@ -210,7 +215,7 @@ class TensorFileWriter:
         if array.shape != info.shape or array.dtype != DTYPES[info.dtype] or name not in self._pending:
             raise ValueError(f"{name}: {array.dtype} {array.shape}, announced {info.dtype} {info.shape}, or twice")
         self._pending.remove(name)
-        self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, self._start + info.start)
+        self._write(as_bytes(array), self._start + info.start)
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
         view = memoryview(data)

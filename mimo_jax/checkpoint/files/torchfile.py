@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from mimo_jax.checkpoint.files.tensorfile import DTYPES, MAX_RANK, read_bytes
+from mimo_jax.checkpoint.files.tensorfile import MAX_RANK, read_bytes
 from mimo_jax.errors import UserError
+from mimo_jax.weights.dtypes import DTYPES
 
 MAX_PICKLE_BYTES = 1 << 16
 _STORAGES = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage"}
