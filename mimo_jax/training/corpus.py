@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -172,16 +173,26 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def _check_built_together(data: Path, names: Iterable[str]) -> None:
-    path = data / MANIFEST
-    if not path.exists():  # tokens that were not built here
+    listed = _listed(data)
+    if listed is None:
         return
-    listed = load_json(path.read_bytes(), str(path)).get("sha256")
     for name in names:
-        if not isinstance(listed, dict) or listed.get(name) != digest(data / name):
+        if listed.get(name) != digest(data / name):
             raise UserError(
                 f"{data / name}: not the one that {MANIFEST} lists, so damaged or of an interrupted build; "
                 f"build it again with `scripts/train.py corpus --data {data}`"
             )
+
+
+def _listed(data: Path) -> dict[str, Any] | None:
+    """Name -> SHA-256 of the manifest's files; None where tokens were not built here."""
+    path = data / MANIFEST
+    if not path.exists():
+        return None
+    listed = load_json(path.read_bytes(), str(path)).get("sha256")
+    if not isinstance(listed, dict):
+        raise UserError(f"{path}: lists no SHA-256; build it again with `scripts/train.py corpus --data {data}`")
+    return listed
 
 
 def digest(path: Path) -> str | None:
@@ -201,8 +212,12 @@ def check_same_tokenizer(checkpoint: Path, data: Path) -> None:
 
 
 def identity(data: Path) -> dict[str, str | None]:
-    """SHA-256 of what a run learns from: by them a run knows its corpus again, and an export its tokenizer."""
-    return {"tokenizer": digest(data / TOKENIZER), "tokens": digest(data / _token_file("train"))}
+    """SHA-256 of what a run learns from: by them a run knows its corpus again, and an export its tokenizer.
+
+    `load_tokens`, which every run begins with, has compared what the manifest lists; nothing is read twice.
+    """
+    files, listed = {"tokenizer": TOKENIZER, "tokens": _token_file("train")}, _listed(data)
+    return {what: digest(data / name) if listed is None else listed.get(name) for what, name in files.items()}
 
 
 def batch_at(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) -> np.ndarray:
