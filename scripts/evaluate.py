@@ -24,23 +24,19 @@ from mimo_jax.files import write_atomically
 def bits_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.bits import bits_per_byte, heldout_of
     from mimo_jax.loading import BUNDLED, load
-    from mimo_jax.training.corpus import check_same_tokenizer
 
     directory = Path(args.model or BUNDLED)
-    check_same_tokenizer(directory, Path(args.data))
+    heldout = heldout_of(Path(args.data), directory)
     model = load(directory, draft=False)
-    found = bits_per_byte(model.params, model.config, *heldout_of(Path(args.data)), windows=args.windows)
+    found = bits_per_byte(model.params, model.config, *heldout, windows=args.windows)
     print(f"{found.bits_per_byte:.4f} bits per byte (+- {found.error:.4f})", file=sys.stderr)
     return dataclasses.asdict(found)
 
 
 def qat_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.evaluation.bits import compare_qat, heldout_of
-    from mimo_jax.training.corpus import TOKENIZER
-    from mimo_jax.training.run import check_tokenizer
+    from mimo_jax.evaluation.bits import compare_qat
 
-    check_tokenizer(Path(args.run), Path(args.data) / TOKENIZER)
-    record = compare_qat(Path(args.run), *heldout_of(Path(args.data)), args.windows)
+    record = compare_qat(Path(args.run), Path(args.data), args.windows)
     best = record["BF16"]["bits_per_byte"]
     for name, row in record.items():
         if isinstance(row, dict):
@@ -55,18 +51,17 @@ def acceptance_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation import acceptance
     from mimo_jax.evaluation.bits import heldout_of
     from mimo_jax.loading import BUNDLED, load
-    from mimo_jax.training.corpus import check_same_tokenizer
 
     if args.plot:
         need_matplotlib()
         if args.plot == args.out:
             raise UserError(f"--plot and --out both name {args.out}; they are two files")
     directory = Path(args.model or BUNDLED)
-    check_same_tokenizer(directory, Path(args.data))
+    tokens, _ = heldout_of(Path(args.data), directory)
     plain = dataclasses.replace(load(directory, draft=False), rule=args.rule)
     drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
     models = acceptance.drafting_models(plain, drafters, named_folders(args.chain))
-    prompts = acceptance.prompts_of(heldout_of(Path(args.data))[0], args.prompts, args.prompt_tokens)
+    prompts = acceptance.prompts_of(tokens, args.prompts, args.prompt_tokens)
     record: dict = {"prompts": len(prompts), "max_tokens": args.tokens, "rule": args.rule, "rows": [], "target": []}
     print(f"{'drafter':<20}{'T':>5}  {'tokens per round':<24}conditional acceptance by position", file=sys.stderr)
     for found in acceptance.study(plain, models, prompts, args.temperature, args.tokens, args.rows):

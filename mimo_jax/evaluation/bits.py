@@ -18,10 +18,10 @@ from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError, check_whole
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
-from mimo_jax.training.corpus import check_vocabulary, load_tokens
+from mimo_jax.training.corpus import TOKENIZER, check_same_tokenizer, check_vocabulary, load_tokens
 from mimo_jax.training.pretraining import cross_entropy
 from mimo_jax.training.qat import QatState, quantize_experts
-from mimo_jax.training.run import latest_state, read_settings
+from mimo_jax.training.run import check_tokenizer, latest_state, read_settings
 from mimo_jax.weights import Params
 
 
@@ -82,8 +82,10 @@ def as_mxfp4(params: Params) -> Params:
     return quantize_experts(as_bf16(params))
 
 
-def compare_qat(run: Path, tokens: np.ndarray, byte_lengths: np.ndarray, windows: int) -> dict[str, Any]:
-    """Bits per byte of a run with QAT: in BF16, rounded to MXFP4 without and with what QAT learnt."""
+def compare_qat(run: Path, data: Path, windows: int) -> dict[str, Any]:
+    """Bits per byte of a run with QAT on its corpus: in BF16, rounded to MXFP4 without and with what QAT learnt."""
+    check_tokenizer(run, data / TOKENIZER)
+    heldout = heldout_of(data)
     config, train = read_settings(run)
     state = latest_state(run, config, train)
     if not isinstance(state, QatState):
@@ -95,7 +97,7 @@ def compare_qat(run: Path, tokens: np.ndarray, byte_lengths: np.ndarray, windows
     }
     record: dict[str, Any] = {}
     for name, params in arms.items():
-        found = bits_per_byte(params, config, tokens, byte_lengths, windows)
+        found = bits_per_byte(params, config, *heldout, windows)
         record[name] = {**dataclasses.asdict(found), "step": int(state.step)}
     best, rounded, trained = (record[name]["bits_per_byte"] for name in arms)
     record["QAT above BF16, percent"] = 100 * (trained / best - 1)
@@ -103,9 +105,11 @@ def compare_qat(run: Path, tokens: np.ndarray, byte_lengths: np.ndarray, windows
     return record
 
 
-def heldout_of(data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Held-out tokens of a corpus, and the bytes that each token id stands for."""
+def heldout_of(data: Path, checkpoint: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out tokens of a corpus, cut by the tokenizer of `checkpoint`, and the bytes each token id stands for."""
+    if checkpoint:
+        check_same_tokenizer(checkpoint, data)
     tokens = load_tokens(data, "heldout")
-    lengths = np.array(Tokenizer.load(data / "tokenizer.json").byte_lengths())
+    lengths = np.array(Tokenizer.load(data / TOKENIZER).byte_lengths())
     check_vocabulary(tokens, len(lengths))
     return tokens, lengths
