@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mimo_jax.config.model import FLOAT32_TINY, INT32_END, MAX_BLOCK, ModelConfig
+from mimo_jax.config.model import INT32_END, MAX_BLOCK, ModelConfig, fits_devices
 from mimo_jax.errors import UserError
 
 # Which of the two bases rotates (the context's keys, the block's queries and keys). Engines disagree; "drafter" is what
@@ -104,17 +104,13 @@ class DrafterConfig:
                 )
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _is_whole(value, low: int, high: int = INT32_END) -> bool:
     return type(value) is int and low <= value < high
 
 
 _COUNT = (lambda value: _is_whole(value, 1), "a positive integer")
-_POSITIVE = (lambda value: _is_number(value) and FLOAT32_TINY <= value < INT32_END, "a positive number below 2^31")
-_POSITIVE_OR_NONE = (lambda value: value is None or _POSITIVE[0](value), "a positive number")
+_POSITIVE = (fits_devices, "a positive number below 2^31")
+_POSITIVE_OR_NONE = (lambda value: value is None or fits_devices(value), "a positive number")
 _RULES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"), _COUNT),
     **dict.fromkeys(("head_dim", "num_target_layers", "vocab_size", "window", "max_position"), _COUNT),

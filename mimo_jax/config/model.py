@@ -16,6 +16,11 @@ FLOAT32_TINY, INT32_END = 1.2e-38, 2**31
 MAX_BLOCK = 8  # the longest block of tokens that a cache can take back, so the longest that can be drafted
 
 
+def fits_devices(value: object) -> bool:
+    """Whether a value is a positive number that float32 and int32 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and FLOAT32_TINY <= value < INT32_END
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Geometry and numerics of a MiMo-V2 text model. Sizes are element counts; see the glossary for the letters."""
@@ -53,8 +58,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in _POSITIVE_FIELDS:
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not FLOAT32_TINY <= value < INT32_END:
+            if not fits_devices(value := getattr(self, field)):
                 raise UserError(f"config: {field}={value!r} must be a positive number, from {FLOAT32_TINY} to 2^31")
         for field in _INTEGER_FIELDS:
             if type(getattr(self, field)) is not int:
