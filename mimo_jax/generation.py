@@ -192,16 +192,17 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
         yield transcripts, []
     end = time.perf_counter()
 
+    used = [transcript.used for transcript in transcripts]
     timing = Timing(
         prompt_tokens=sum(map(len, prompts)),
-        generated_tokens=sum(transcript.used for transcript in transcripts),
+        generated_tokens=sum(used),
         prefill_seconds=first_token - begin - prefill_compile[0],
         decode_seconds=end - ready,
         first_token_seconds=first_token - begin,
         compile_seconds=prefill_compile[0] + ready - resumed,
         peak_bytes=peak_bytes(),
     )
-    counted = _acceptance(state, [transcript.used for transcript in transcripts])
+    counted = _acceptance(state, used)
     results = [
         Result(row.text, row.tokens, "stop" if row.is_stopped else "length", acceptance, timing)
         for row, acceptance in zip(transcripts, counted)

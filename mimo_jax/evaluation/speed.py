@@ -98,7 +98,7 @@ def _speedup(rows: np.ndarray, plain: np.ndarray) -> dict[str, float]:
 
 def streaming(model: Model, prompt: str, lengths: list[int], repeats: int) -> Record:
     """Per length: what streaming a greedy text costs over making it in one visit, as ratios of decoding seconds."""
-    ids, record = model.tokenizer.encode(prompt), {}
+    ids, record = encode_prompt(model, prompt), {}
     for length in lengths:
         request, ratios = Request(ids, Greedy(), max_tokens=length), []
         for number in range(repeats + 1):
