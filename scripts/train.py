@@ -14,7 +14,6 @@ Every command can be killed and given again: it goes on from its last save with 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -36,8 +35,8 @@ def corpus_command(args: argparse.Namespace) -> dict:
     roots = [Path(root) for root in args.root] or corpus.default_roots()
     tokenizer = Tokenizer.load(Path(args.tokenizer)) if args.tokenizer else None
     manifest = corpus.build(args.data, roots, args.vocab_size, args.tokenizer_bytes, tokenizer)
-    digest = hashlib.sha256((args.data / "manifest.json").read_bytes()).hexdigest()
-    return {key: manifest[key] for key in ("python", "tokens", "bytes", "packages")} | {"manifest_sha256": digest}
+    found = {key: manifest[key] for key in ("python", "tokens", "bytes", "packages")}
+    return found | {"manifest_sha256": corpus.digest(args.data / corpus.MANIFEST)}
 
 
 def launch_of(args: argparse.Namespace) -> Launch:
