@@ -112,7 +112,8 @@ $(BIN)/python:
 
 # Packages come from the lock files, checked by their hashes; --no-deps, for a lock file is complete.
 LOCKED := $(PIP) --no-deps --require-hashes -r
-PROJECT := $(PIP) --no-deps -e .
+# The native step is compiled now, so that nobody waits for it later.
+PROJECT := $(PIP) --no-deps -e . && $(BIN)/python -m pallas_kernels.decode_step.native
 
 $(VENV)/generate.stamp: .ci/generate.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (once; less than a minute)" >&2

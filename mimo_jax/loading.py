@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from mimo_jax.config.model import MASTERS, ModelConfig
 from mimo_jax.decode.drafter import PLAIN, Drafter, Weights
 from mimo_jax.decode.loop import Decoder
 from mimo_jax.decode.sampling import Greedy, Strategy, strategy_of
-from mimo_jax.decode.step import FlaxStep
+from mimo_jax.decode.step import FlaxStep, FusedStep
 from mimo_jax.drafters.dflash import DFlashDrafter
+from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.sharding import check_fits, parameter_sharding, place
 from mimo_jax.tokenizer import Tokenizer
@@ -48,7 +50,10 @@ class Model:
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(FlaxStep(self.config, self.drafter.aux_layers, self.mesh), self.drafter, self.rule)
+        aux_layers = self.drafter.aux_layers
+        if self.layout == "native":
+            return Decoder(FusedStep(self.config, aux_layers), self.drafter, self.rule)
+        return Decoder(FlaxStep(self.config, aux_layers, self.mesh), self.drafter, self.rule)
 
     @property
     def weights(self) -> Weights:
@@ -112,14 +117,17 @@ def load_drafter(target: ModelConfig, directory: Path, layout: str = "dense") ->
 
     config, params = read_drafter(directory)
     config.check_fits(target)
-    params = layouts.drafter_for_device(layout, params, target.dtype)
-    return dataclasses.replace(config, dtype=target.dtype), params
+    config = dataclasses.replace(config, dtype=target.dtype)
+    return config, layouts.drafter_for_device(layout, config, params)
 
 
-def with_drafter(model: Model, directory: Path, kind: type[DFlashDrafter] = DFlashDrafter) -> Model:
+def with_drafter(model: Model, directory: Path, kind: Callable[[DrafterConfig], Drafter] = DFlashDrafter) -> Model:
     """`model` drafting with the drafter of a `dflash/` folder."""
+    if model.layout == "native" and kind is not DFlashDrafter:
+        raise UserError("drafter: the native step knows only blocks; load the model with layout='dense'")
     config, params = load_drafter(model.config, directory, model.layout)
-    return dataclasses.replace(model, drafter=kind(config), draft_params=place(params, model.mesh))
+    drafter = FusedDFlashDrafter(config, model.config) if model.layout == "native" else kind(config)
+    return dataclasses.replace(model, drafter=drafter, draft_params=place(params, model.mesh))
 
 
 def load_dense(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Model:

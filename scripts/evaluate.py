@@ -27,7 +27,7 @@ def bits_command(args: argparse.Namespace) -> dict:
 
     directory = Path(args.model or BUNDLED)
     heldout = heldout_of(Path(args.data), directory)
-    model = load(directory, draft=False)
+    model = load(directory, layout="dense", draft=False)
     found = bits_per_byte(model.params, model.config, *heldout, windows=args.windows)
     print(f"{found.bits_per_byte:.4f} bits per byte (+- {found.error:.4f})", file=sys.stderr)
     return dataclasses.asdict(found)
@@ -58,7 +58,8 @@ def acceptance_command(args: argparse.Namespace) -> dict:
             raise UserError(f"--plot and --out both name {args.out}; they are two files")
     directory = Path(args.model or BUNDLED)
     tokens, _ = heldout_of(Path(args.data), directory)
-    plain = dataclasses.replace(load(directory, draft=False), rule=args.rule)
+    # The modules: native code has no chains and no MTP layers, and all are to be measured in one arithmetic.
+    plain = dataclasses.replace(load(directory, layout="dense", draft=False), rule=args.rule)
     drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
     models = acceptance.drafting_models(plain, drafters, named_folders(args.chain))
     prompts = acceptance.prompts_of(tokens, args.prompts, args.prompt_tokens)

@@ -2,6 +2,7 @@
 
 scripts/plan.py --preset mimo-v2.5-pro --target 8xh200            # bytes, transfers, speed; compiles the programs
 scripts/plan.py --target 16xb200 --expert-parallel 2 --context 1048576     # another machine and mesh
+scripts/plan.py --no-compile --timeline round.png --tokens 8               # the persistent step, SM by SM
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from mimo_jax.errors import UserError
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    if args.plot:
+    if args.plot or args.timeline:
         need_matplotlib()
     from mimo_jax.config.presets import drafter_preset, preset, preset_format
-    from mimo_jax.planning import compiled, report
+    from mimo_jax.planning import compiled, report, timeline
     from mimo_jax.planning.machines import parse_target
     from mimo_jax.planning.traffic import Plan, mesh_shape_for
     from pallas_kernels import topology
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     shape, drafter = mesh_shape_for(config, target.count, groups), drafter_preset(args.preset)
     file_format = preset_format(args.preset)
     plan = Plan(config, file_format, drafter, shape, cache_itemsize=2, backend=args.expert_backend)
+    simulated = timeline.step_timeline(plan, target, args.tokens) if args.timeline else None
     programs, reason = {}, None if args.no_compile else topology.missing()
     if not args.no_compile and reason is None:
         programs, reason = compiled.compile_programs(plan, target, args.context), topology.without_triton()
@@ -43,6 +45,11 @@ def main(argv: list[str]) -> None:
     record = report.record_of(plan, target, args.context, programs)
     if not args.json:
         print(report.text_of(record))
+    if simulated:
+        record["timeline"] = timeline.record_of(simulated, args.tokens)
+        timeline.draw(simulated, args.timeline)
+        if not args.json:
+            print(timeline.text_of(record["timeline"]))
     if reason:
         print(f"plan: {reason}", file=sys.stderr)
     if args.plot:
@@ -64,6 +71,8 @@ def parser() -> Parser:
     parser.add_argument("--no-compile", action="store_true", help="only what needs no compiler")
     parser.add_argument("--json", action="store_true", help="print nothing but the line of JSON")
     parser.add_argument("--plot", type=output_file, help="PNG file to write")
+    parser.add_argument("--timeline", type=output_file, help="PNG file to write: what SMs do in a persistent step")
+    parser.add_argument("--tokens", type=whole(1, 16), default=8, help="that the step of --timeline reads")
     return parser
 
 

@@ -21,12 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mimo_jax.config.model import MAX_BLOCK
 from mimo_jax.decode.drafter import PLAIN, DraftContext, Drafter, ReadTokens, Weights
 from mimo_jax.decode.sampling import Strategy, draw
-from mimo_jax.decode.step import FlaxStep
+from mimo_jax.decode.step import Step
 from mimo_jax.decode.verify import verify
-from mimo_jax.modeling.cache import Cache, init_cache
 from mimo_jax.sharding import place, using
 
-PREFILL_BUCKETS = (16, 64, 256)
 CAPACITY_BUCKETS = tuple(2**power for power in range(8, 21))
 
 
@@ -34,7 +32,7 @@ CAPACITY_BUCKETS = tuple(2**power for power in range(8, 21))
 class Decoder:
     """What runs a round: the step, the drafter, and the rule that verifies sampled drafts."""
 
-    step: FlaxStep
+    step: Step
     drafter: Drafter = PLAIN
     rule: str = "block"
 
@@ -59,7 +57,7 @@ class State:
     `rounds` the round that each came from: 0 for the prefill.
     """
 
-    cache: Cache
+    cache: Any  # the step's
     draft_cache: Any
     last: Int[Array, "B"]
     output: Int[Array, "B S"]
@@ -83,12 +81,12 @@ def capacity_for(tokens: int) -> int:
     return next((size for size in CAPACITY_BUCKETS if size >= tokens + MAX_BLOCK), tokens + MAX_BLOCK)
 
 
-def prefill_chunks(length: int) -> list[tuple[int, int]]:
+def prefill_chunks(length: int, buckets: tuple[int, ...]) -> list[tuple[int, int]]:
     """(start, size) of the chunks that cover `length` tokens; every size is a bucket, the last chunk is padded."""
     chunks, start = [], 0
     while start < length:
-        rest = min(length - start, PREFILL_BUCKETS[-1])
-        chunks.append((start, next(size for size in PREFILL_BUCKETS if size >= rest)))
+        rest = min(length - start, buckets[-1])
+        chunks.append((start, next(size for size in buckets if size >= rest)))
         start += chunks[-1][1]
     return chunks
 
@@ -106,19 +104,19 @@ def _prefill_chunk(decoder, weights, tokens_BT, counts_B, cache, draft_cache, lo
 
 def prefill(
     decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int
-) -> tuple[Cache, Any, Float[Array, "B C"]]:
+) -> tuple[Any, Any, Float[Array, "B C"]]:
     """Fills fresh caches with the prompts (token ids, none empty); the logits follow each prompt's last token."""
     with usual_numbers():
         return _prefill(decoder, weights, prompts, capacity)
 
 
-def _prefill(decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int) -> tuple[Cache, Any, Array]:
+def _prefill(decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int) -> tuple[Any, Any, Array]:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     config = decoder.step.config
-    cache = place(init_cache(config, len(prompts), capacity), decoder.step.mesh)
+    cache = place(decoder.step.init_cache(len(prompts), capacity), decoder.step.mesh)
     draft_cache = place(decoder.drafter.init_cache(len(prompts), capacity), decoder.step.mesh)
     logits_BC = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
-    for start, size in prefill_chunks(int(lengths.max())):
+    for start, size in prefill_chunks(int(lengths.max()), decoder.step.prefill_buckets):
         tokens = np.zeros((len(prompts), size), np.int32)
         for row, prompt in enumerate(prompts):
             piece = prompt[start : start + size]
@@ -130,7 +128,7 @@ def _prefill(decoder: Decoder, weights: Weights, prompts: list[list[int]], capac
 
 def start(
     decoder: Decoder,
-    cache: Cache,
+    cache: Any,
     draft_cache: Any,
     logits_BC: Float[Array, "B C"],
     limits_B: Int[Array | np.ndarray, "B"],
@@ -145,7 +143,7 @@ def start(
 
 @partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "draft_cache"))
 def _start(decoder, cache, draft_cache, logits_BC, limits_B, keys_B, stops, strategy) -> State:
-    batch, capacity = limits_B.shape[0], max(layer.keys.shape[2] for layer in cache.layers)
+    batch, capacity = limits_B.shape[0], cache.capacity
     zeros_B, zeros_BM = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, decoder.drafter.block_size - 1), jnp.int32)
     state = State(
         cache=cache,
@@ -205,7 +203,9 @@ def _round(decoder: Decoder, weights: Weights, state: State, stops: Array, strat
     tokens_BN = jnp.concatenate([state.last[:, None], draft.tokens], axis=1)
     read_B = jnp.where(state.is_done, 0, tokens_BN.shape[1])
     logits_BNC, features, cache = decoder.step(weights.target, tokens_BN, state.cache, read_B)
-    accepted_B, next_B = verify(strategy, decoder.rule, logits_BNC, draft.tokens, draft.probabilities, keys_B)
+    accepted_B, next_B = verify(
+        strategy, decoder.rule, logits_BNC, draft.tokens, draft.probabilities, keys_B, features.best
+    )
 
     row_N = jnp.arange(tokens_BN.shape[1])
     padded_BN = jnp.concatenate([draft.tokens, next_B[:, None]], axis=1)

@@ -41,17 +41,19 @@ def verify(
     drafts_BM: Int[Array, "B M"],
     q_BMC: Float[Array, "B M C"] | None,
     keys_B: Array,
+    best_BN: Int[Array, "B N"] | None = None,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """How many drafts each row accepts, and the token that follows them.
 
-    `logits_BNC` are the target's, after the anchor and after each draft: N = M + 1. `q_BMC` holds the distributions
+    `logits_BNC` are the target's, after the anchor and after each draft: N = M + 1; `best_BN` are the first of the
+    largest of them, where those are known. `q_BMC` holds the distributions
     that the drafts were drawn from; None says that they were not drawn. `rule`, one of `RULES`, matters where tokens
     are sampled. Row b uses only `keys_B[b]`; without drafts its token is that of `draw` with the same keys.
     """
     if rule not in RULES:
         raise UserError(f"verification: unknown rule {rule!r}; the rules are {', '.join(RULES)}")
     if isinstance(strategy, Greedy):
-        return _verify_greedy(logits_BNC, drafts_BM)
+        return _verify_greedy(most_likely(logits_BNC) if best_BN is None else best_BN, drafts_BM)
     batch, count = drafts_BM.shape
     if count == 0:
         return jnp.zeros(batch, jnp.int32), draw(strategy, logits_BNC[:, 0], keys_B)
@@ -65,11 +67,8 @@ def verify(
     return accepted_B, next_B.astype(jnp.int32)
 
 
-def _verify_greedy(
-    logits_BNC: Float[Array, "B N C"], drafts_BM: Int[Array, "B M"]
-) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+def _verify_greedy(best_BN: Int[Array, "B N"], drafts_BM: Int[Array, "B M"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Drafts are accepted as long as they are the target's most likely tokens."""
-    best_BN = most_likely(logits_BNC)
     accepted_B = _count("token", drafts_BM == best_BN[:, :-1])
     return accepted_B, _pick(best_BN, accepted_B)
 

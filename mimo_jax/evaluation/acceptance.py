@@ -40,9 +40,12 @@ class Measured:
 
 
 def drafting_models(plain: Model, drafters: dict[str, Path], chains: dict[str, Path]) -> dict[str, Model]:
-    """`plain`, then the same target with each drafter to be measured, by name: controls, blocks, chains."""
+    """`plain`, then the same target with each drafter to be measured, by name: controls, blocks, chains.
+
+    The native step has blocks only: MTP layers are left out beside it, and chains are refused.
+    """
     models = {"plain": plain, "prompt lookup": dataclasses.replace(plain, drafter=PromptLookupDrafter())}
-    if plain.config.mtp_layers:
+    if plain.config.mtp_layers and plain.layout != "native":
         models["MTP layer"] = dataclasses.replace(plain, drafter=MtpDrafter(plain.config))
     models |= {name: with_drafter(plain, folder) for name, folder in drafters.items()}
     return models | {name: with_drafter(plain, folder, AutoregressiveDrafter) for name, folder in chains.items()}

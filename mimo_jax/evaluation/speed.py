@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ Record = dict[str, Any]
 
 
 def decode_runs(directory: Path, prompt: str, count: int, with_transformers: bool) -> dict[str, Callable[[], Any]]:
-    """Greedy decoding of `count` tokens, by name: the layout for one CPU, packed weights, transformers."""
-    model, packed = (load(directory, layout=layout, draft=False) for layout in ("xla_cpu", "packed"))
-    ids = encode_prompt(model, prompt)
+    """Greedy decoding of `count` tokens, by name: native code, the modules under XLA, transformers."""
+    models = {layout: load(directory, layout=layout, draft=False) for layout in ("native", "dense")}
+    ids = encode_prompt(models["native"], prompt)
     runs: dict[str, Callable[[], Any]] = {
-        "xla_cpu": lambda: generate(model, ids, Greedy(), max_tokens=count),
-        "packed": lambda: generate(packed, ids, Greedy(), max_tokens=count),
+        layout: partial(generate, model, ids, Greedy(), max_tokens=count) for layout, model in models.items()
     }
     return runs | ({"transformers": transformers_run(directory, ids, count)} if with_transformers else {})
 

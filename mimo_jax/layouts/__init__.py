@@ -7,15 +7,17 @@ layout.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError
-from mimo_jax.layouts import dense, hopper, packed, xla_cpu
+from mimo_jax.layouts import dense, hopper, native, packed
 from mimo_jax.weights import Params
 from pallas_kernels.devices import on_hopper
 from pallas_kernels.expert_matmul import BACKENDS
@@ -27,19 +29,19 @@ if TYPE_CHECKING:
 LAYOUTS = {
     "packed": "packed, as in the files",
     "hopper": "packed, experts rearranged for the Hopper kernel",
-    "xla_cpu": "expanded to float32 for the CPU",
+    "native": "packed, rearranged for the native step of CPUs",
     "dense": "expanded to float32",
 }
 
 
-def choose(mesh: Mesh | None, backend: str | None) -> str:
+def choose(config: ModelConfig, mesh: Mesh | None, backend: str | None) -> str:
     """The layout for JAX's default device, or for a named backend of the experts."""
     if backend is not None and backend not in BACKENDS:
         raise UserError(f"experts: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
     if backend == hopper.KERNEL or (backend is None and on_hopper()):
         return "hopper"
     if backend is None and mesh is None and jax.default_backend() == "cpu":
-        return "xla_cpu"
+        return "dense" if native.reason_against(config) else "native"
     return "packed"
 
 
@@ -56,19 +58,23 @@ def for_device(
     Parameters come as files store them, on the mesh if there is one. Without a name the device decides, or the
     `backend` that is to multiply the experts. `consume` lets the layout free what it was given.
     """
-    name = choose(mesh, backend) if layout is None else layout
+    name = choose(config, mesh, backend) if layout is None else layout
+    if layout is None and name == "dense":
+        print(f"decoding by XLA, several times slower than natively: {native.reason_against(config)}", file=sys.stderr)
     if name not in LAYOUTS:
         raise UserError(f"layout {name!r} is unknown; known: {', '.join(LAYOUTS)}")
     if name == "hopper" and (reason := hopper.reason_against(config, params, mesh)):
         if layout or backend:
             raise UserError(f"experts: backend {hopper.KERNEL!r} cannot serve this model: {reason}")
         name = "packed"
-    if name == "xla_cpu" and mesh is not None:
-        raise UserError("layout 'xla_cpu' is for one device; on a mesh weights stay packed")
+    if name == "native" and mesh is not None:
+        raise UserError("layout 'native' is for one device; on a mesh weights stay packed")
+    if name == "native" and (reason := native.reason_against(config)):
+        raise UserError(f"layout 'native' cannot serve this model: {reason}")
     packers = {
         "packed": partial(packed.pack, backend=backend),
         "hopper": partial(hopper.pack, backend=backend, mesh=mesh, consume=consume),
-        "xla_cpu": xla_cpu.pack,
+        "native": native.pack,
         "dense": dense.pack,
     }
     return name, *packers[name](config, params)
@@ -80,7 +86,8 @@ def abstract(layout: str, config: ModelConfig, params: Params, backend: str | No
     return jax.eval_shape(lambda tree: pack(config, tree, backend)[1], params)
 
 
-def drafter_for_device(layout: str, params: Params, dtype: str) -> Params:
-    """A drafter's parameters, which files store plainly, beside a target of this layout and dtype."""
-    plain = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
-    return xla_cpu.transpose(plain) if layout == "xla_cpu" else plain
+def drafter_for_device(layout: str, config: DrafterConfig, params: Params) -> Params:
+    """A drafter's parameters, which files store plainly, beside a target of this layout; activations as in `config`."""
+    if layout == "native":
+        return native.pack_drafter(config, params)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(config.dtype), params)

@@ -27,12 +27,14 @@ from mimo_jax.weights import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What the step shows besides logits: the final hidden states, per MoE layer the tokens of each expert, and the
-    auxiliary hidden states, side by side in the order they were asked for."""
+    """What the step shows besides logits: the final hidden states, per MoE layer the tokens of each expert, the
+    auxiliary hidden states, side by side in the order they were asked for, and the first of the largest logits, which
+    the modules leave to whoever needs them."""
 
     hidden: Float[Array, "B T D"]
     expert_counts: Int[Array, "L E"]
     aux: Float[Array, "B T Z"]
+    best: Int[Array, "B _"] | None = None
 
 
 class Block(nn.Module):

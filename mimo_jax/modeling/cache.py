@@ -40,6 +40,11 @@ class Cache:
     layers: tuple[LayerCache, ...]
     lengths: Int[Array, "B"]
 
+    @property
+    def capacity(self) -> int:
+        """So many tokens a row may have."""
+        return max(layer.keys.shape[2] for layer in self.layers)
+
 
 def init_layer(config: ModelConfig, kind: int, batch: int, capacity: int) -> LayerCache:
     """The empty rows of one layer."""

@@ -24,12 +24,16 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * gain_D.astype(x.dtype)
 
 
+def rotary_frequencies(dim: int, theta: float) -> Float[np.ndarray, "R"]:
+    """theta^(-2i/dim), i < dim/2."""
+    return (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
+
+
 def rotary_table(
     positions_BT: Int[Array, "B T"], dim: int, theta: float, dtype
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
     """cos and sin of position x theta^(-2i/dim), i < dim/2; angles in float32, then cast as published code does."""
-    frequencies_R = (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
-    angles_BTR = positions_BT[..., None].astype(jnp.float32) * frequencies_R
+    angles_BTR = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(dim, theta)
     return jnp.cos(angles_BTR).astype(dtype), jnp.sin(angles_BTR).astype(dtype)
 
 

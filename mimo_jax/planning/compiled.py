@@ -35,7 +35,7 @@ from pallas_kernels.devices import compiling_for
 
 LARGE = 1_000_000  # bytes: smaller results stay in the caches of the chip
 NEGLIGIBLE = 0.01  # of the bytes that a program needs
-PREFILL_TOKENS = loop.PREFILL_BUCKETS[-1]
+PREFILL_TOKENS = FlaxStep.prefill_buckets[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Inputs:
     def __init__(self, plan: Plan, mesh: Mesh, context: int) -> None:
         drafter = DFlashDrafter(plan.drafter)
         self.mesh, self.rows = mesh, plan.shape.data  # one row decodes on every copy of the model
-        layout = layouts.choose(mesh, plan.backend)
+        layout = layouts.choose(plan.config, mesh, plan.backend)
         target = layouts.abstract(layout, plan.config, abstract_tree(plan.weights()), plan.backend)
         own = abstract_tree(plan.drafter_weights())
         self.decoder = loop.Decoder(FlaxStep(plan.config, drafter.aux_layers, mesh), drafter)

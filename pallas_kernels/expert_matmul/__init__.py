@@ -2,19 +2,16 @@
 
 from pallas_kernels.expert_matmul.api import BACKENDS, expert_ffn
 from pallas_kernels.expert_matmul.hopper_layout import HopperExperts, PackedExperts, from_hopper, to_hopper, unfit
-from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, TRANSPOSED, coefficients, ffn_of, swiglu
+from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, ffn_of
 
 __all__ = [
     "BACKENDS",
     "DECODE_TOKENS",
-    "TRANSPOSED",
     "HopperExperts",
     "PackedExperts",
-    "coefficients",
     "expert_ffn",
     "ffn_of",
     "from_hopper",
-    "swiglu",
     "to_hopper",
     "unfit",
 ]

@@ -22,7 +22,6 @@ GROUP_ROWS = 256  # of a work group
 
 # Expert number(s) -> gate [..., F, D], up [..., F, D] and down [..., D, F], in the dtype of the activations.
 Read = Callable[[Array], tuple[Array, ...]]
-STORED, TRANSPOSED = "oi", "io"  # output and input axes of a matrix
 
 
 def unsupported(x_TD: Shaped, ids_TX: Shaped, experts: PackedExperts | HopperExperts) -> None:
@@ -47,11 +46,10 @@ def ffn_of(
     x_TD: Float[Array, "T D"],
     ids_TX: Int[Array, "T X"],
     weights_TX: Float[Array, "T X"],
-    axes: str = STORED,
 ) -> Float[Array, "T D"]:
-    """The op for experts that `read` gets from anywhere, their matrices' axes as in `STORED` or `TRANSPOSED`."""
+    """The op for experts that `read` gets from anywhere."""
     visit = active_experts if x_TD.shape[0] <= DECODE_TOKENS else grouped
-    return visit(x_TD, ids_TX, weights_TX, read, num_experts, axes)
+    return visit(x_TD, ids_TX, weights_TX, read, num_experts)
 
 
 def reader(experts: PackedExperts | HopperExperts, dtype, first: int = 0) -> Read:
@@ -68,11 +66,11 @@ def reader(experts: PackedExperts | HopperExperts, dtype, first: int = 0) -> Rea
     return read
 
 
-def swiglu(x: Array, gate: Array, up: Array, down: Array, *, axes: str = STORED) -> Array:
+def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     """In float32, but for the hidden activations, which are rounded to the dtype of `x`."""
 
     def matmul(a: Array, w: Array) -> Array:
-        return jnp.einsum(f"...ti,...{axes}->...to", a, w, preferred_element_type=jnp.float32)
+        return jnp.einsum("...ti,...oi->...to", a, w, preferred_element_type=jnp.float32)
 
     hidden = (jax.nn.silu(matmul(x, gate)) * matmul(x, up)).astype(x.dtype)
     return matmul(hidden, down)
@@ -83,21 +81,19 @@ def coefficients(ids_TX: Array, weights_TX: Array, expert: Array | int) -> Array
     return jnp.sum(jnp.where(ids_TX == expert, weights_TX, 0.0), axis=-1, keepdims=True)
 
 
-def active_experts(
-    x_TD: Array, ids_TX: Array, weights_TX: Array, read: Read, num_experts: int, axes: str = STORED
-) -> Array:
+def active_experts(x_TD: Array, ids_TX: Array, weights_TX: Array, read: Read, num_experts: int) -> Array:
     """A loop over the distinct experts of the block, each read and expanded once."""
     active = jnp.unique(ids_TX, size=min(num_experts, ids_TX.size), fill_value=num_experts)
 
     def visit(index: Array, y: Array) -> Array:
         expert = active[index]
-        return y + coefficients(ids_TX, weights_TX, expert) * swiglu(x_TD, *read(expert), axes=axes)
+        return y + coefficients(ids_TX, weights_TX, expert) * swiglu(x_TD, *read(expert))
 
     count = jnp.sum(active < num_experts)
     return jax.lax.fori_loop(0, count, visit, jnp.zeros(x_TD.shape, jnp.float32))
 
 
-def grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, read: Read, num_experts: int, axes: str = STORED) -> Array:
+def grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, read: Read, num_experts: int) -> Array:
     """Sorts (token, expert) pairs by expert into groups of one expert each, so that every product is a plain matmul."""
     tokens, chosen = ids_TX.shape
     pairs = tokens * chosen
@@ -108,7 +104,7 @@ def grouped(x_TD: Array, ids_TX: Array, weights_TX: Array, read: Read, num_exper
 
     x_PD = jnp.broadcast_to(x_TD[:, None], (tokens, chosen, x_TD.shape[-1])).reshape(pairs, -1)
     x_UcD = _permute(x_PD, pair_of_place, place_of_pair).reshape(groups, rows, -1)
-    y_UcD = swiglu(x_UcD, *read(expert_U), axes=axes)
+    y_UcD = swiglu(x_UcD, *read(expert_U))
     y_PD = _permute(y_UcD.reshape(groups * rows, -1), place_of_pair, pair_of_place)
     return jnp.sum(y_PD.reshape(tokens, chosen, -1) * weights_TX[..., None], axis=1)
 

@@ -89,7 +89,7 @@ def test_the_kernel_is_refused_where_it_cannot_run():
     with pytest.raises(UserError, match="'other' is unknown; known: packed, hopper"):
         laid_out("other")
     assert layouts.for_device(CONFIG, PARAMS, backend="reference")[0] == "packed"
-    assert layouts.for_device(CONFIG, PARAMS)[0] == "xla_cpu"
+    assert layouts.for_device(CONFIG, PARAMS)[0] == "native"
 
 
 def test_parameters_as_stored_are_not_run():

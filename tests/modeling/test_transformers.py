@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from mimo_jax.config.model import SLIDING, ModelConfig
+from mimo_jax.decode.step import FusedStep
 from mimo_jax.evaluation.references import build_reference
-from mimo_jax.layouts import xla_cpu
+from mimo_jax.layouts import native
 from mimo_jax.modeling.backbone import Backbone
-from tests.tiny import random_tokens, tiny_config
+from pallas_kernels.decode_step import Running, usable_paths
+from tests.tiny import NATIVE_TOLERANCE, random_tokens, tiny_config
 
 torch = pytest.importorskip("torch", reason="transformers needs torch")
 pytest.importorskip("transformers")
@@ -117,14 +119,17 @@ def test_logits_agree(geometry, length):
     np.testing.assert_allclose(our_logits(config, params, tokens), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("length", [WINDOW + 1, LENGTHS[-1]])
-def test_logits_of_the_cpus_layout_agree(length):
-    """Transposed matrices and separate experts give transformers' logits, too."""
-    model, params = reference_of("pro-fused")
-    config = dataclasses.replace(GEOMETRIES["pro-fused"], mtp_layers=0)
-    tokens = random_tokens(config, 2, length, seed=length)
-    logits = our_logits(*xla_cpu.pack(config, params), tokens)
-    np.testing.assert_allclose(logits, their_logits(model, tokens), atol=TOLERANCE, rtol=0)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("path", usable_paths())
+def test_logits_of_the_native_step_agree(geometry, path):
+    """Native code gives transformers' logits, too: grouped heads, projections apart and fused, beyond the window."""
+    model, params = reference_of(geometry)
+    length = LENGTHS[-1]
+    tokens = random_tokens(GEOMETRIES[geometry], 2, length, seed=length)
+    config, packed = native.pack(GEOMETRIES[geometry], params)
+    step = FusedStep(config, running=Running(path))
+    logits, _, _ = jax.jit(step)(packed, tokens, step.init_cache(2, length), np.full(2, length, np.int32))
+    np.testing.assert_allclose(logits, their_logits(model, tokens), atol=NATIVE_TOLERANCE[path], rtol=0)
 
 
 def test_window_off_by_one_is_noticed():

@@ -1,0 +1,227 @@
+// Products of a few tokens with packed weights.
+//
+// A matrix [O, I] lies in blocks of 16 output rows, one per lane, so that no sum crosses lanes. Whatever the number of
+// tokens or threads, an output is added up in one order: 32 products, then, times their scale, onto the sum of those
+// before. So a token has the same bits alone as in a block.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "simd.h"
+
+constexpr int GROUP = 32;  // columns whose sum is scaled at once; also the block of MXFP4
+constexpr int MOST_TOKENS = W == LANES ? 8 : 4;  // of one tile: their sums stay in registers
+
+enum Format { PLAIN_F32, PLAIN_BF16, FP8, MXFP4 };
+
+// Where a matrix lies. Rows are padded to whole blocks, columns to whole groups, with zeros.
+struct Matrix {
+  const uint8_t* data;
+  const uint8_t* scales;
+  int format, rows, cols;
+
+  int groups() const { return (cols + GROUP - 1) / GROUP; }
+  int blocks() const { return (rows + LANES - 1) / LANES; }
+};
+
+// Within each 8 columns, inputs and weights lie in this order: a shift then brings the codes of two columns to the ends of
+// their 16-bit words, where a machine that multiplies pairs needs them.
+constexpr int ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+// Whether a product of such inputs has two sums.
+template <class X>
+constexpr bool is_split = !std::is_same_v<X, float> && sizeof(X) == 4;
+
+template <int format>
+struct Packed;
+
+template <>
+struct Packed<PLAIN_F32> {  // [block][column][lane]
+  static constexpr int group_bytes = GROUP * LANES * 4, scale_bytes = 0, groups_per_scale = 1;
+  static F at(const uint8_t* p, int lane, int k) { return load((const float*)p + LANES * k + lane); }
+  static F scale(const uint8_t*, int) { return all(1.f); }
+};
+template <>
+struct Packed<PLAIN_BF16> {  // [block][pair of columns][lane][2]
+  static constexpr int group_bytes = GROUP * LANES * 2, scale_bytes = 0, groups_per_scale = 1;
+  static F at(const uint8_t* p, int lane, int k) {
+    p += LANES * 4 * (k / 2) + 4 * lane;
+    return k % 2 ? high_bf16(p) : low_bf16(p);
+  }
+  static F scale(const uint8_t*, int) { return all(1.f); }
+};
+template <>
+struct Packed<FP8> {  // [block][column][lane]; a float32 scale per lane and 128 columns, times 2^8
+  static constexpr int group_bytes = GROUP * LANES, scale_bytes = LANES * 4, groups_per_scale = 4;
+  static F at(const uint8_t* p, int lane, int k) { return from_e4m3(p + LANES * k + lane); }
+  static F scale(const uint8_t* p, int lane) { return load((const float*)p + lane); }
+};
+template <>
+struct Packed<MXFP4> {  // [block][8 columns][lane]; an E8M0 scale per lane and group
+  static constexpr int group_bytes = GROUP * LANES / 2, scale_bytes = LANES, groups_per_scale = 1;
+  static F at(const uint8_t* p, int lane, int k) {
+    return from_e2m1(p + LANES * 4 * (k / 8) + 4 * lane, ORDER[k % 8]);
+  }
+  static F scale(const uint8_t* p, int lane) { return from_e8m0(p + lane); }
+};
+
+// part += weights of a group times inputs, for M tokens and N vectors of rows.
+template <int format, int M, int N>
+inline void multiply_group(const uint8_t* const* p, const float* const* x, int column, F (&part)[M][N]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < GROUP; k++) {
+    F w[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) w[n] = Packed<format>::at(p[n], n * W % LANES, k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const F value = all(x[m][column + k]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) part[m][n] = fma(w[n], value, part[m][n]);
+    }
+  }
+}
+
+#ifdef BF16_DOT
+// Four pairs of columns of W rows.
+template <int format>
+void eight_columns(const uint8_t* p, int k, Pairs* pairs) {
+  static_assert(format != PLAIN_F32);
+  if constexpr (format == FP8) {
+    pairs_from_e4m3(p + LANES * k, pairs), pairs_from_e4m3(p + LANES * (k + 4), pairs + 2);
+  } else {
+    for (int i = 0; i < 4; i++)
+      pairs[i] = format == MXFP4 ? pairs_from_e2m1(p + LANES * 4 * (k / 8), i) : load_pairs(p + LANES * 4 * (k / 2 + i));
+  }
+}
+
+// The upper parts of inputs and the rest are summed apart: twice the chains, half as long.
+template <int format, int M, int N>
+inline void multiply_group(const uint8_t* const* p, const Precise* const* x, int column, F (&part)[M][N]) {
+  F rest[M][N];
+  for (auto& row : rest) for (F& s : row) s = zero();
+  for (int k = 0; k < GROUP; k += 8) {
+    Pairs w[N][4];
+    for (int n = 0; n < N; n++) eight_columns<format>(p[n], k, w[n]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const Precise* pairs = x[m] + column + k + i;
+        const Pairs upper = all_pairs(pairs), lower = all_pairs(pairs + 4);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) part[m][n] = dot(part[m][n], w[n][i], upper), rest[m][n] = dot(rest[m][n], w[n][i], lower);
+      }
+    }
+  }
+  for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) part[m][n] = add(part[m][n], rest[m][n]);
+}
+
+template <int format, int M, int N>
+inline void multiply_group(const uint8_t* const* p, const Compact* const* x, int column, F (&part)[M][N]) {
+  for (int k = 0; k < GROUP; k += 8) {
+    Pairs w[N][4];
+    for (int n = 0; n < N; n++) eight_columns<format>(p[n], k, w[n]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const Pairs value = all_pairs(x[m] + column + k + 2 * i);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) part[m][n] = dot(part[m][n], w[n][i], value);
+      }
+    }
+  }
+}
+#endif
+
+// M tokens times N vectors of rows, beginning at lane 0 of `block`; `sums` is [M][N * W].
+template <int format, int M, int N, class X>
+void tile(const Matrix& a, int block, const X* const* x, float* sums) {
+  using P = Packed<format>;
+  const int groups = a.groups(), scale_groups = (groups + P::groups_per_scale - 1) / P::groups_per_scale;
+  const size_t block_bytes = (size_t)groups * P::group_bytes, block_scales = (size_t)scale_groups * P::scale_bytes;
+  const uint8_t* data = a.data + block * block_bytes;
+  const uint8_t* scales = a.scales + block * block_scales;
+  const size_t ahead = std::max<size_t>(N * W / LANES, 1) * block_bytes;  // the same place of the next tile
+  F sum[M][N];
+  for (auto& row : sum) for (F& s : row) s = zero();
+  for (int group = 0; group < groups; group++) {
+    F part[M][N];
+    for (auto& row : part) for (F& s : row) s = zero();
+    const uint8_t* p[N];
+    for (int n = 0; n < N; n++) {
+      p[n] = data + n * W / LANES * block_bytes + (size_t)group * P::group_bytes;
+      for (int line = 0; line < P::group_bytes; line += 64) prefetch(p[n] + ahead + line);
+    }
+    if (P::scale_bytes) prefetch(scales + ahead / block_bytes * block_scales + (size_t)group * N * W);
+    multiply_group<format, M, N>(p, x, group * GROUP, part);
+    for (int n = 0; n < N; n++) {
+      const uint8_t* s = scales + n * W / LANES * block_scales + group / P::groups_per_scale * P::scale_bytes;
+      const F scale = P::scale(s, n * W % LANES);
+      for (int m = 0; m < M; m++) sum[m][n] = fma(part[m][n], scale, sum[m][n]);
+    }
+  }
+  for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) store(sums + (m * N + n) * W, sum[m][n]);
+}
+
+// Steps `block` on for as long as whole tiles fit.
+template <int format, int M, int N, class X>
+void tiles(const Matrix& a, int& block, int last, const X* const* x, int tokens, float* const* out) {
+  constexpr int blocks = N * W / LANES;
+  float sums[M * N * W];
+  for (; block + blocks <= last; block += blocks) {
+    tile<format, M, N>(a, block, x, sums);
+    const int row = block * LANES, width = std::min(blocks * LANES, a.rows - row);
+    for (int m = 0; m < tokens; m++) std::memcpy(out[m] + row, sums + m * N * W, width * 4);
+  }
+}
+
+template <int format, int M, class X>
+void tokens_of(const Matrix& a, int first, int last, const X* const* x, int tokens, float* const* out) {
+  // As many blocks as leave registers for weights; narrower tiles end what wider ones leave.
+  constexpr int one = LANES / W, sums = M * one * (is_split<X> ? 2 : 1);
+  constexpr int wide = std::max(1, std::min(4, (REGISTERS - 12) / sums)) * one;
+  int block = first;
+  tiles<format, M, wide>(a, block, last, x, tokens, out);
+  if (wide > 2 * one) tiles<format, M, 2 * one>(a, block, last, x, tokens, out);
+  if (wide > one) tiles<format, M, one>(a, block, last, x, tokens, out);
+}
+
+template <int format, class X>
+void multiply_as(const Matrix& a, int first, int last, const X* const* x, int tokens, float* const* out) {
+  for (int token = 0; token < tokens; token += MOST_TOKENS) {
+    const int left = std::min(tokens - token, MOST_TOKENS);
+    const X* rows[MOST_TOKENS];
+    for (int m = 0; m < MOST_TOKENS; m++) rows[m] = x[token + std::min(m, left - 1)];
+    float* const* here = out + token;
+    if (left == 1) tokens_of<format, 1>(a, first, last, rows, left, here);
+    else if (left == 2) tokens_of<format, 2>(a, first, last, rows, left, here);
+    else if (left == 3) tokens_of<format, 3>(a, first, last, rows, left, here);
+    else if (left == 4) tokens_of<format, 4>(a, first, last, rows, left, here);
+    else if (left <= 6) tokens_of<format, std::min(MOST_TOKENS, 6)>(a, first, last, rows, left, here);
+    else tokens_of<format, MOST_TOKENS>(a, first, last, rows, left, here);
+  }
+}
+
+// Blocks [first, last) of rows times x[0..tokens), inputs with padded columns: out[token][row].
+template <class X>
+void multiply(const Matrix& a, int first, int last, const X* const* x, int tokens, float* const* out) {
+  if (a.format == MXFP4) return multiply_as<MXFP4>(a, first, last, x, tokens, out);
+  if (a.format == FP8) return multiply_as<FP8>(a, first, last, x, tokens, out);
+  if (a.format == PLAIN_BF16) return multiply_as<PLAIN_BF16>(a, first, last, x, tokens, out);
+  if constexpr (std::is_same_v<X, float>) {
+    multiply_as<PLAIN_F32>(a, first, last, x, tokens, out);
+  } else {
+    const size_t columns = a.groups() * GROUP;
+    std::vector<float> wide(tokens * columns);
+    std::vector<const float*> rows;
+    for (int m = 0; m < tokens; m++) {
+      for (size_t i = 0; i < columns; i += 8) widen(x[m] + i, &wide[m * columns + i]);
+      rows.push_back(&wide[m * columns]);
+    }
+    multiply(a, first, last, rows.data(), tokens, out);
+  }
+}

@@ -1,0 +1,173 @@
+// What target and drafter share: their weights, the buffers of a round, and the rows that both have.
+#pragma once
+
+#include <cfloat>
+#include <vector>
+
+#include "executor.h"
+#include "matmul.h"
+#include "names.h"
+
+inline size_t padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// All weights in one array, and where each lies in it: rows of (data, scales, format, rows, columns), offsets in 64 bytes.
+struct Weights {
+  const uint8_t* bytes;
+  const int32_t* directory;
+
+  Matrix matrix(int slot) const {
+    const int32_t* d = directory + 5 * slot;
+    return {bytes + 64 * (size_t)d[0], bytes + 64 * (size_t)d[1], d[2], d[3], d[4]};
+  }
+  // One of a stack of equal matrices.
+  Matrix matrix(int slot, int index) const {
+    static const int group_bytes[] = {Packed<PLAIN_F32>::group_bytes, Packed<PLAIN_BF16>::group_bytes,
+                                      Packed<FP8>::group_bytes, Packed<MXFP4>::group_bytes};
+    Matrix a = matrix(slot);
+    const size_t blocks = (size_t)index * a.blocks();
+    a.data += blocks * a.groups() * group_bytes[a.format];
+    if (a.format == MXFP4) a.scales += blocks * a.groups() * Packed<MXFP4>::scale_bytes;
+    if (a.format == FP8) a.scales += blocks * ((a.groups() + 3) / 4) * Packed<FP8>::scale_bytes;
+    return a;
+  }
+  const float* vector(int slot) const { return (const float*)matrix(slot).data; }
+  bool has(int slot) const { return directory[5 * slot + 3] > 0; }
+
+  // Row `index` of a table that is stored as it is: bf16 or float32 [rows][columns].
+  void look_up(int slot, int index, float* out) const {
+    const Matrix a = matrix(slot);
+    if (a.format == PLAIN_F32) return (void)std::memcpy(out, a.data + 4 * (size_t)index * a.cols, 4 * a.cols);
+    const uint16_t* row = (const uint16_t*)a.data + (size_t)index * a.cols;
+    for (int i = 0; i < a.cols; i++) {
+      const uint32_t bits = (uint32_t)row[i] << 16;
+      std::memcpy(out + i, &bits, 4);
+    }
+  }
+};
+
+// Buffers one after the other. Without a base it only counts.
+class Arena {
+ public:
+  explicit Arena(uint8_t* base) : base_(base) {}
+  template <class T>
+  T* take(size_t count) {
+    const size_t at = used_;
+    used_ += padded(count * sizeof(T), 64);
+    return (T*)(base_ + at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+// [rows][stride], its columns padded to whole groups.
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  size_t stride = 0;
+
+  static Buffer of(Arena& arena, size_t rows, size_t columns) {
+    const size_t stride = padded(columns, GROUP);
+    return {arena.take<T>(rows * stride), stride};
+  }
+  T* row(size_t i) const { return data + i * stride; }
+};
+using Floats = Buffer<float>;
+using Inputs = Buffer<Precise>;
+using Compacts = Buffer<Compact>;
+
+// `count` floats as a row of inputs; what weights of padded columns multiply is 0.
+template <class T>
+void put(const float* from, size_t count, const Buffer<T>& to, size_t row) {
+  T* out = to.row(row);
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8) store_inputs(out + i, from + i);
+  for (; i < to.stride; i += 8) {
+    float rest[8] = {};
+    if (i < count) std::copy(from + i, from + count, rest);
+    store_inputs(out + i, rest);
+  }
+}
+
+// Token m of a round stands at `position` of batch row `row`, and is `place` there in what is read now.
+struct Token {
+  int row, place, position;
+};
+
+// Output rows are computed in units of two blocks: a gate's and an up projection's, where they alternate.
+constexpr int UNIT = 2 * LANES;
+inline int units_of(const Matrix& a) { return (a.rows + UNIT - 1) / UNIT; }
+
+template <class T>
+void multiply_units(const Matrix& a, int first, int last, const std::vector<const T*>& x,
+                    const std::vector<float*>& out) {
+  multiply(a, first * 2, std::min(last * 2, a.blocks()), x.data(), (int)x.size(), out.data());
+}
+
+// This row's share of a product of rows [0, count) of `x`.
+template <class T>
+void product(const Row& row, const Matrix& a, const Buffer<T>& x, const Floats& out, int count) {
+  thread_local std::vector<const T*> from;
+  thread_local std::vector<float*> to;
+  from.clear(), to.clear();
+  for (int m = 0; m < count; m++) from.push_back(x.row(m)), to.push_back(out.row(m));
+  multiply_units(a, row.first(units_of(a)), row.last(units_of(a)), from, to);
+}
+
+// silu(gate) * up of units [first, last) as inputs; the row is padded behind the last unit.
+template <class T>
+void swiglu(const float* gate_up, T* out, size_t stride, int first, int last, int units) {
+  for (int unit = first; unit < last; unit++) {
+    float hidden[LANES];
+    for (int lane = 0; lane < LANES; lane += W) {
+      const F gate = load(gate_up + unit * UNIT + lane), up = load(gate_up + unit * UNIT + LANES + lane);
+      const F silu = divide(gate, add(all(1.f), exponential(sub(zero(), gate))));
+      store(hidden + lane, mul(silu, up));
+    }
+    store_inputs(out + unit * LANES, hidden), store_inputs(out + unit * LANES + 8, hidden + 8);
+  }
+  if (last == units) std::fill(out + units * LANES, out + stride, T{});
+}
+
+inline void normalize(const float* x, const float* gain, float* out, int size, float eps) {
+  F squares = zero();
+  int i = 0;
+  for (; i + W <= size; i += W) squares = fma(load(x + i), load(x + i), squares);
+  float rest = 0;
+  for (; i < size; i++) rest += x[i] * x[i];
+  const float scale = 1.f / std::sqrt((sum(squares) + rest) / size + eps);
+  for (i = 0; i < size; i++) out[i] = x[i] * scale * gain[i];
+}
+
+// Rotates pairs (i, i + half) of the first 2 * half dimensions, NeoX style.
+inline void rotate(float* x, const float* cos, const float* sin, int half) {
+  for (int i = 0; i < half; i++) {
+    const float first = x[i], second = x[half + i];
+    x[i] = first * cos[i] - second * sin[i];
+    x[half + i] = second * cos[i] + first * sin[i];
+  }
+}
+
+// The first of the largest of x[first..last).
+struct Best {
+  float value;
+  int id;
+};
+inline Best best_of(const float* x, int first, int last) {
+  F lanes = all(-INFINITY);
+  int i = first;
+  for (; i + W <= last; i += W) lanes = maximum(lanes, load(x + i));
+  float top = largest(lanes);
+  for (; i < last; i++) top = std::max(top, x[i]);
+  for (i = first; i < last; i++) if (x[i] == top) return {top, i};
+  return {-INFINITY, first};  // NaN everywhere
+}
+
+// The same of several stretches, in their order.
+inline int best_of_shares(const Best* shares, int count) {
+  Best best = shares[0];
+  for (int i = 1; i < count; i++) if (shares[i].value > best.value) best = shares[i];
+  return best.id;
+}

@@ -1,0 +1,323 @@
+// The target's rows: what each kind of a step's table does.
+#pragma once
+
+#include "attention.h"
+#include "parts.h"
+
+// Arrays of one call. Caches are stacks per kind of layer: keys [L][B][K][S/16][Q][16], values
+// [L][B][K][S][V].
+struct TargetArrays {
+  const int32_t *tokens, *lengths, *counts;  // [B][T], [B], [B]
+  float *global_keys, *global_values, *sliding_keys, *sliding_values;
+  float *logits, *hidden, *aux;  // [B][shown][C], [B][T][D], [B][T][aux layers][D]
+  int32_t *expert_counts, *best;  // [MoE layers][E], [B][shown]
+  uint8_t* scratch;
+  int batch, steps, shown, global_rows, sliding_rows;
+};
+
+class Target {
+ public:
+  Target(const TargetSizes& sizes, const TargetNumbers& numbers, const int32_t* layers, const int32_t* aux_layers,
+         int aux_count, Weights weights, const TargetArrays& arrays)
+      : s(sizes), c(numbers), layers_(layers), aux_layers_(aux_layers), aux_count_(aux_count), w(weights), a(arrays) {
+    for (int b = 0; b < a.batch; b++) {
+      const int count = std::min(a.counts[b], a.steps);
+      for (int t = 0; t < count; t++) tokens_.push_back({b, t, a.lengths[b] + t});
+      if (count <= 0) continue;
+      const int first = a.shown < a.steps ? count - 1 : 0;
+      for (int t = first; t < count; t++) shown_.push_back({(int)tokens_.size() - count + t, b * a.shown + t - first});
+    }
+    clear_unread();
+    Arena arena(a.scratch);
+    reserve(arena, a.batch * a.steps, a.batch * a.shown);
+  }
+
+  static size_t scratch_bytes(const TargetSizes& sizes, int tokens, int shown) {
+    Target only(sizes);
+    Arena arena(nullptr);
+    only.reserve(arena, tokens, shown);
+    return arena.used();
+  }
+
+  bool is_idle() const { return tokens_.empty(); }
+
+  void operator()(const Row& row) {
+    switch (row.kind) {
+      case EMBED: return embed(row);
+      case NORM: return norm(row);
+      case QKV: return product(row, w.matrix(layer(row.layer) + SLOT_QKV), normed, qkv, count());
+      case ATTEND: return attend_heads(row);
+      case OUTPUT: return product(row, w.matrix(layer(row.layer) + SLOT_OUTPUT), attended, part, count());
+      case GATE_UP: return gate_up(row);
+      case DOWN: return product(row, w.matrix(layer(row.layer) + SLOT_DOWN), hidden, part, count());
+      case ROUTER: return product(row, w.matrix(layer(row.layer) + SLOT_ROUTER), routed, scores, count());
+      case TOP_K: return top_k(row);
+      case EXPERT_GATE_UP: return expert_gate_up(row);
+      case EXPERT_DOWN: return expert_down(row);
+      case HEAD: return head(row);
+      case PICK: return pick(row);
+    }
+  }
+
+ private:
+  explicit Target(const TargetSizes& sizes) : s(sizes) {}
+
+  struct Shown {
+    int token, place;  // in tokens_, and in the arrays of logits
+  };
+  struct Pair {
+    int token;
+    float weight;
+  };
+
+  int count() const { return (int)tokens_.size(); }
+  int layer(int index) const { return TOP_SLOTS + LAYER_SLOTS * index; }
+  bool has_experts(int index) const { return layers_[index] >> 1 & 1; }
+  bool is_sliding(int index) const { return layers_[index] & 1; }
+  int kv_heads(int index) const { return is_sliding(index) ? s.sliding_kv_heads : s.global_kv_heads; }
+  int rotated() const { return s.rotary / 2; }
+  float* angles(int token, int kind) const { return rotary + (token * 2 + kind) * 2 * rotated(); }  // cos, then sin
+
+  void reserve(Arena& arena, size_t tokens, size_t shown) {
+    const int kv = std::max(s.global_kv_heads, s.sliding_kv_heads);
+    const size_t pairs = tokens * s.chosen, features = std::max<size_t>(s.features, 1);
+    x = Floats::of(arena, tokens, s.width), part = Floats::of(arena, tokens, s.width);
+    normed = Inputs::of(arena, tokens, s.width), routed = Floats::of(arena, tokens, s.width);
+    qkv = Floats::of(arena, tokens, s.heads * s.head_dim + kv * (s.head_dim + s.value_dim));
+    attended = Inputs::of(arena, tokens, s.heads * s.value_dim);
+    gated = Floats::of(arena, tokens, 2 * padded(features, LANES)), hidden = Inputs::of(arena, tokens, features);
+    scores = Floats::of(arena, tokens, s.experts);
+    expert_gated = Floats::of(arena, pairs, 2 * padded(s.expert_features, LANES));
+    expert_hidden = Inputs::of(arena, pairs, s.expert_features);
+    rotary = arena.take<float>(tokens * 2 * s.rotary);
+    picks = arena.take<Best>(shown * MOST_SHARES);
+    pairs_ = arena.take<Pair>(pairs), active_ = arena.take<int>(s.experts + 1), starts_ = arena.take<int>(s.experts + 1);
+    chosen_ = arena.take<int>(pairs);
+  }
+
+  // What stands for padding is 0.
+  void clear_unread() {
+    for (int b = 0; b < a.batch; b++) {
+      const int count = std::min(std::max(a.counts[b], 0), a.steps), shown = a.shown < a.steps ? count > 0 : count;
+      const size_t row = (size_t)b * a.steps + count, unread = a.steps - count, first = (size_t)b * a.shown + shown;
+      std::fill_n(a.hidden + row * s.width, unread * s.width, 0.f);
+      std::fill_n(a.aux + row * aux_count_ * s.width, unread * aux_count_ * s.width, 0.f);
+      std::fill_n(a.logits + first * s.vocab, (size_t)(a.shown - shown) * s.vocab, 0.f);
+      std::fill_n(a.best + first, a.shown - shown, 0);
+    }
+  }
+
+  void embed(const Row& row) {
+    const float* frequencies[2] = {w.vector(SLOT_GLOBAL_FREQUENCIES), w.vector(SLOT_SLIDING_FREQUENCIES)};
+    for (int m = row.first(count()); m < row.last(count()); m++) {
+      const Token& token = tokens_[m];
+      w.look_up(SLOT_EMBED, a.tokens[token.row * a.steps + token.place], x.row(m));
+      for (int kind = 0; kind < 2; kind++) {
+        float* cos = angles(m, kind);
+        for (int i = 0; i < rotated(); i++) {
+          const float angle = (float)token.position * frequencies[kind][i];
+          cos[i] = std::cos(angle), cos[rotated() + i] = std::sin(angle);
+        }
+      }
+    }
+  }
+
+  // Norm 2 i stands before layer i, norm 2 i + 1 in it, the last one after all layers.
+  void norm(const Row& row) {
+    const int before = row.layer / 2, is_last = before == s.num_layers;
+    const float* gain = w.vector(is_last ? SLOT_NORM : layer(before) + (row.layer % 2 ? SLOT_POST_NORM : SLOT_INPUT_NORM));
+    thread_local std::vector<float> normal;
+    normal.resize(s.width);
+    for (int m = row.first(count()); m < row.last(count()); m++) {
+      float *stream = x.row(m), *out = normal.data();
+      if (row.layer) for (int i = 0; i < s.width; i++) stream[i] += part.row(m)[i];
+      normalize(stream, gain, out, s.width, c.norm_eps);
+      put(out, s.width, normed, m);
+      if (row.layer % 2) {
+        if (has_experts(before)) put(out, s.width, routed, m);  // in float32: a lower precision chooses other experts
+        continue;
+      }
+      const size_t place = tokens_[m].row * a.steps + tokens_[m].place;
+      for (int i = 0; i < aux_count_; i++)
+        if (aux_layers_[i] == before - 1) std::copy_n(stream, s.width, a.aux + (place * aux_count_ + i) * s.width);
+      if (is_last) std::copy_n(out, s.width, a.hidden + place * s.width);
+    }
+  }
+
+  // A unit is a key/value head of a batch row: it rotates, writes to the cache, and attends for its query heads.
+  void attend_heads(const Row& row) {
+    const int heads = kv_heads(row.layer), units = heads * a.batch;
+    for (int unit = row.first(units); unit < row.last(units); unit++) attend_head(row.layer, unit / heads, unit % heads);
+  }
+
+  void attend_head(int index, int batch_row, int head) {
+    const bool sliding = is_sliding(index);
+    const int kv = kv_heads(index), group = s.heads / kv, Q = s.head_dim, V = s.value_dim;
+    const int rows = sliding ? a.sliding_rows : a.global_rows;
+    const size_t V_padded = padded(V, LANES);
+    const size_t at = ((size_t)index_of_kind(index) * a.batch + batch_row) * kv + head;
+    float* keys = (sliding ? a.sliding_keys : a.global_keys) + at * Q * rows;
+    float* values = (sliding ? a.sliding_values : a.global_values) + at * rows * V_padded;
+    thread_local std::vector<float> vectors, outputs;
+    thread_local std::vector<Query> queries;
+    const int mine = std::min(std::max(a.counts[batch_row], 0), a.steps);
+    vectors.resize((size_t)mine * group * Q), outputs.resize((size_t)mine * group * V_padded), queries.clear();
+    const int chunks = s.chunks, q_rows = s.heads / chunks * Q, k_rows = kv / chunks * Q;
+    const int chunk = head / (kv / chunks), in_chunk = head % (kv / chunks);
+    const int chunk_rows = q_rows + k_rows + kv / chunks * V;
+    for (int m = 0; m < count(); m++) {
+      const Token& token = tokens_[m];
+      if (token.row != batch_row) continue;
+      float* from = qkv.row(m) + chunk * chunk_rows;
+      float *cos = angles(m, sliding), *sin = cos + rotated();
+      float *key = from + q_rows + in_chunk * Q, *value = from + q_rows + k_rows + in_chunk * V;
+      const int place = sliding ? token.position % rows : token.position;
+      rotate(key, cos, sin, rotated());
+      put_key(keys, key, Q, place);
+      for (int i = 0; i < V; i++) values[place * V_padded + i] = value[i] * c.value_scale;
+      for (int g = 0; g < group; g++) {
+        const size_t number = queries.size();
+        float* query = std::copy_n(from + (in_chunk * group + g) * Q, Q, vectors.data() + number * Q) - Q;
+        rotate(query, cos, sin, rotated());
+        for (int i = 0; i < Q; i++) query[i] *= scale_;
+        const int first = sliding ? std::max(0, token.position - s.window + 1) : 0;
+        const float sink = w.has(layer(index) + SLOT_SINK) ? w.vector(layer(index) + SLOT_SINK)[head * group + g] : -FLT_MAX;
+        queries.push_back({query, outputs.data() + number * V_padded, sink, {}});
+        see_ring(queries.back(), first, token.position + 1, rows);
+      }
+    }
+    const Rows cached = {keys, values, rows};
+    attend(queries.data(), (int)queries.size(), &cached, 1, Q, V_padded);
+    size_t number = 0;
+    for (int m = 0; m < count(); m++) {
+      if (tokens_[m].row != batch_row) continue;
+      for (int g = 0; g < group; g++, number++)
+        for (int i = 0; i < V; i += 8)
+          store_inputs(attended.row(m) + (head * group + g) * V + i, outputs.data() + number * V_padded + i);
+      if (head == 0) std::fill(attended.row(m) + s.heads * V, attended.row(m + 1), Precise{});
+    }
+  }
+
+  int index_of_kind(int index) const {
+    int before = 0;
+    for (int i = 0; i < index; i++) before += is_sliding(i) == is_sliding(index);
+    return before;
+  }
+
+  void gate_up(const Row& row) {
+    const Matrix matrix = w.matrix(layer(row.layer) + SLOT_GATE_UP);
+    product(row, matrix, normed, gated, count());
+    const int units = units_of(matrix);
+    for (int m = 0; m < count(); m++)
+      swiglu(gated.row(m), hidden.row(m), hidden.stride, row.first(units), row.last(units), units);
+  }
+
+  // Each token's experts and their weights; then all pairs sorted by expert.
+  void top_k(const Row& row) {
+    const float* bias = w.vector(layer(row.layer) + SLOT_ROUTER_BIAS);
+    std::vector<int> counts(s.experts, 0), order(s.experts + 1);
+    std::vector<float> weights(count() * s.chosen), score(s.experts);
+    for (int m = 0; m < count(); m++) {
+      for (int e = 0; e < s.experts; e++) score[e] = 1.f / (1.f + std::exp(-scores.row(m)[e]));
+      float total = 0;
+      std::vector<char> taken(s.experts, 0);
+      for (int i = 0; i < s.chosen; i++) {
+        int top = -1;
+        for (int e = 0; e < s.experts; e++)
+          if (!taken[e] && (top < 0 || score[e] + bias[e] > score[top] + bias[top])) top = e;
+        taken[top] = 1, counts[top]++;
+        chosen_[m * s.chosen + i] = top, weights[m * s.chosen + i] = score[top], total += score[top];
+      }
+      for (int i = 0; i < s.chosen; i++) weights[m * s.chosen + i] /= total + 1e-20f;
+    }
+    int experts = 0, start = 0;
+    for (int e = 0; e < s.experts; e++) {
+      order[e] = start;
+      if (counts[e]) active_[experts] = e, starts_[experts++] = start;
+      start += counts[e];
+    }
+    active_count_ = experts, starts_[experts] = start;
+    for (int m = 0; m < count(); m++)
+      for (int i = 0; i < s.chosen; i++) pairs_[order[chosen_[m * s.chosen + i]]++] = {m, weights[m * s.chosen + i]};
+    int moe = 0;
+    for (int i = 0; i < row.layer; i++) moe += has_experts(i);
+    std::copy(counts.begin(), counts.end(), a.expert_counts + moe * s.experts);
+  }
+
+  // All units of all active experts are shared equally.
+  void expert_gate_up(const Row& row) {
+    const int slot = layer(row.layer) + SLOT_GATE_UP, units = units_of(w.matrix(slot)), all = units * active_count_;
+    thread_local std::vector<const Precise*> from;
+    thread_local std::vector<float*> to;
+    for (int unit = row.first(all); unit < row.last(all);) {
+      const int number = unit / units, first = unit % units, last = std::min(units, first + row.last(all) - unit);
+      from.clear(), to.clear();
+      for (int p = starts_[number]; p < starts_[number + 1]; p++)
+        from.push_back(normed.row(pairs_[p].token)), to.push_back(expert_gated.row(p));
+      multiply_units(w.matrix(slot, active_[number]), first, last, from, to);
+      for (int p = starts_[number]; p < starts_[number + 1]; p++)
+        swiglu(expert_gated.row(p), expert_hidden.row(p), expert_hidden.stride, first, last, units);
+      unit += last - first;
+    }
+  }
+
+  // Experts are added up in their order, whoever else is active.
+  void expert_down(const Row& row) {
+    const int slot = layer(row.layer) + SLOT_DOWN, units = units_of(w.matrix(slot));
+    const int first = row.first(units), last = row.last(units);
+    const int begin = first * UNIT, end = std::min(last * UNIT, s.width), width = end - begin;
+    thread_local std::vector<const Precise*> from;
+    thread_local std::vector<float*> to;
+    thread_local std::vector<float> sums;
+    for (int m = 0; m < count(); m++) std::fill(part.row(m) + begin, part.row(m) + end, 0.f);
+    for (int number = 0; number < active_count_; number++) {
+      const int start = starts_[number], pairs = starts_[number + 1] - start;
+      sums.resize((size_t)pairs * width), from.clear(), to.clear();
+      for (int p = 0; p < pairs; p++)
+        from.push_back(expert_hidden.row(start + p)), to.push_back(sums.data() + (size_t)p * width - begin);
+      multiply_units(w.matrix(slot, active_[number]), first, last, from, to);
+      for (int p = 0; p < pairs; p++) {
+        const Pair& pair = pairs_[start + p];
+        float* out = part.row(pair.token) + begin;
+        for (int i = 0; i < width; i++) out[i] += pair.weight * sums[(size_t)p * width + i];
+      }
+    }
+  }
+
+  void head(const Row& row) {
+    const Matrix matrix = w.matrix(SLOT_HEAD);
+    const int first = row.first(units_of(matrix)), last = row.last(units_of(matrix));
+    thread_local std::vector<const Precise*> from;
+    thread_local std::vector<float*> to;
+    from.clear(), to.clear();
+    for (const Shown& shown : shown_)
+      from.push_back(normed.row(shown.token)), to.push_back(a.logits + (size_t)shown.place * s.vocab);
+    multiply_units(matrix, first, last, from, to);
+    for (size_t i = 0; i < shown_.size(); i++)
+      picks[i * MOST_SHARES + row.share] = best_of(to[i], first * UNIT, std::min(last * UNIT, s.vocab));
+  }
+
+  void pick(const Row& row) {
+    const int count = (int)shown_.size(), shares = row.value;  // of the head's rows, that this one waited for
+    for (int i = row.first(count); i < row.last(count); i++) {
+      a.best[shown_[i].place] = best_of_shares(picks + i * MOST_SHARES, shares);
+    }
+  }
+
+  const TargetSizes s;
+  const TargetNumbers c{};
+  const int32_t *layers_ = nullptr, *aux_layers_ = nullptr;
+  const int aux_count_ = 0;
+  const Weights w{};
+  const TargetArrays a{};
+  const float scale_ = s.head_dim ? 1.f / std::sqrt((float)s.head_dim) : 0.f;
+  std::vector<Token> tokens_;
+  std::vector<Shown> shown_;
+  Floats x, part, qkv, gated, scores, routed, expert_gated;
+  Inputs normed, attended, hidden, expert_hidden;
+  float* rotary = nullptr;
+  Best* picks = nullptr;
+  Pair* pairs_ = nullptr;
+  int *active_ = nullptr, *starts_ = nullptr, *chosen_ = nullptr;
+  int active_count_ = 0;
+};

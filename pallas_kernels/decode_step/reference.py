@@ -1,0 +1,406 @@
+"""Runs the rows of a target's step in float32 NumPy: what every kind of row has to compute, with nothing packed.
+
+A row computes its share of its phase and no more, in buffers that hold NaN until then, so that a missing row, or one
+that runs too early, shows. Claimed rows hand over whole buffers; assigned rows (of one device) the pages that they say.
+
+A number is one sum over a contiguous row, whatever is computed beside it. So a token's bits depend neither on how a
+phase is split nor on how many tokens are read together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from pallas_kernels.decode_step.geometry import Layer, Target
+from pallas_kernels.decode_step.schedule import ROWS_PER_UNIT, Kind, Row
+
+KEY_BLOCK = 32  # rows of a cache; blocks are dealt out in turn where several CTAs share the keys of a head
+Weights = dict  # a tree of float32 arrays, named as the Flax modules name their parameters
+Part = tuple[np.float32, np.float32, np.ndarray]  # of attention: largest score, sum of exponentials, weighted values
+
+
+@dataclasses.dataclass(frozen=True)
+class KindCache:
+    """Rotated keys and scaled values of all layers of one kind; S is the capacity, or the size of the ring."""
+
+    keys: Float[np.ndarray, "L B K S Q"]
+    values: Float[np.ndarray, "L B K S V"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step returns. `aux_LBTD` is the residual stream after every layer."""
+
+    logits_BTC: Float[np.ndarray, "B T C"]
+    hidden_BTD: Float[np.ndarray, "B T D"]
+    aux_LBTD: Float[np.ndarray, "L B T D"]
+    expert_counts_LE: Int[np.ndarray, "L E"]
+    picked_BT: Int[np.ndarray, "B T"]
+    global_cache: KindCache
+    sliding_cache: KindCache
+
+
+def run(
+    rows: list[Row],
+    target: Target,
+    weights: Weights,
+    tokens_BT: Int[np.ndarray, "B T"],
+    global_cache: KindCache,
+    sliding_cache: KindCache,
+    lengths_B: Int[np.ndarray, "B"],
+    counts_B: Int[np.ndarray, "B"],
+) -> Step:
+    """Reads the first `counts_B` of T tokens after `lengths_B`. The caches are not changed, but returned anew."""
+    caches = tuple(KindCache(cache.keys.copy(), cache.values.copy()) for cache in (global_cache, sliding_cache))
+    step = _Step(target, weights, tokens_BT, caches, lengths_B, counts_B)
+    with np.errstate(invalid="ignore", over="ignore"):  # padding may see no key at all
+        for row in rows:
+            _RUN[row.kind](step, row)
+    shape = tokens_BT.shape
+    return Step(
+        logits_BTC=step.buffers["logits"].reshape(*shape, -1),
+        hidden_BTD=step.normed.reshape(*shape, -1),
+        aux_LBTD=step.aux_LTD.reshape(-1, *shape, target.width),
+        expert_counts_LE=np.array(list(step.expert_counts.values())).reshape(-1, target.experts),
+        picked_BT=step.buffers["picked"].reshape(shape).astype(np.int32),
+        global_cache=caches[0],
+        sliding_cache=caches[1],
+    )
+
+
+def multiply(x_TI: Float[np.ndarray, "T I"], weight_OI: Float[np.ndarray, "O I"]) -> Float[np.ndarray, "T O"]:
+    """x W^T, token by token."""
+    return np.stack([np.sum(weight_OI * x_I, axis=-1) for x_I in x_TI]).reshape(len(x_TI), -1)
+
+
+def normalise(x_TD: Float[np.ndarray, "T D"], gain_D: Float[np.ndarray, "D"], eps: float) -> Float[np.ndarray, "T D"]:
+    mean_T1 = np.sum(x_TD * x_TD, axis=-1, keepdims=True) / np.float32(x_TD.shape[-1])
+    return x_TD / np.sqrt(mean_T1 + np.float32(eps)) * gain_D
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def rotate(x_HQ: np.ndarray, position: int, rotary: int, theta: float) -> np.ndarray:
+    """Half-split rotation of the first dimensions."""
+    frequencies_R = (theta ** (-np.arange(0, rotary, 2, dtype=np.float64) / rotary)).astype(np.float32)
+    angles_R = np.float32(position) * frequencies_R
+    cos_R, sin_R, half = np.cos(angles_R), np.sin(angles_R), rotary // 2
+    first, second = x_HQ[..., :half], x_HQ[..., half:rotary]
+    return np.concatenate([first * cos_R - second * sin_R, second * cos_R + first * sin_R, x_HQ[..., rotary:]], axis=-1)
+
+
+def attend_part(
+    q_Q: Float[np.ndarray, "Q"],
+    keys_SQ: Float[np.ndarray, "S Q"],
+    values_SV: Float[np.ndarray, "S V"],
+    visible_S: Bool[np.ndarray, "S"],
+) -> Part:
+    """Softmax over some keys, before it is divided by its sum; keys that are not visible add nothing."""
+    scores_S = np.sum(keys_SQ * q_Q, axis=-1) * np.float32(q_Q.size**-0.5)
+    top = np.max(scores_S, where=visible_S, initial=-np.inf)
+    weights_S = np.zeros_like(scores_S)
+    weights_S[visible_S] = np.exp(scores_S[visible_S] - top)
+    return top, np.sum(weights_S), np.sum(weights_S[:, None] * values_SV, axis=0)
+
+
+def merge_parts(parts: list[Part], sink: np.float32 | None) -> Float[np.ndarray, "V"]:
+    """One query's attention from that to parts of the keys, in their order; the sink joins the denominator."""
+    top = max([top for top, _, _ in parts] + ([] if sink is None else [sink]))
+    total, out_V = np.float32(0 if sink is None else np.exp(sink - top)), np.zeros_like(parts[0][2])
+    for part_top, part_total, part_V in parts:
+        scale = np.exp(part_top - top)
+        total, out_V = total + part_total * scale, out_V + part_V * scale
+    return out_V / total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Routes:
+    """The experts that tokens chose, their weights, and which experts are active at all, ascending."""
+
+    ids_TX: np.ndarray
+    weights_TX: np.ndarray
+    active: list[int]
+
+    def choices(self, expert: int) -> list[tuple[int, int]]:
+        """(token, choice) of those who chose an expert."""
+        return [(int(token), int(choice)) for token, choice in np.argwhere(self.ids_TX == expert)]
+
+
+class _Step:
+    """Buffers of one step, and a method for each kind of row. T counts the tokens of all rows of the batch."""
+
+    def __init__(self, target, weights, tokens_BT, caches, lengths_B, counts_B) -> None:
+        self.target, self.weights, self.caches = target, weights, caches
+        self.tokens_T, (self.batch, self.steps) = tokens_BT.reshape(-1), tokens_BT.shape
+        self.lengths_B, self.counts_B = lengths_B, counts_B
+        self.buffers: dict[str, np.ndarray] = {}
+        self.phases: dict[str, tuple] = {}  # buffer -> the phase that is writing it
+        self.pages: dict[tuple, np.ndarray] = {}  # of CTAs
+        self.routes: dict[tuple, _Routes] = {}  # one for all, or each CTA's
+        self.parts: dict[tuple, Part] = {}  # (query, part of the keys)
+        self.normed = np.full((len(self.tokens_T), target.width), np.nan, np.float32)
+        self.aux_LTD = np.full((len(target.layers), *self.normed.shape), np.nan, np.float32)
+        self.expert_counts: dict[int, np.ndarray] = {}
+        self.written: set[tuple[int, int, int]] = set()  # (layer, batch row, head) whose new keys are in the cache
+
+    # What rows share.
+
+    def _own(self, row: Row, units: int) -> range:
+        """The units that are a row's share."""
+        return range(units * row.share // row.shares, units * (row.share + 1) // row.shares)
+
+    def _buffer(self, row: Row, name: str, *shape: int) -> np.ndarray:
+        """What a row writes its share to: NaN for each phase anew."""
+        if self.phases.get(name) != (row.kind, row.layer):
+            self.phases[name] = row.kind, row.layer
+            self.buffers[name] = np.full((len(self.tokens_T), *shape), np.nan, np.float32)
+        return self.buffers[name]
+
+    def _input(self, row: Row) -> np.ndarray:
+        """The page, or else the buffer, that a row reads."""
+        region = row.reads[0][0]
+        return self.pages[region] if region[0] == "page" else self.buffers[region[0]]
+
+    def _routes(self, row: Row) -> _Routes:
+        return next(self.routes[region] for region, _ in row.reads if region[0] == "routes")
+
+    def _layer(self, row: Row) -> tuple[Layer, Weights]:
+        return self.target.layers[row.layer], self.weights[f"layers_{row.layer}"]
+
+    def _rows(self, row: Row, outputs: int, per_unit: int = ROWS_PER_UNIT) -> slice:
+        """Output rows of a matrix that are a row's share."""
+        own = self._own(row, -(-outputs // per_unit))
+        return slice(own.start * per_unit, min(own.stop * per_unit, outputs))
+
+    def _multiply(self, row: Row, name: str, weight_OI: np.ndarray) -> None:
+        mine, out = self._rows(row, len(weight_OI)), self._buffer(row, name, len(weight_OI))
+        out[:, mine] = multiply(self._input(row), weight_OI[mine])
+
+    # The kinds.
+
+    def nothing(self, row: Row) -> None:
+        """Loads need no place here, and one device sends nothing."""
+
+    def embed(self, row: Row) -> None:
+        """By tokens; a CTA by columns, which it keeps."""
+        tokens, columns = self._part_of_stream(row)
+        x_TD = self._buffer(row, "x", self.target.width)
+        x_TD[tokens, columns] = self.weights["embed"][self.tokens_T][tokens, columns]
+
+    def _part_of_stream(self, row: Row) -> tuple[slice, slice]:
+        own = self._own(row, self.target.width if row.worker else len(self.tokens_T))
+        mine, whole = slice(own.start, own.stop), slice(None)
+        return (whole, mine) if row.worker else (mine, whole)
+
+    def reduce(self, row: Row) -> None:
+        """Adds the part that the phase before left; an even norm comes after a layer."""
+        mine = self._part_of_stream(row)
+        self.buffers["x"][mine] += self.buffers["part"][mine]
+        if row.layer % 2 == 0:
+            self.aux_LTD[row.layer // 2 - 1][mine] = self.buffers["x"][mine]
+
+    def fetch(self, row: Row) -> None:
+        source = row.reads[0][0][0]
+        self.pages[row.writes[0][0]] = self.buffers[source].copy()
+
+    def norm(self, row: Row) -> None:
+        index, last = row.layer, 2 * len(self.target.layers)
+        name = "post_norm" if index % 2 else "input_norm"
+        norm = self.weights["norm"] if index == last else self.weights[f"layers_{index // 2}"][name]
+        if row.worker:
+            page = row.writes[0][0]
+            self.pages[page] = normalise(self.pages[page], norm["weight"], self.target.norm_eps)
+            normed, mine = self.pages[page], (slice(None), slice(None))
+        else:
+            if index:
+                self.reduce(row)
+            mine = self._part_of_stream(row)
+            normed = self._buffer(row, "normed", self.target.width)
+            normed[mine] = normalise(self.buffers["x"][mine], norm["weight"], self.target.norm_eps)
+        if index == last:
+            self.normed[mine] = normed[mine]
+
+    def qkv(self, row: Row) -> None:
+        held = self._layer(row)[1]["attention"]
+        stacked = [held["qkv"]] if "qkv" in held else [held[name] for name in "qkv"]
+        self._multiply(row, "qkv", np.concatenate([part.reshape(-1, self.target.width) for part in stacked]))
+
+    def output(self, row: Row) -> None:
+        self._multiply(row, "part", self._layer(row)[1]["attention"]["o"])
+
+    def gate_up(self, row: Row) -> None:
+        mlp = self._layer(row)[1]["mlp"]
+        mine, x_TD = self._rows(row, len(mlp["gate"]), ROWS_PER_UNIT // 2), self._input(row)
+        out = self._buffer(row, "hidden", len(mlp["gate"]))
+        out[:, mine] = _swiglu(x_TD, mlp["gate"][mine], mlp["up"][mine])
+
+    def down(self, row: Row) -> None:
+        self._multiply(row, "part", self._layer(row)[1]["mlp"]["down"])
+
+    def router(self, row: Row) -> None:
+        self._multiply(row, "scores", self._layer(row)[1]["moe"]["router"])
+
+    def top_k(self, row: Row) -> None:
+        """The bias only selects. Tokens that are padding choose no expert."""
+        target, scores_TE = self.target, sigmoid(self._input(row))
+        biased_TE = scores_TE + self._layer(row)[1]["moe"]["router_bias"]
+        ids_TX = np.argsort(-biased_TE, axis=-1, kind="stable")[:, : target.chosen]
+        picked_TX = np.take_along_axis(scores_TE, ids_TX, axis=-1)
+        weights_TX = picked_TX / (np.sum(picked_TX, axis=-1, keepdims=True) + np.float32(1e-20))
+        is_real_T = (np.arange(self.steps) < self.counts_B[:, None]).reshape(-1)
+        ids_TX = np.where(is_real_T[:, None], ids_TX, target.experts)
+        counts_E = np.bincount(ids_TX.reshape(-1), minlength=target.experts + 1)[:-1]
+        self.expert_counts[row.layer] = counts_E
+        self.routes[row.writes[0][0]] = _Routes(ids_TX, weights_TX, np.flatnonzero(counts_E).tolist())
+
+    def expert_gate_up(self, row: Row) -> None:
+        """A unit is sixteen features of an active expert, for all tokens that chose it."""
+        moe, routes, x_TD = self._layer(row)[1]["moe"], self._routes(row), self._input(row)
+        features, per_unit = self.target.expert_features, ROWS_PER_UNIT // 2
+        hidden_TXF = self._buffer(row, "hidden", self.target.chosen, features)
+        per_expert = -(-features // per_unit)
+        for unit in self._own(row, len(routes.active) * per_expert):
+            expert, block = routes.active[unit // per_expert], unit % per_expert
+            mine = slice(block * per_unit, min((block + 1) * per_unit, features))
+            for token, choice in routes.choices(expert):
+                x_1D = x_TD[token : token + 1]
+                hidden_TXF[token, choice, mine] = _swiglu(x_1D, moe["gate"][expert, mine], moe["up"][expert, mine])[0]
+
+    def expert_down(self, row: Row) -> None:
+        """A unit is 32 columns of the stream; experts add to them in ascending order."""
+        moe, routes, hidden_TXF = self._layer(row)[1]["moe"], self._routes(row), self._input(row)
+        mine, out = self._rows(row, self.target.width), self._buffer(row, "part", self.target.width)
+        out[:, mine] = 0
+        for expert in routes.active:
+            for token, choice in routes.choices(expert):
+                product_O = multiply(hidden_TXF[token, choice][None], moe["down"][expert, mine])[0]
+                out[token, mine] += routes.weights_TX[token, choice] * product_O
+
+    def head(self, row: Row) -> None:
+        self._multiply(row, "logits", self.weights["head"])
+
+    def pick(self, row: Row) -> None:
+        picked_T = self._buffer(row, "picked")
+        for token in self._own(row, len(self.tokens_T)):
+            picked_T[token] = np.argmax(self._input(row)[token])
+
+    # Attention.
+
+    def attend(self, row: Row) -> None:
+        """By heads of keys. CTAs: by query heads and tokens, or on global layers by heads and blocks of keys."""
+        layer, _ = self._layer(row)
+        heads = self.batch * self.target.kv_heads(layer)
+        each = self.target.heads // self.target.kv_heads(layer) * self.steps
+        if row.worker and not layer.is_sliding:
+            parts = max(1, row.shares // heads)
+            for unit in self._own(row, heads * parts):
+                for query in range(unit // parts * each, (unit // parts + 1) * each):
+                    self.parts[query, unit % parts] = self._attend_part(row, query, unit % parts, parts)
+            return
+        own = self._own(row, heads * each) if row.worker else range(0)
+        if not row.worker:
+            units = self._own(row, heads)
+            own = range(units.start * each, units.stop * each)
+        for query in own:
+            self._finish(row, query, [self._attend_part(row, query, 0, 1)])
+
+    def merge(self, row: Row) -> None:
+        count = 1 + max(part for _, part in self.parts)
+        for query in self._own(row, len(self.tokens_T) * self.target.heads):
+            self._finish(row, query, [self.parts.pop((query, part)) for part in range(count)])
+
+    def _finish(self, row: Row, query: int, parts: list[Part]) -> None:
+        layer, held = self._layer(row)
+        token, head, _ = self._query(layer, query)
+        sink_H = held["attention"].get("sink")
+        dim = self.target.value_dim
+        out = self._buffer(row, "attended", self.target.heads * dim)
+        out[token, head * dim : (head + 1) * dim] = merge_parts(parts, None if sink_H is None else sink_H[head])
+
+    def _query(self, layer: Layer, query: int) -> tuple[int, int, int]:
+        """Token, query head and key/value head of a query; tokens run fastest, then heads, then batch rows."""
+        rest, step = divmod(query, self.steps)
+        batch, head = divmod(rest, self.target.heads)
+        return batch * self.steps + step, head, head // (self.target.heads // self.target.kv_heads(layer))
+
+    def _attend_part(self, row: Row, query: int, part: int, parts: int) -> Part:
+        layer, _ = self._layer(row)
+        token, head, kv_head = self._query(layer, query)
+        batch, step = divmod(token, self.steps)
+        keys_SQ, values_SV = self._updated(row, batch, kv_head)
+        q_Q = self._rotated(layer, self._heads(row, token)[0][head], token)
+        visible_S = self._visible(layer, batch, step, len(keys_SQ))
+        mine_S = np.arange(len(keys_SQ)) // KEY_BLOCK % parts == part
+        return attend_part(q_Q, keys_SQ, values_SV, visible_S & mine_S)
+
+    def _heads(self, row: Row, token: int) -> tuple[np.ndarray, ...]:
+        """Queries, keys and values of a token: the rows of each chunk are some heads of each."""
+        target, (layer, _) = self.target, self._layer(row)
+        kv_heads = target.kv_heads(layer)
+        sizes = (target.heads * target.head_dim, kv_heads * target.head_dim, kv_heads * target.value_dim)
+        starts = np.cumsum([size // target.chunks for size in sizes])[:-1]
+        q, k, v = np.split(self._input(row)[token].reshape(target.chunks, -1), starts, axis=-1)
+        dims = (target.head_dim, target.head_dim, target.value_dim)
+        return tuple(part.reshape(-1, dim) for part, dim in zip((q, k, v), dims))
+
+    def _rotated(self, layer: Layer, x: np.ndarray, token: int) -> np.ndarray:
+        batch, step = divmod(token, self.steps)
+        theta = self.target.sliding_theta if layer.is_sliding else self.target.global_theta
+        return rotate(x, int(self.lengths_B[batch]) + step, self.target.rotary, theta)
+
+    def _updated(self, row: Row, batch: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:
+        """A head's keys and values, the new tokens' among them; whoever comes first has written them."""
+        layer, index = self._layer(row)[0], self.target.index_of_kind(row.layer)
+        cache = self.caches[layer.is_sliding]
+        keys_SQ, values_SV = cache.keys[index, batch, kv_head], cache.values[index, batch, kv_head]
+        if (row.layer, batch, kv_head) in self.written:
+            return keys_SQ, values_SV
+        self.written.add((row.layer, batch, kv_head))
+        for step in range(self.counts_B[batch]):
+            token, place = batch * self.steps + step, (int(self.lengths_B[batch]) + step) % len(keys_SQ)
+            _, keys_KQ, values_KV = self._heads(row, token)
+            keys_SQ[place] = self._rotated(layer, keys_KQ[kv_head], token)
+            values_SV[place] = values_KV[kv_head] * np.float32(self.target.value_scale)
+        return keys_SQ, values_SV
+
+    def _visible(self, layer: Layer, batch: int, step: int, size: int) -> np.ndarray:
+        """Which rows of the cache, after the update, hold positions that a query sees."""
+        last, query = int(self.lengths_B[batch] + self.counts_B[batch]) - 1, int(self.lengths_B[batch]) + step
+        row_S = np.arange(size)
+        if not layer.is_sliding:
+            return row_S <= min(last, query)
+        position_S = last - (last - row_S) % size
+        return (position_S >= 0) & (position_S <= query) & (position_S > query - self.target.window)
+
+
+def _swiglu(x_TD: np.ndarray, gate_FD: np.ndarray, up_FD: np.ndarray) -> np.ndarray:
+    gate_TF = multiply(x_TD, gate_FD)
+    return gate_TF * sigmoid(gate_TF) * multiply(x_TD, up_FD)
+
+
+_RUN: dict[Kind, Callable[[_Step, Row], None]] = {
+    Kind.NOTHING: _Step.nothing,
+    Kind.EMBED: _Step.embed,
+    Kind.NORM: _Step.norm,
+    Kind.QKV: _Step.qkv,
+    Kind.ATTEND: _Step.attend,
+    Kind.OUTPUT: _Step.output,
+    Kind.GATE_UP: _Step.gate_up,
+    Kind.DOWN: _Step.down,
+    Kind.ROUTER: _Step.router,
+    Kind.TOP_K: _Step.top_k,
+    Kind.EXPERT_GATE_UP: _Step.expert_gate_up,
+    Kind.EXPERT_DOWN: _Step.expert_down,
+    Kind.HEAD: _Step.head,
+    Kind.PICK: _Step.pick,
+    Kind.FETCH: _Step.fetch,
+    Kind.LOAD: _Step.nothing,
+    Kind.REDUCE: _Step.reduce,
+    Kind.MERGE: _Step.merge,
+}
