@@ -63,7 +63,7 @@ class Model:
 def load(
     directory: str | Path = BUNDLED,
     layout: str | None = None,
-    draft: bool = True,
+    draft: bool | None = None,
     mesh: Mesh | None = None,
     backend: str | None = None,
     generation_config: bool = True,
@@ -72,8 +72,9 @@ def load(
     """Reads a Hugging Face or an Orbax checkpoint directory.
 
     `layout` names what the device holds (`layouts.LAYOUTS`); by default the device decides, and weights stay packed
-    except on one CPU. `draft` decides whether the drafter in the folder `dflash/`, if there is one, speeds up decoding;
-    it never changes the distribution of what is generated. On a `mesh` (`sharding.make_mesh`) every device gets its own
+    into the kernels. `draft` decides whether the drafter in the folder `dflash/`, if there is one, drafts; by default
+    it does, except beside the native step of a CPU, where a block costs more than it saves (docs/results.md). It never
+    changes the distribution of what is generated. On a `mesh` (`sharding.make_mesh`) every device gets its own
     part of the weights. `backend` names what multiplies packed experts (`pallas_kernels.expert_matmul.BACKENDS`); by
     default that is the fastest that the device runs. What the checkpoint's `generation_config.json` says of sampling is
     the model's default strategy; without `generation_config` that is greedy. `verify` first reads every file and
@@ -94,7 +95,8 @@ def load(
     values = _generation_config(directory)
     strategy = strategy_of(values, f"{directory / GENERATION_CONFIG}") if generation_config else Greedy()
     model = Model(config, params, tokenizer, _stop_ids(values, config, directory), strategy, name, mesh=mesh)
-    return with_drafter(model, directory / FOLDER) if draft and has_drafter(directory) else model
+    drafts = name != "native" if draft is None else draft
+    return with_drafter(model, directory / FOLDER) if drafts and has_drafter(directory) else model
 
 
 def _generation_config(directory: Path) -> dict[str, Any]:

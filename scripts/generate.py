@@ -48,7 +48,11 @@ def parser() -> Parser:
         help="greedy by default, whatever the checkpoint's generation_config.json says",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-draft", action="store_true", help="one token per round, without the checkpoint's drafter")
+    parser.add_argument(
+        "--draft",
+        action=argparse.BooleanOptionalAction,
+        help="with the checkpoint's drafter, or one token per round (default: one on a CPU, where that is faster)",
+    )
     parser.add_argument("--verify", action="store_true", help="compare every file with the checkpoint's manifest first")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
     add_mesh_options(parser)
@@ -101,7 +105,7 @@ def main(argv: list[str]) -> None:
     from mimo_jax.loading import BUNDLED, load
 
     follow = not args.no_generation_config
-    options = {"draft": not args.no_draft, "mesh": mesh, "generation_config": follow, "verify": args.verify}
+    options = {"draft": args.draft, "mesh": mesh, "generation_config": follow, "verify": args.verify}
     model = load(args.model or BUNDLED, **options)
     ids = [encode_prompt(model, prompt, args.literal) for prompt in prompts]  # before anything is printed
     requests = [Request(prompt, strategy, args.max_tokens, args.seed, args.stop) for prompt in ids]

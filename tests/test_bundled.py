@@ -20,7 +20,7 @@ FOLDER = mimo.BUNDLED
 
 @pytest.fixture(scope="module")
 def model():
-    return mimo.load()
+    return mimo.load(draft=True)
 
 
 def test_it_is_whole_and_small():

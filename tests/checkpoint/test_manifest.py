@@ -152,7 +152,7 @@ def test_a_hugging_face_cache_opens(tmp_path) -> None:
     snapshot = cached(tmp_path / "models--a", mimo.BUNDLED)
     assert leaf_digests(read(snapshot).params) == leaf_digests(read(mimo.BUNDLED).params)
     assert read_drafter(snapshot / "dflash")[0] == read_drafter(mimo.BUNDLED / "dflash")[0]
-    assert mimo.load(snapshot, verify=True).drafter.block_size == 8
+    assert mimo.load(snapshot, draft=True, verify=True).drafter.block_size == 8
     to_orbax(snapshot, tmp_path / "orbax")
     for path in (tmp_path / "orbax").rglob("*"):
         assert not path.is_symlink()
