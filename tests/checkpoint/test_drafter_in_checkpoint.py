@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_attached_drafter_is_whole_and_used(checkpoint):
     """The manifest covers it, `load` drafts with it, and greedy text is what it is without."""
     assert verify(checkpoint)["verified"]
-    drafting, plain = mimo.load(checkpoint), mimo.load(checkpoint, draft=False)
+    drafting, plain = mimo.load(checkpoint, draft=True), mimo.load(checkpoint)
     assert drafting.drafter.block_size == 8 and drafting.drafter.expected == 3.5
     assert plain.drafter is PLAIN
     texts = [mimo.generate(model, "def fib(n):\n", mimo.Greedy(), max_tokens=40) for model in (drafting, plain)]
