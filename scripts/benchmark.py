@@ -1,6 +1,8 @@
 """Measures speed. Two things are always compared within one run: timings on shared machines are noisy.
 
 scripts/benchmark.py decode                # ms per token of the bundled model beside transformers (needs torch)
+scripts/benchmark.py decode --beside llama.cpp --llama runs/llama.cpp    # plain, blocks, prefill; builds it there
+scripts/benchmark.py step                  # the native step: batches, block sizes, and how near to the memory's speed
 scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
 scripts/benchmark.py slice --layers 2         # one device's share of the full model, random weights
 scripts/benchmark.py streaming             # a streamed text beside one made in one visit
@@ -20,24 +22,78 @@ from mimo_jax.cli.values import HOTTEST, SEED, output_folder, real, whole
 
 
 def decode_command(args: argparse.Namespace) -> dict:
-    if not args.no_transformers:
-        need_packages("transformers (--no-transformers leaves it out)", "references", "torch", "transformers")
+    directory = Path(args.model) if args.model else None
+    return _beside_llama_cpp(directory, args) if args.beside == "llama.cpp" else _beside_transformers(directory, args)
+
+
+def _beside_llama_cpp(directory: Path | None, args: argparse.Namespace) -> dict:
+    import jax
+
+    from mimo_jax.evaluation import native_speed
+    from mimo_jax.loading import BUNDLED
+
+    found = native_speed.beside_llama_cpp(directory or BUNDLED, args.llama, args.repeats, args.threads)
+    for name, row in found.items():
+        print(
+            f"{name:<16}{row['ours']['median']:9.0f} tokens/s, llama.cpp {row['llama.cpp']['median']:7.0f}; ratio "
+            "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**row["ratio"])
+        )
+    return {"rounds": args.repeats, "threads": args.threads, "jax": jax.__version__, **found}
+
+
+def _beside_transformers(directory: Path | None, args: argparse.Namespace) -> dict:
+    with_transformers = args.beside == "transformers"
+    if with_transformers:
+        need_packages("transformers (--beside nothing leaves it out)", "references", "torch", "transformers")
     import jax
 
     from mimo_jax.evaluation import speed
     from mimo_jax.loading import BUNDLED
 
-    runs = speed.decode_runs(Path(args.model or BUNDLED), args.prompt, args.tokens, not args.no_transformers)
+    runs = speed.decode_runs(directory or BUNDLED, args.prompt, args.tokens, with_transformers)
     found = speed.interleaved(runs, args.repeats, args.tokens)
     for name, row in found.items():
         print("{:<14}{ms_per_token:8.3f} ms per token ({lowest:.3f} to {highest:.3f})".format(name, **row))
     record: dict = {"tokens": args.tokens, "repeats": args.repeats, "jax": jax.__version__, **found}
-    if "transformers" in found:
+    if with_transformers:
         import torch
         import transformers
 
         record |= {"torch": torch.__version__, "transformers_version": transformers.__version__}
         record["times faster"] = found["transformers"]["ms_per_token"] / found["native"]["ms_per_token"]
+    return record
+
+
+def step_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation import native_speed
+    from mimo_jax.loading import BUNDLED, load
+
+    directory = Path(args.model or BUNDLED)
+    plain, drafting = load(directory, draft=False), load(directory, draft=True)
+    record: dict = {"batch": {}}
+    for batch in (1, 4, 16):
+        rate = native_speed.spread_of(lambda batch=batch: native_speed.plain_rate(plain, batch), args.repeats)
+        record["batch"][str(batch)] = rate
+        print("batch {:<3}{median:9.0f} tokens/s ({lowest:.0f} to {highest:.0f})".format(batch, **rate))
+    record["paths"] = native_speed.path_rates(plain, args.repeats)
+    for name, row in record["paths"].items():
+        print(name + ": {median:.0f} tokens/s ({lowest:.0f} to {highest:.0f})".format(**row))
+    record["roofline"] = found = native_speed.roofline(directory, args.repeats)
+    print(
+        "one token reads {:.1f} MB: {:.1f} GB/s, {:.2f} of a streaming read".format(
+            found["bytes per step"] / 1e6, found["step, GB/s"]["median"], found["fraction"]["median"]
+        )
+    )
+    if not hasattr(drafting.drafter, "config"):
+        return record
+    prompts = native_speed.heldout_prompts(Path(args.data), args.prompts)
+    record["blocks"] = native_speed.block_costs(plain, drafting, prompts, args.tokens, args.repeats)
+    for size, row in record["blocks"].items():
+        print(
+            f"block of {size}: {row['tokens per round']:.2f} tokens per round; verifying takes "
+            f"{row['verifying, plain steps']:.2f} plain steps, a round {row['round, plain steps']:.2f}; "
+            "{median:.2f} times plain ({lowest:.2f} to {highest:.2f})".format(**row["times plain"])
+        )
     return record
 
 
@@ -106,7 +162,9 @@ def parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="command")
     decode = commands.add_parser("decode", help="ms per token at batch 1, beside transformers")
     decode.add_argument("--repeats", type=whole(1), default=7)
-    decode.add_argument("--no-transformers", action="store_true")
+    decode.add_argument("--beside", choices=("transformers", "llama.cpp", "nothing"), default="transformers")
+    decode.add_argument("--llama", type=output_folder, default="runs/llama.cpp", help="folder to build llama.cpp in")
+    decode.add_argument("--threads", type=whole(1), default=2, help="of llama.cpp; this program uses all cores")
     decode.set_defaults(command=decode_command)
     speculation = commands.add_parser("speculation", help="tokens per second with a drafter over plain decoding")
     speculation.add_argument("--data", default="runs/corpus", help="folder of the corpus")
@@ -125,6 +183,13 @@ def parser() -> Parser:
     share.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
     share.add_argument("--repeats", type=whole(1), default=5)
     share.set_defaults(command=slice_command)
+    step = commands.add_parser("step", help="the native step: batches, block sizes, share of the memory's speed")
+    step.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    step.add_argument("--data", default="runs/corpus", help="folder of the corpus")
+    step.add_argument("--prompts", type=whole(1), default=40, help="held-out prompts of 128 tokens")
+    step.add_argument("--tokens", type=whole(1), default=48)
+    step.add_argument("--repeats", type=whole(1), default=5)
+    step.set_defaults(command=step_command)
     streaming = commands.add_parser("streaming", help="what streaming a text costs over making it in one visit")
     streaming.add_argument("--lengths", type=whole(1), nargs="+", default=[32, 128, 512], help="tokens to generate")
     streaming.add_argument("--repeats", type=whole(1), default=15)

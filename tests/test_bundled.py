@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -92,3 +94,15 @@ def test_the_drafter_was_trained_for_these_weights(model):
     found = sum(row.acceptance.tokens for row in results) / sum(row.acceptance.rounds for row in results)
     expected = model.drafter.expected
     assert expected > 2 and found > 1 + (expected - 1) / 2
+
+
+def test_generating_takes_little_memory_beside_what_importing_does():
+    """Weights stay packed: at most 250 MB above what a process holds that has imported JAX and this package."""
+    measured = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    imports = "import jax, mimo_jax as mimo, mimo_jax.generation; jax.devices()"
+    work = "mimo.generate(mimo.load(draft=False), 'def f(x):', mimo.Greedy(), max_tokens=64)"
+    before, after = (
+        int(subprocess.run([sys.executable, "-c", f"{code}; {measured}"], capture_output=True, check=True).stdout)
+        for code in (imports, f"{imports}; {work}")
+    )
+    assert after - before <= 250_000, f"{before} kB after importing, {after} kB after generating"

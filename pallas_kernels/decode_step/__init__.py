@@ -12,6 +12,7 @@ from pallas_kernels.decode_step.native.api import (
     draft,
     init_cache,
     init_draft_cache,
+    read_stream,
     step,
     update_context,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "init_draft_cache",
     "joined",
     "layer_of",
+    "read_stream",
     "shard_of",
     "step",
     "step_phases",

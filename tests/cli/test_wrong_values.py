@@ -192,7 +192,7 @@ def wrong_values(folder: Path) -> Iterator[str]:
 def test_good_arguments_begin_the_work(script, name, folder, capsys):
     """What the test below changes is a call that is accepted."""
     expected = 2 if script == "gpu_report" or name == "verify" else 0  # there is no GPU, and no manifest
-    changes = {"no_transformers": ["--no-transformers"]} if name == "decode" else {}
+    changes = {"beside": ["--beside=nothing"]} if name == "decode" else {}
     assert outcome(script, arguments_with(folder, script, name, changes), capsys) == expected
 
 
@@ -251,5 +251,5 @@ def test_what_is_not_installed_is_said_before_the_work(folder, monkeypatch, caps
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
     with pytest.raises(SystemExit, match="2"):
         main_guard(lambda: MODULES["benchmark"].main(["decode", f"--model={folder / 'model'}"]))
-    assert "transformers (--no-transformers leaves it out): not installed: torch; install" in capsys.readouterr().err
-    assert outcome("benchmark", ["decode", f"--model={folder / 'model'}", "--no-transformers"], capsys) == 0
+    assert "transformers (--beside nothing leaves it out): not installed: torch; install" in capsys.readouterr().err
+    assert outcome("benchmark", ["decode", f"--model={folder / 'model'}", "--beside=nothing"], capsys) == 0

@@ -16,7 +16,16 @@ from pallas_kernels.decode_step.geometry import Drafter, Target
 from pallas_kernels.decode_step.native import build
 from pallas_kernels.decode_step.native.layout import LANES
 from pallas_kernels.decode_step.native.names import numbers_of, sizes_of
-from pallas_kernels.decode_step.schedule import claimed_rows, context_phases, draft_phases, encode, step_phases
+from pallas_kernels.decode_step.schedule import (
+    MOST_SHARES,
+    Kind,
+    Row,
+    claimed_rows,
+    context_phases,
+    draft_phases,
+    encode,
+    step_phases,
+)
 
 CHUNK = 128  # the most tokens of a row in one call
 
@@ -184,6 +193,13 @@ def update_context(
     return DraftCache(*updated)
 
 
+def read_stream(weights: Packed, count: int) -> Array:
+    """Reads the first `count` bytes and does nothing else, on all threads: a bound on how fast a step could be."""
+    rows = [Row(Kind.NOTHING, 0, share, MOST_SHARES, (), (0,)) for share in range(MOST_SHARES)]
+    result = jax.ShapeDtypeStruct((8 * MOST_SHARES,), jnp.uint8)
+    return _call("stream", NORMALLY, (rows, weights.bytes), (), (result,), count=np.int64(count))[0]
+
+
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -200,13 +216,13 @@ def _scratch(running: Running, name: str, sizes: np.ndarray, *counts: int) -> ja
 
 
 def _call(
-    name: str, running: Running, given: tuple, cache: tuple, results: tuple, **attributes: np.ndarray
+    name: str, running: Running, given: tuple, cache: tuple, results: tuple, **attributes: np.ndarray | np.generic
 ) -> Sequence[Array]:
     """Calls native code with a table, arrays and a cache. Results of the cache's shapes are the cache, in its place."""
     rows, *arrays = given
     operands = [jnp.asarray(encode(rows)), *jax.tree.leaves(arrays), *cache]
     shapes = [jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results]
-    first = next((place for place, result in enumerate(results) if result is cache[0]), None)
+    first = next((place for place, result in enumerate(results) if cache and result is cache[0]), None)
     aliases = {} if first is None else {len(operands) - len(cache) + i: first + i for i in range(len(cache))}
     call = jax.ffi.ffi_call(_registered(name, running.path), shapes, input_output_aliases=aliases)
     return call(*operands, **attributes, threads=np.int32(running.threads), delays=np.int32(running.delays))

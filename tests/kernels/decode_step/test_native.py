@@ -118,6 +118,14 @@ def test_a_nan_stays_visible():
     assert np.isnan(read(weights, [random_tokens(CONFIG, 1, 3)])).all()
 
 
+def test_more_tokens_than_the_cache_holds_are_refused():
+    """Nothing is written past the end of a cache."""
+    target, weights = target_of(CONFIG), packed("mxfp4")
+    lengths, counts = np.array([60], np.int32), np.array([8], np.int32)
+    with pytest.raises(Exception, match="more tokens than its cache has room for"):
+        step(target, (), weights, np.zeros((1, 8), np.int32), init_cache(target, 1, 64), lengths, counts, False)
+
+
 def test_the_cache_is_updated_in_place():
     """A donated cache is given back in its own memory: nothing of it is copied per round."""
     target, weights = target_of(CONFIG), packed("mxfp4")

@@ -1,0 +1,214 @@
+"""The native step's speed: beside llama.cpp in one interleaved run, and what a block costs in plain steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimo_jax.checkpoint.huggingface import read_hf_config
+from mimo_jax.decode import loop
+from mimo_jax.decode.sampling import Greedy
+from mimo_jax.decode.step import FusedStep
+from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
+from mimo_jax.errors import UserError
+from mimo_jax.evaluation import llama_cpp
+from mimo_jax.evaluation.acceptance import prompts_of
+from mimo_jax.generation import generate_batch
+from mimo_jax.layouts.native import NATIVE
+from mimo_jax.loading import Model, load
+from mimo_jax.training.corpus import load_tokens
+from mimo_jax.weights.params import part_bytes, weights
+from pallas_kernels.decode_step import NORMALLY, Running, read_stream, usable_paths
+
+Record = dict[str, Any]
+DEPTH, TOKENS = 192, 128  # of one-by-one decoding: context from 192 to 320
+BLOCK, BLOCKS, BLOCK_DEPTH = 8, 32, 128  # of reading in blocks: context from 128 to 384
+PROMPT = 512
+
+
+def prompt_of(model: Model, length: int, seed: int = 0) -> list[int]:
+    """Random token ids that end no text."""
+    ids = np.random.default_rng(seed).integers(1, model.config.vocab_size, 2 * length)
+    return [int(token) for token in ids if token not in model.stop_ids][:length]
+
+
+def plain_rate(model: Model, batch: int = 1, depth: int = DEPTH, tokens: int = TOKENS) -> float:
+    """Tokens per second of the loop that generates, all rows together; texts do not end."""
+    endless = dataclasses.replace(model, stop_ids=())
+    prompts = [prompt_of(model, depth, seed) for seed in range(batch)]
+    timing = generate_batch(endless, prompts, Greedy(), max_tokens=tokens)[0].timing
+    return timing.generated_tokens / timing.decode_seconds
+
+
+def spread_of(rate: Callable[[], float], repeats: int) -> dict[str, float]:
+    """Of several measurements, after one that compiles."""
+    rate()
+    return _spread([rate() for _ in range(repeats)])
+
+
+def heldout_prompts(data: Path, count: int) -> list[list[int]]:
+    """Stretches of held-out text."""
+    return prompts_of(load_tokens(data, "heldout"), count, 128)
+
+
+def prefill_rate(model: Model, length: int = PROMPT) -> float:
+    """Prompt tokens per second, up to the first token."""
+    decoder, prompt = model.decoder, prompt_of(model, length)
+    capacity = loop.capacity_for(length)
+    started = time.perf_counter()
+    jax.block_until_ready(loop.prefill(decoder, model.weights, [prompt], capacity))
+    return length / (time.perf_counter() - started)
+
+
+def block_rate(
+    model: Model, block: int = BLOCK, blocks: int = BLOCKS, depth: int = BLOCK_DEPTH, running: Running = NORMALLY
+) -> float:
+    """Tokens per second of a target that reads block after block and shows all logits: what verifying costs."""
+    step = FusedStep(model.config, running=running)
+    decoder = dataclasses.replace(model.decoder, step=step)
+    prompt, tokens = prompt_of(model, depth), np.array([prompt_of(model, block, 1)], np.int32)
+    cache, _, _ = loop.prefill(decoder, model.weights, [prompt], loop.capacity_for(depth + block * blocks))
+    started = time.perf_counter()
+    jax.block_until_ready(_read_blocks(step, model.params, tokens, cache, blocks))
+    return block * blocks / (time.perf_counter() - started)
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=3)
+def _read_blocks(step, params, tokens_1T, cache, blocks):
+    counts_1 = jnp.full(1, tokens_1T.shape[1], jnp.int32)
+
+    def body(_, carry):
+        tokens_1T, cache = carry
+        _, features, cache = step(params, tokens_1T, cache, counts_1)
+        return features.best, cache  # each block depends on the one before, as in decoding
+
+    return jax.lax.fori_loop(0, blocks, body, (tokens_1T, cache))[1]
+
+
+def path_rates(model: Model, repeats: int) -> Record:
+    """Tokens per second one by one and in blocks of 8, of each instruction-set path of this machine, interleaved."""
+    rates: dict[tuple[str, int], list[float]] = {(path, size): [] for path in usable_paths() for size in (1, BLOCK)}
+    for turn in range(repeats + 1):
+        for (path, size), found in rates.items():
+            rate = block_rate(model, size, BLOCKS * BLOCK // size // 2, running=Running(path))
+            if turn:  # the first compiles
+                found.append(rate)
+    return {f"{path}, blocks of {size}": _spread(found) for (path, size), found in rates.items()}
+
+
+def beside_llama_cpp(directory: Path, folder: Path, rounds: int, threads: int) -> Record:
+    """Medians over interleaved rounds of both rates and of their ratio, with the ranges.
+
+    llama.cpp gets its faster type of cache for each kind of work, found in the first round.
+    """
+    model = load(directory, draft=False)
+    if model.layout != "native":
+        raise UserError(f"benchmark: the native step is to be measured, and this is layout {model.layout!r}")
+    bench, file = llama_cpp.build(folder), folder / f"{directory.resolve().name}.gguf"
+    llama_cpp.convert(directory, file)
+    theirs = partial(llama_cpp.rates, bench, file, threads=threads, repeats=3)
+    works: dict[str, tuple[Callable[[], float], dict[str, int]]] = {
+        "plain": (lambda: plain_rate(model), {"generate": TOKENS, "depth": DEPTH}),
+        "blocks of 8": (lambda: block_rate(model), {"prompt": BLOCK * BLOCKS, "batch": BLOCK, "depth": BLOCK_DEPTH}),
+        f"prefill of {PROMPT}": (lambda: prefill_rate(model), {"prompt": PROMPT}),
+    }
+    record: Record = {}
+    for name, (ours, work) in works.items():
+        ours()  # compiles
+        caches = {cache: statistics.median(theirs(cache=cache, **work)) for cache in ("f16", "bf16")}
+        cache = max(caches, key=lambda cache: caches[cache])
+        pairs = [(ours(), statistics.median(theirs(cache=cache, **work))) for _ in range(rounds)]
+        record[name] = {
+            "ours": _spread([first for first, _ in pairs]),
+            "llama.cpp": _spread([second for _, second in pairs]),
+            "ratio": _spread([first / second for first, second in pairs]),
+            "llama.cpp's cache": cache,
+        }
+    return record
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def block_costs(plain: Model, drafting: Model, prompts: list[list[int]], tokens: int, rounds: int) -> Record:
+    """Per block size: tokens per round, what verifying and a whole round cost in plain steps, and the speed-up.
+
+    Everything is greedy, and interleaved over `rounds`; the prompts are those of the speed-up.
+    """
+    drafter = drafting.drafter
+    if not isinstance(drafter, FusedDFlashDrafter):
+        raise UserError("benchmark: no drafter to be measured beside the native step")
+    sizes = range(2, drafter.block_size + 1)
+    models = {size: _with_block(drafting, drafter, size) for size in sizes}
+    record: Record = {}
+    for size, model in models.items():
+        ratios, verify = [], []
+        for turn in range(rounds + 1):
+            one = _round_seconds(plain, prompts, tokens)
+            found = _round_seconds(model, prompts, tokens)
+            block = size / block_rate(plain, size) / one["round"]
+            if turn:  # the first compiles
+                ratios.append((found["rate"] / one["rate"], found["round"] / one["round"], found["tokens"]))
+                verify.append(block)
+        speedups, costs, accepted = zip(*ratios)
+        record[str(size)] = {
+            "tokens per round": statistics.median(accepted),
+            "verifying, plain steps": statistics.median(verify),
+            "round, plain steps": statistics.median(costs),
+            "times plain": _spread(list(speedups)),
+        }
+    return record
+
+
+def _with_block(model: Model, drafter: FusedDFlashDrafter, size: int) -> Model:
+    config = dataclasses.replace(drafter.config, block_size=size)
+    return dataclasses.replace(model, drafter=dataclasses.replace(drafter, config=config))
+
+
+def _round_seconds(model: Model, prompts: list[list[int]], tokens: int) -> dict[str, float]:
+    """Of decoding each prompt by itself: tokens per second, seconds per round, tokens per round."""
+    results = [generate_batch(model, [prompt], Greedy(), max_tokens=tokens)[0] for prompt in prompts]
+    seconds = sum(result.timing.decode_seconds for result in results)
+    made, rounds = (sum(getattr(result.acceptance, name) for result in results) for name in ("tokens", "rounds"))
+    return {"rate": made / seconds, "round": seconds / rounds, "tokens": made / rounds}
+
+
+def roofline(directory: Path, repeats: int) -> Record:
+    """Bytes of weights that one token reads over the time of a plain step, against a plain read of as many bytes."""
+    model, size = load(directory, draft=False), active_bytes(directory)
+    stream = jax.jit(lambda weights: read_stream(weights, size))
+    fractions, steps, reads = [], [], []
+    for turn in range(repeats + 1):
+        step = 1 / plain_rate(model)
+        started = time.perf_counter()
+        for _ in range(50):
+            jax.block_until_ready(stream(model.params[NATIVE]))
+        read = (time.perf_counter() - started) / 50
+        if turn:  # the first compiles
+            fractions.append(read / step), steps.append(size / step / 1e9), reads.append(size / read / 1e9)
+    return {
+        "bytes per step": size,
+        "step, GB/s": _spread(steps),
+        "streaming read, GB/s": _spread(reads),
+        "fraction": _spread(fractions),
+    }
+
+
+def active_bytes(directory: Path) -> int:
+    """Bytes of weights that one token reads: all but the embedding, and of each layer's experts the chosen ones."""
+    config, file_format = read_hf_config(directory)
+    total = 0.0
+    for weight in weights(dataclasses.replace(config, mtp_layers=0), file_format):
+        share = config.experts_per_token / config.num_experts if weight.row.kind == "expert" else 1
+        total += share * sum(part_bytes(part) for part in weight.parts)
+    return int(total) - part_bytes(next(weights(config, file_format)).parts[0])
