@@ -21,9 +21,9 @@ struct Span {  // rows [first, last)
 
 struct Query {
   const float* vector;  // rotated and scaled
-  float* out;  // V values
-  float sink;  // a logit without a value; -FLT_MAX for none
-  Span spans[3];  // the rows it sees
+  float* out;           // V values
+  float sink;           // a logit without a value; -FLT_MAX for none
+  Span spans[3];        // the rows it sees
 };
 
 // Puts a key of `dims` dimensions into a row.
@@ -43,7 +43,8 @@ inline void see_ring(Query& query, int first, int end, int rows) {
 template <int R, int N>
 void score(const Query* queries, const Rows& rows, int dims, int row, float* scores, size_t width) {
   F sum[R][N];
-  for (auto& q : sum) for (F& s : q) s = zero();
+  for (auto& q : sum)
+    for (F& s : q) s = zero();
   const float* keys = rows.keys + (size_t)row * dims;
   for (int d = 0; d < dims; d++, keys += LANES) {
     F key[N];
@@ -53,7 +54,8 @@ void score(const Query* queries, const Rows& rows, int dims, int row, float* sco
       for (int n = 0; n < N; n++) sum[r][n] = fma(key[n], value, sum[r][n]);
     }
   }
-  for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) store(scores + r * width + row + n * W, sum[r][n]);
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) store(scores + r * width + row + n * W, sum[r][n]);
 }
 
 // Scores become weights, 0 where the query sees nothing; returns their sum.
@@ -83,12 +85,15 @@ inline float soften(const Query& q, float* scores, int first, int last) {
   return sum(total) + (q.sink > -FLT_MAX ? std::exp(q.sink - top) : 0.f);
 }
 
-// N vectors of dimensions of the values, weighted and added up: even and odd rows apart, which makes two shorter chains.
+// N vectors of dimensions of the values, weighted and added up: even and odd rows apart, which makes two shorter
+// chains.
 template <int R, int N>
 void combine(const Query* queries, const Rows* sources, int source_count, const int* begin, const int* end,
              size_t value_dims, size_t dim, const float* scores, size_t width, const float* totals) {
   F sum[2][R][N];
-  for (auto& half : sum) for (auto& q : half) for (F& s : q) s = zero();
+  for (auto& half : sum)
+    for (auto& q : half)
+      for (F& s : q) s = zero();
   for (int i = 0; i < source_count; scores += sources[i++].count) {
     for (int row = begin[i]; row < end[i]; row += 2) {
       for (int half = 0; half < 2; half++) {
@@ -108,8 +113,8 @@ void combine(const Query* queries, const Rows* sources, int source_count, const 
 
 // R queries over all sources. What one query gets does not depend on who is attended beside it.
 template <int R>
-void attend_tile(const Query* queries, const Rows* sources, int source_count, int dims, size_t value_dims, float* scores,
-                 size_t width) {
+void attend_tile(const Query* queries, const Rows* sources, int source_count, int dims, size_t value_dims,
+                 float* scores, size_t width) {
   constexpr int one = LANES / W, wide = R == 1 ? 4 * one : 2 * one;
   int begin[2], end[2], offset = 0;  // of each source, as whole vectors of rows that any query sees
   for (int i = 0; i < source_count; i++) {
@@ -123,7 +128,8 @@ void attend_tile(const Query* queries, const Rows* sources, int source_count, in
     }
     end[i] = (end[i] + LANES - 1) / LANES * LANES;
     int row = begin[i];
-    for (; row + wide * W <= end[i]; row += wide * W) score<R, wide>(queries, sources[i], dims, row, scores + offset, width);
+    for (; row + wide * W <= end[i]; row += wide * W)
+      score<R, wide>(queries, sources[i], dims, row, scores + offset, width);
     for (; row < end[i]; row += LANES) score<R, one>(queries, sources[i], dims, row, scores + offset, width);
     offset += count;
   }
@@ -140,7 +146,8 @@ void attend_tile(const Query* queries, const Rows* sources, int source_count, in
 }
 
 // `value_dims` is a multiple of LANES; outputs have room for so many.
-inline void attend(const Query* queries, int count, const Rows* sources, int source_count, int dims, size_t value_dims) {
+inline void attend(const Query* queries, int count, const Rows* sources, int source_count, int dims,
+                   size_t value_dims) {
   constexpr int R = W == LANES ? 4 : 2;
   size_t width = 0;
   for (int i = 0; i < source_count; i++) width += sources[i].count;

@@ -49,8 +49,8 @@ struct DraftModel {
 // context; then a token for each draft, one after the other where a bias knows the token before.
 struct DraftArrays {
   const int32_t *anchors, *lengths, *text;  // [B], [B], [B][lookup]
-  float* logits;  // [B][M][C]
-  int32_t* tokens;  // [B][M]
+  float* logits;                            // [B][M][C]
+  int32_t* tokens;                          // [B][M]
   uint8_t* scratch;
 };
 
@@ -120,7 +120,8 @@ class Draft {
       for (int place = end - 1; place >= 0 && longest < d.s.longest_match; place--) {
         int length = 0;
         while (length < d.s.longest_match && length <= place && text[place - length] >= 0 &&
-               text[place - length] == text[end - length]) length++;
+               text[place - length] == text[end - length])
+          length++;
         if (length > longest) source = place, longest = length;
       }
       matched[b] = longest;
@@ -158,7 +159,8 @@ class Draft {
     const float* gain = d.w.vector(before == d.s.num_layers ? (int)DRAFT_SLOT_NORM : d.layer(before) + norm);
     std::vector<float> out(d.s.width);
     for (int m = row.first(count()); m < row.last(count()); m++) {
-      if (row.layer) for (int i = 0; i < d.s.width; i++) x.row(m)[i] += part.row(m)[i];
+      if (row.layer)
+        for (int i = 0; i < d.s.width; i++) x.row(m)[i] += part.row(m)[i];
       normalize(x.row(m), gain, out.data(), d.s.width, d.c.norm_eps);
       put(out.data(), d.s.width, normed, m);
     }
@@ -174,7 +176,8 @@ class Draft {
   void attend_head(int index, int b, int head) {
     const int N = d.s.block, Q = d.s.head_dim, group = d.s.heads / d.s.kv_heads, start = a.lengths[b];
     const int V = (int)d.value_dims(), block_rows = (int)padded(N, LANES);
-    const float *q_norm = d.w.vector(d.layer(index) + DRAFT_SLOT_Q_NORM), *k_norm = d.w.vector(d.layer(index) + DRAFT_SLOT_K_NORM);
+    const float *q_norm = d.w.vector(d.layer(index) + DRAFT_SLOT_Q_NORM),
+                *k_norm = d.w.vector(d.layer(index) + DRAFT_SLOT_K_NORM);
     const float* sinks = d.s.has_sink ? d.w.vector(d.layer(index) + DRAFT_SLOT_SINK) : nullptr;
     std::vector<float> keys((size_t)block_rows * Q), values((size_t)block_rows * V), angles, key(Q);
     std::vector<float> vectors((size_t)N * group * Q), outputs((size_t)N * group * V);
@@ -277,7 +280,7 @@ class Draft {
 
 // What the target has read becomes context: its auxiliary hidden states, as keys and values of every draft layer.
 struct ContextArrays {
-  const float* aux;  // [B][T][Z]
+  const float* aux;                 // [B][T][Z]
   const int32_t *lengths, *counts;  // [B]
   uint8_t* scratch;
   int steps, aux_width;
@@ -373,7 +376,9 @@ class Context {
   }
 
   // Of more tokens than the ring holds, only the last stay.
-  bool is_overwritten(int m) const { return tokens_[m].place + d.cache.rows < std::min(a.counts[tokens_[m].row], a.steps); }
+  bool is_overwritten(int m) const {
+    return tokens_[m].place + d.cache.rows < std::min(a.counts[tokens_[m].row], a.steps);
+  }
 
   const DraftModel d;
   const ContextArrays a{};

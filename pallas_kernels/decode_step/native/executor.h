@@ -1,7 +1,7 @@
 // Threads that claim the rows of a table in its order.
 //
-// The order is a linear extension of the dependencies, so whatever a claimed row waits for has been claimed before, by a
-// thread that finishes it: threads that come late, or never, delay nothing for ever, and one thread is enough.
+// The order is a linear extension of the dependencies, so whatever a claimed row waits for has been claimed before, by
+// a thread that finishes it: threads that come late, or never, delay nothing for ever, and one thread is enough.
 #pragma once
 
 #include <atomic>

@@ -11,7 +11,7 @@
 
 #include "simd.h"
 
-constexpr int GROUP = 32;  // columns whose sum is scaled at once; also the block of MXFP4
+constexpr int GROUP = 32;                        // columns whose sum is scaled at once; also the block of MXFP4
 constexpr int MOST_TOKENS = W == LANES ? 8 : 4;  // of one tile: their sums stay in registers
 
 enum Format { PLAIN_F32, PLAIN_BF16, FP8, MXFP4 };
@@ -26,8 +26,8 @@ struct Matrix {
   int blocks() const { return (rows + LANES - 1) / LANES; }
 };
 
-// Within each 8 columns, inputs and weights lie in this order: a shift then brings the codes of two columns to the ends of
-// their 16-bit words, where a machine that multiplies pairs needs them.
+// Within each 8 columns, inputs and weights lie in this order: a shift then brings the codes of two columns to the ends
+// of their 16-bit words, where a machine that multiplies pairs needs them.
 constexpr int ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 // Whether a product of such inputs has two sums.
@@ -61,9 +61,7 @@ struct Packed<FP8> {  // [block][column][lane]; a float32 scale per lane and 128
 template <>
 struct Packed<MXFP4> {  // [block][8 columns][lane]; an E8M0 scale per lane and group
   static constexpr int group_bytes = GROUP * LANES / 2, scale_bytes = LANES, groups_per_scale = 1;
-  static F at(const uint8_t* p, int lane, int k) {
-    return from_e2m1(p + LANES * 4 * (k / 8) + 4 * lane, ORDER[k % 8]);
-  }
+  static F at(const uint8_t* p, int lane, int k) { return from_e2m1(p + LANES * 4 * (k / 8) + 4 * lane, ORDER[k % 8]); }
   static F scale(const uint8_t* p, int lane) { return from_e8m0(p + lane); }
 };
 
@@ -93,7 +91,8 @@ void eight_columns(const uint8_t* p, int k, Pairs* pairs) {
     pairs_from_e4m3(p + LANES * k, pairs), pairs_from_e4m3(p + LANES * (k + 4), pairs + 2);
   } else {
     for (int i = 0; i < 4; i++)
-      pairs[i] = format == MXFP4 ? pairs_from_e2m1(p + LANES * 4 * (k / 8), i) : load_pairs(p + LANES * 4 * (k / 2 + i));
+      pairs[i] =
+          format == MXFP4 ? pairs_from_e2m1(p + LANES * 4 * (k / 8), i) : load_pairs(p + LANES * 4 * (k / 2 + i));
   }
 }
 
@@ -101,7 +100,8 @@ void eight_columns(const uint8_t* p, int k, Pairs* pairs) {
 template <int format, int M, int N>
 inline void multiply_group(const uint8_t* const* p, const Precise* const* x, int column, F (&part)[M][N]) {
   F rest[M][N];
-  for (auto& row : rest) for (F& s : row) s = zero();
+  for (auto& row : rest)
+    for (F& s : row) s = zero();
   for (int k = 0; k < GROUP; k += 8) {
     Pairs w[N][4];
     for (int n = 0; n < N; n++) eight_columns<format>(p[n], k, w[n]);
@@ -112,11 +112,13 @@ inline void multiply_group(const uint8_t* const* p, const Precise* const* x, int
         const Precise* pairs = x[m] + column + k + i;
         const Pairs upper = all_pairs(pairs), lower = all_pairs(pairs + 4);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) part[m][n] = dot(part[m][n], w[n][i], upper), rest[m][n] = dot(rest[m][n], w[n][i], lower);
+        for (int n = 0; n < N; n++)
+          part[m][n] = dot(part[m][n], w[n][i], upper), rest[m][n] = dot(rest[m][n], w[n][i], lower);
       }
     }
   }
-  for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) part[m][n] = add(part[m][n], rest[m][n]);
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) part[m][n] = add(part[m][n], rest[m][n]);
 }
 
 template <int format, int M, int N>
@@ -147,10 +149,12 @@ void tile(const Matrix& a, int block, const X* const* x, float* sums) {
   const uint8_t* scales = a.scales + block * block_scales;
   const size_t ahead = std::max<size_t>(N * W / LANES, 1) * block_bytes;  // the same place of the next tile
   F sum[M][N];
-  for (auto& row : sum) for (F& s : row) s = zero();
+  for (auto& row : sum)
+    for (F& s : row) s = zero();
   for (int group = 0; group < groups; group++) {
     F part[M][N];
-    for (auto& row : part) for (F& s : row) s = zero();
+    for (auto& row : part)
+      for (F& s : row) s = zero();
     const uint8_t* p[N];
     for (int n = 0; n < N; n++) {
       p[n] = data + n * W / LANES * block_bytes + (size_t)group * P::group_bytes;
@@ -164,7 +168,8 @@ void tile(const Matrix& a, int block, const X* const* x, float* sums) {
       for (int m = 0; m < M; m++) sum[m][n] = fma(part[m][n], scale, sum[m][n]);
     }
   }
-  for (int m = 0; m < M; m++) for (int n = 0; n < N; n++) store(sums + (m * N + n) * W, sum[m][n]);
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) store(sums + (m * N + n) * W, sum[m][n]);
 }
 
 // Steps `block` on for as long as whole tiles fit.

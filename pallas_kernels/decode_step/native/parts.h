@@ -10,7 +10,8 @@
 
 inline size_t padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// All weights in one array, and where each lies in it: rows of (data, scales, format, rows, columns), offsets in 64 bytes.
+// All weights in one array, and where each lies in it: rows of (data, scales, format, rows, columns), offsets in 64
+// bytes.
 struct Weights {
   const uint8_t* bytes;
   const int32_t* directory;
@@ -161,13 +162,15 @@ inline Best best_of(const float* x, int first, int last) {
   for (; i + W <= last; i += W) lanes = maximum(lanes, load(x + i));
   float top = largest(lanes);
   for (; i < last; i++) top = std::max(top, x[i]);
-  for (i = first; i < last; i++) if (x[i] == top) return {top, i};
+  for (i = first; i < last; i++)
+    if (x[i] == top) return {top, i};
   return {-INFINITY, first};  // NaN everywhere
 }
 
 // The same of several stretches, in their order.
 inline int best_of_shares(const Best* shares, int count) {
   Best best = shares[0];
-  for (int i = 1; i < count; i++) if (shares[i].value > best.value) best = shares[i];
+  for (int i = 1; i < count; i++)
+    if (shares[i].value > best.value) best = shares[i];
   return best.id;
 }

@@ -130,8 +130,9 @@ inline F first(F x, int count) {
 
 inline F from_e2m1(const uint8_t* p, int k) {
   // The two high bytes of each float by table; an index past it gives the zeros of the low ones.
-  const uint8x16x2_t bytes = {{{0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, 0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0},
-                               {0, 0, 0x80, 0xC0, 0, 0x40, 0x80, 0xC0, 0, 0, 0x80, 0xC0, 0, 0x40, 0x80, 0xC0}}};
+  const uint8x16x2_t bytes = {
+      {{0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, 0x80, 0xBF, 0xBF, 0xBF, 0xC0, 0xC0, 0xC0, 0xC0},
+       {0, 0, 0x80, 0xC0, 0, 0x40, 0x80, 0xC0, 0, 0, 0x80, 0xC0, 0, 0x40, 0x80, 0xC0}}};
   const uint32x4_t code = vandq_u32(vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(p)), vdupq_n_s32(-4 * k)), vdupq_n_u32(15));
   const uint32x4_t index = vmlaq_n_u32(vdupq_n_u32(0x0010FFFF), code, 0x01010000);
   return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(index)));
@@ -146,7 +147,9 @@ inline F from_e4m3(const uint8_t* p) {
   const int16x8_t wide = vshlq_n_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes))), 7);
   return vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(vget_low_s16(wide), vdup_n_s16((short)0xBFFF))));
 }
-inline F low_bf16(const uint8_t* p) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(vld1q_u8(p)), 16)); }
+inline F low_bf16(const uint8_t* p) {
+  return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(vld1q_u8(p)), 16));
+}
 inline F high_bf16(const uint8_t* p) {
   return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(vld1q_u8(p)), vdupq_n_u32(0xFFFF0000)));
 }
@@ -212,15 +215,15 @@ inline void widen(const Precise* p, float* out) {
 
 // Nibbles k and k + 4 of each lane. A word's fifth bit also selects, so every value stands in the table twice.
 inline Pairs pairs_from_e2m1(const uint8_t* p, int k) {
-  const __m256i values = _mm256_setr_epi16(0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,  //
+  const __m256i values = _mm256_setr_epi16(0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,   //
                                            (short)0x8000, (short)0xBF00, (short)0xBF80, (short)0xBFC0,  //
                                            (short)0xC000, (short)0xC040, (short)0xC080, (short)0xC0C0);
   const Pairs codes = _mm512_srli_epi16(_mm512_loadu_si512(p), 4 * k);
   return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(values));
 }
 
-// The two bytes of an E4M3 magnitude as bf16 (2^-8 of its value), for each of 128 codes; and which bytes of four columns
-// of low and of high bytes make pairs.
+// The two bytes of an E4M3 magnitude as bf16 (2^-8 of its value), for each of 128 codes; and which bytes of four
+// columns of low and of high bytes make pairs.
 struct E4m3Tables {
   alignas(64) uint8_t low[128], high[128], places[2][64];
   E4m3Tables() {
@@ -269,8 +272,9 @@ inline float largest(F x) {
   return top;
 }
 
-// e^x = 2^n e^r with |r| <= ln(2)/2, e^r by its Taylor polynomial: relative error below 2e-7. Outside of -87..88 it is the
-// value at the end. A NaN stays one: of a NaN and a number, both instruction sets' minimum and maximum return the second.
+// e^x = 2^n e^r with |r| <= ln(2)/2, e^r by its Taylor polynomial: relative error below 2e-7. Outside of -87..88 it is
+// the value at the end. A NaN stays one: of a NaN and a number, both instruction sets' minimum and maximum return the
+// second.
 inline F exponential(F x) {
   x = minimum(all(88.f), maximum(all(-87.f), x));
   const F n = round_even(mul(x, all(1.44269504f)));

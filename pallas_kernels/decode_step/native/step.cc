@@ -38,13 +38,14 @@ float* in_place(const FloatArray& given, ffi::Result<FloatArray>& result) {
   return result->typed_data();
 }
 
-ffi::Error step(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArray directory, IntArray tokens, IntArray lengths, IntArray counts,
-                FloatArray global_keys, FloatArray global_values, FloatArray sliding_keys, FloatArray sliding_values,
-                ffi::Result<FloatArray> logits, ffi::Result<FloatArray> hidden, ffi::Result<FloatArray> aux,
-                ffi::Result<IntArray> expert_counts, ffi::Result<IntArray> best, ffi::Result<FloatArray> new_global_keys,
+ffi::Error step(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArray directory, IntArray tokens,
+                IntArray lengths, IntArray counts, FloatArray global_keys, FloatArray global_values,
+                FloatArray sliding_keys, FloatArray sliding_values, ffi::Result<FloatArray> logits,
+                ffi::Result<FloatArray> hidden, ffi::Result<FloatArray> aux, ffi::Result<IntArray> expert_counts,
+                ffi::Result<IntArray> best, ffi::Result<FloatArray> new_global_keys,
                 ffi::Result<FloatArray> new_global_values, ffi::Result<FloatArray> new_sliding_keys,
-                ffi::Result<FloatArray> new_sliding_values, ffi::Result<ByteArray> scratch, IntSpan sizes, FloatSpan numbers,
-                IntSpan layers, IntSpan aux_layers, int32_t threads, int32_t delays) {
+                ffi::Result<FloatArray> new_sliding_values, ffi::Result<ByteArray> scratch, IntSpan sizes,
+                FloatSpan numbers, IntSpan layers, IntSpan aux_layers, int32_t threads, int32_t delays) {
   TargetArrays arrays = {};
   arrays.tokens = tokens.typed_data(), arrays.lengths = lengths.typed_data(), arrays.counts = counts.typed_data();
   arrays.global_keys = in_place(global_keys, new_global_keys);
@@ -70,8 +71,11 @@ ffi::Error step(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArra
 DraftModel draft_model(IntSpan sizes, FloatSpan numbers, const IntArray& directory, const ByteArray& weights,
                        float* keys, float* values, const FloatArray& shape) {
   const auto dims = shape.dimensions();  // of the values: [L][B][K][S][V]
-  return {read<DrafterSizes>(sizes), read<DrafterNumbers>(numbers), {weights.typed_data(), directory.typed_data()},
-          {keys, values, (int)dims[3]}, (int)dims[1]};
+  return {read<DrafterSizes>(sizes),
+          read<DrafterNumbers>(numbers),
+          {weights.typed_data(), directory.typed_data()},
+          {keys, values, (int)dims[3]},
+          (int)dims[1]};
 }
 
 ffi::Error draft(ffi::ThreadPool pool, IntArray table, ByteArray target_weights, IntArray target_directory,
@@ -89,11 +93,11 @@ ffi::Error draft(ffi::ThreadPool pool, IntArray table, ByteArray target_weights,
 
 ffi::Error context(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArray directory, FloatArray aux,
                    IntArray lengths, IntArray counts, FloatArray keys, FloatArray values,
-                   ffi::Result<FloatArray> new_keys, ffi::Result<FloatArray> new_values,
-                   ffi::Result<ByteArray> scratch, IntSpan sizes, FloatSpan numbers, int32_t threads, int32_t delays) {
-  const DraftModel model = draft_model(sizes, numbers, directory, weights, in_place(keys, new_keys),
-                                       in_place(values, new_values), values);
-  const ContextArrays arrays = {aux.typed_data(),      lengths.typed_data(),        counts.typed_data(),
+                   ffi::Result<FloatArray> new_keys, ffi::Result<FloatArray> new_values, ffi::Result<ByteArray> scratch,
+                   IntSpan sizes, FloatSpan numbers, int32_t threads, int32_t delays) {
+  const DraftModel model =
+      draft_model(sizes, numbers, directory, weights, in_place(keys, new_keys), in_place(values, new_values), values);
+  const ContextArrays arrays = {aux.typed_data(),      lengths.typed_data(),     counts.typed_data(),
                                 scratch->typed_data(), (int)aux.dimensions()[1], (int)aux.dimensions()[2]};
   Context work(model, arrays);
   if (!work.is_idle()) run(pool, table, std::move(work), threads, delays);
@@ -132,14 +136,32 @@ ffi::Error stream(ffi::ThreadPool pool, IntArray table, ByteArray weights, ffi::
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_step, step,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<IntArray>().Arg<ByteArray>().Arg<IntArray>()  // table, weights
-                                  .Arg<IntArray>().Arg<IntArray>().Arg<IntArray>()  // tokens, lengths, counts
-                                  .Arg<FloatArray>().Arg<FloatArray>().Arg<FloatArray>().Arg<FloatArray>()  // cache
-                                  .Ret<FloatArray>().Ret<FloatArray>().Ret<FloatArray>().Ret<IntArray>().Ret<IntArray>()
-                                  .Ret<FloatArray>().Ret<FloatArray>().Ret<FloatArray>().Ret<FloatArray>()  // cache
+                                  .Arg<IntArray>()
+                                  .Arg<ByteArray>()
+                                  .Arg<IntArray>()  // table, weights
+                                  .Arg<IntArray>()
+                                  .Arg<IntArray>()
+                                  .Arg<IntArray>()  // tokens, lengths, counts
+                                  .Arg<FloatArray>()
+                                  .Arg<FloatArray>()
+                                  .Arg<FloatArray>()
+                                  .Arg<FloatArray>()  // cache
+                                  .Ret<FloatArray>()
+                                  .Ret<FloatArray>()
+                                  .Ret<FloatArray>()
+                                  .Ret<IntArray>()
+                                  .Ret<IntArray>()
+                                  .Ret<FloatArray>()
+                                  .Ret<FloatArray>()
+                                  .Ret<FloatArray>()
+                                  .Ret<FloatArray>()  // cache
                                   .Ret<ByteArray>()
-                                  .Attr<IntSpan>("sizes").Attr<FloatSpan>("numbers").Attr<IntSpan>("layers")
-                                  .Attr<IntSpan>("aux_layers").Attr<int32_t>("threads").Attr<int32_t>("delays"));
+                                  .Attr<IntSpan>("sizes")
+                                  .Attr<FloatSpan>("numbers")
+                                  .Attr<IntSpan>("layers")
+                                  .Attr<IntSpan>("aux_layers")
+                                  .Attr<int32_t>("threads")
+                                  .Attr<int32_t>("delays"));
 
 extern "C" int64_t mimo_step_scratch(const int32_t* sizes, int tokens, int shown) {
   return (int64_t)Target::scratch_bytes(*(const TargetSizes*)sizes, tokens, shown);
@@ -148,28 +170,52 @@ extern "C" int64_t mimo_step_scratch(const int32_t* sizes, int tokens, int shown
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_draft, draft,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<IntArray>().Arg<ByteArray>().Arg<IntArray>().Arg<ByteArray>().Arg<IntArray>()
-                                  .Arg<IntArray>().Arg<IntArray>().Arg<IntArray>()  // anchors, lengths, text
-                                  .Arg<FloatArray>().Arg<FloatArray>()  // cache
-                                  .Ret<IntArray>().Ret<FloatArray>().Ret<ByteArray>()
-                                  .Attr<IntSpan>("sizes").Attr<FloatSpan>("numbers")
-                                  .Attr<int32_t>("threads").Attr<int32_t>("delays"));
+                                  .Arg<IntArray>()
+                                  .Arg<ByteArray>()
+                                  .Arg<IntArray>()
+                                  .Arg<ByteArray>()
+                                  .Arg<IntArray>()
+                                  .Arg<IntArray>()
+                                  .Arg<IntArray>()
+                                  .Arg<IntArray>()  // anchors, lengths, text
+                                  .Arg<FloatArray>()
+                                  .Arg<FloatArray>()  // cache
+                                  .Ret<IntArray>()
+                                  .Ret<FloatArray>()
+                                  .Ret<ByteArray>()
+                                  .Attr<IntSpan>("sizes")
+                                  .Attr<FloatSpan>("numbers")
+                                  .Attr<int32_t>("threads")
+                                  .Attr<int32_t>("delays"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_context, context,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<IntArray>().Arg<ByteArray>().Arg<IntArray>()
-                                  .Arg<FloatArray>().Arg<IntArray>().Arg<IntArray>()  // aux, lengths, counts
-                                  .Arg<FloatArray>().Arg<FloatArray>()  // cache
-                                  .Ret<FloatArray>().Ret<FloatArray>().Ret<ByteArray>()
-                                  .Attr<IntSpan>("sizes").Attr<FloatSpan>("numbers")
-                                  .Attr<int32_t>("threads").Attr<int32_t>("delays"));
+                                  .Arg<IntArray>()
+                                  .Arg<ByteArray>()
+                                  .Arg<IntArray>()
+                                  .Arg<FloatArray>()
+                                  .Arg<IntArray>()
+                                  .Arg<IntArray>()  // aux, lengths, counts
+                                  .Arg<FloatArray>()
+                                  .Arg<FloatArray>()  // cache
+                                  .Ret<FloatArray>()
+                                  .Ret<FloatArray>()
+                                  .Ret<ByteArray>()
+                                  .Attr<IntSpan>("sizes")
+                                  .Attr<FloatSpan>("numbers")
+                                  .Attr<int32_t>("threads")
+                                  .Attr<int32_t>("delays"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_stream, stream,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<IntArray>().Arg<ByteArray>().Ret<ByteArray>()
-                                  .Attr<int64_t>("count").Attr<int32_t>("threads").Attr<int32_t>("delays"));
+                                  .Arg<IntArray>()
+                                  .Arg<ByteArray>()
+                                  .Ret<ByteArray>()
+                                  .Attr<int64_t>("count")
+                                  .Attr<int32_t>("threads")
+                                  .Attr<int32_t>("delays"));
 
 extern "C" int64_t mimo_draft_scratch(const int32_t* sizes, int batch) {
   return (int64_t)Draft::scratch_bytes(*(const DrafterSizes*)sizes, batch);

@@ -9,7 +9,7 @@
 struct TargetArrays {
   const int32_t *tokens, *lengths, *counts;  // [B][T], [B], [B]
   float *global_keys, *global_values, *sliding_keys, *sliding_values;
-  float *logits, *hidden, *aux;  // [B][shown][C], [B][T][D], [B][T][aux layers][D]
+  float *logits, *hidden, *aux;   // [B][shown][C], [B][T][D], [B][T][aux layers][D]
   int32_t *expert_counts, *best;  // [MoE layers][E], [B][shown]
   uint8_t* scratch;
   int batch, steps, shown, global_rows, sliding_rows;
@@ -91,7 +91,8 @@ class Target {
     expert_hidden = Inputs::of(arena, pairs, s.expert_features);
     rotary = arena.take<float>(tokens * 2 * s.rotary);
     picks = arena.take<Best>(shown * MOST_SHARES);
-    pairs_ = arena.take<Pair>(pairs), active_ = arena.take<int>(s.experts + 1), starts_ = arena.take<int>(s.experts + 1);
+    pairs_ = arena.take<Pair>(pairs), active_ = arena.take<int>(s.experts + 1),
+    starts_ = arena.take<int>(s.experts + 1);
     chosen_ = arena.take<int>(pairs);
   }
 
@@ -125,12 +126,14 @@ class Target {
   // Norm 2 i stands before layer i, norm 2 i + 1 in it, the last one after all layers.
   void norm(const Row& row) {
     const int before = row.layer / 2, is_last = before == s.num_layers;
-    const float* gain = w.vector(is_last ? SLOT_NORM : layer(before) + (row.layer % 2 ? SLOT_POST_NORM : SLOT_INPUT_NORM));
+    const float* gain =
+        w.vector(is_last ? SLOT_NORM : layer(before) + (row.layer % 2 ? SLOT_POST_NORM : SLOT_INPUT_NORM));
     thread_local std::vector<float> normal;
     normal.resize(s.width);
     for (int m = row.first(count()); m < row.last(count()); m++) {
       float *stream = x.row(m), *out = normal.data();
-      if (row.layer) for (int i = 0; i < s.width; i++) stream[i] += part.row(m)[i];
+      if (row.layer)
+        for (int i = 0; i < s.width; i++) stream[i] += part.row(m)[i];
       normalize(stream, gain, out, s.width, c.norm_eps);
       put(out, s.width, normed, m);
       if (row.layer % 2) {
@@ -147,7 +150,8 @@ class Target {
   // A unit is a key/value head of a batch row: it rotates, writes to the cache, and attends for its query heads.
   void attend_heads(const Row& row) {
     const int heads = kv_heads(row.layer), units = heads * a.batch;
-    for (int unit = row.first(units); unit < row.last(units); unit++) attend_head(row.layer, unit / heads, unit % heads);
+    for (int unit = row.first(units); unit < row.last(units); unit++)
+      attend_head(row.layer, unit / heads, unit % heads);
   }
 
   void attend_head(int index, int batch_row, int head) {
@@ -181,7 +185,8 @@ class Target {
         rotate(query, cos, sin, rotated());
         for (int i = 0; i < Q; i++) query[i] *= scale_;
         const int first = sliding ? std::max(0, token.position - s.window + 1) : 0;
-        const float sink = w.has(layer(index) + SLOT_SINK) ? w.vector(layer(index) + SLOT_SINK)[head * group + g] : -FLT_MAX;
+        const float sink =
+            w.has(layer(index) + SLOT_SINK) ? w.vector(layer(index) + SLOT_SINK)[head * group + g] : -FLT_MAX;
         queries.push_back({query, outputs.data() + number * V_padded, sink, {}});
         see_ring(queries.back(), first, token.position + 1, rows);
       }

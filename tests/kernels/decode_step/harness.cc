@@ -29,7 +29,8 @@ static T* as(Array& array) {
 
 template <class Work>
 static void run(Array& table, Work work, int threads, int delays) {
-  auto round = std::make_shared<Round<Work>>(as<Row>(table), (int)(table.size() / sizeof(Row)), std::move(work), delays);
+  auto round =
+      std::make_shared<Round<Work>>(as<Row>(table), (int)(table.size() / sizeof(Row)), std::move(work), delays);
   std::vector<std::thread> helpers;
   for (int i = 1; i < threads; i++) helpers.emplace_back([round] { round->help(); });
   round->help();
@@ -42,31 +43,49 @@ static std::vector<float> step(std::vector<Array> a, int threads, int delays) {
   const int32_t* shape = as<int32_t>(a[14]);  // batch, steps, global rows, sliding rows, expert layers
   const TargetSizes& sizes = *as<TargetSizes>(a[0]);
   const int batch = shape[0], steps = shape[1], aux = (int)a[3].size() / 4;
-  std::vector<float> logits(batch * steps * sizes.vocab), hidden(batch * steps * sizes.width), taps(hidden.size() * aux);
+  std::vector<float> logits(batch * steps * sizes.vocab), hidden(batch * steps * sizes.width),
+      taps(hidden.size() * aux);
   std::vector<int32_t> counts(shape[4] * sizes.experts), best(batch * steps);
   Array scratch(Target::scratch_bytes(sizes, batch * steps, batch * steps));
-  const TargetArrays arrays = {as<int32_t>(a[7]), as<int32_t>(a[8]), as<int32_t>(a[9]), as<float>(a[10]),
-                               as<float>(a[11]),  as<float>(a[12]),  as<float>(a[13]),  logits.data(),
-                               hidden.data(),     taps.data(),       counts.data(),     best.data(),
-                               scratch.data(),    batch,             steps,             steps,
-                               shape[2],          shape[3]};
+  const TargetArrays arrays = {as<int32_t>(a[7]),
+                               as<int32_t>(a[8]),
+                               as<int32_t>(a[9]),
+                               as<float>(a[10]),
+                               as<float>(a[11]),
+                               as<float>(a[12]),
+                               as<float>(a[13]),
+                               logits.data(),
+                               hidden.data(),
+                               taps.data(),
+                               counts.data(),
+                               best.data(),
+                               scratch.data(),
+                               batch,
+                               steps,
+                               steps,
+                               shape[2],
+                               shape[3]};
   const Weights weights = {a[5].data(), as<int32_t>(a[6])};
-  run(a[4], Target(sizes, *as<TargetNumbers>(a[1]), as<int32_t>(a[2]), as<int32_t>(a[3]), aux, weights, arrays), threads,
-      delays);
+  run(a[4], Target(sizes, *as<TargetNumbers>(a[1]), as<int32_t>(a[2]), as<int32_t>(a[3]), aux, weights, arrays),
+      threads, delays);
   return logits;
 }
 
-// sizes, numbers, table, target's weights, its directory, weights, directory, anchors, lengths, text, keys, values, rows.
+// sizes, numbers, table, target's weights, its directory, weights, directory, anchors, lengths, text, keys, values,
+// rows.
 static std::vector<float> draft(std::vector<Array> a, int threads, int delays) {
   const DrafterSizes& sizes = *as<DrafterSizes>(a[0]);
   const int batch = (int)a[7].size() / 4;
   std::vector<float> logits(batch * (sizes.block - 1) * sizes.target_vocab);
   std::vector<int32_t> tokens(batch * (sizes.block - 1));
   Array scratch(Draft::scratch_bytes(sizes, batch));
-  const DraftModel model = {sizes, *as<DrafterNumbers>(a[1]), {a[5].data(), as<int32_t>(a[6])},
-                            {as<float>(a[10]), as<float>(a[11]), *as<int32_t>(a[12])}, batch};
-  const DraftArrays arrays = {as<int32_t>(a[7]), as<int32_t>(a[8]), as<int32_t>(a[9]), logits.data(), tokens.data(),
-                              scratch.data()};
+  const DraftModel model = {sizes,
+                            *as<DrafterNumbers>(a[1]),
+                            {a[5].data(), as<int32_t>(a[6])},
+                            {as<float>(a[10]), as<float>(a[11]), *as<int32_t>(a[12])},
+                            batch};
+  const DraftArrays arrays = {as<int32_t>(a[7]), as<int32_t>(a[8]), as<int32_t>(a[9]),
+                              logits.data(),     tokens.data(),     scratch.data()};
   run(a[2], Draft(model, {a[3].data(), as<int32_t>(a[4])}, arrays), threads, delays);
   logits.insert(logits.end(), tokens.begin(), tokens.end());
   return logits;
