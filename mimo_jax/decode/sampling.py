@@ -104,8 +104,8 @@ def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Arr
 def _least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: Array | int) -> Float[Array, "*B 1"]:
     """The largest entry t of `p` for which the `weights` of all entries from t on sum up to `wanted`; 0 if none does.
 
-    The bits of floats from 0 to 1 are in their order, so t is found some bits at a time: on a GPU passes over the entries
-    are what costs, on a CPU comparisons. To sort instead would bring a vocabulary together that devices share.
+    The bits of floats from 0 to 1 are in their order, so t is found some bits at a time: on a GPU it is passes over the
+    entries that cost, on a CPU comparisons. To sort instead would bring a vocabulary together that devices share.
     """
     step = 1 if jax.default_backend() == "cpu" else 5
     bits = jax.lax.bitcast_convert_type(p, jnp.int32)

@@ -121,9 +121,10 @@ def _compile(compiler: str, name: str, target: Path) -> Path:
     print("compiling the native step (once for this machine; about 15 seconds)", file=sys.stderr)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(dir=target.parent)
     except OSError as error:
-        raise Unavailable(f"{target.parent} cannot be written ({error.strerror}); set ${CACHE}") from None
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        raise Unavailable(f"{target.parent} cannot be written ({error.strerror}); name a folder in ${CACHE}") from None
+    with work as folder:
         (Path(folder) / "names.h").write_text(header())
         built = Path(folder) / "step.so"
         includes = (f"-I{folder}", f"-I{FOLDER}", f"-isystem{jax.ffi.include_dir()}")
@@ -138,8 +139,13 @@ def _compile(compiler: str, name: str, target: Path) -> Path:
 
 @functools.cache
 def load(path: str | None = None) -> ctypes.CDLL:
-    """The library of a path."""
-    return ctypes.CDLL(str(library(path)))
+    """The library of a path; one that is damaged is compiled again."""
+    file = library(path)
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError:
+        file.unlink(missing_ok=True)
+        return ctypes.CDLL(str(library(path)))
 
 
 @functools.cache

@@ -221,6 +221,25 @@ def test_another_source_compiler_or_machine_is_another_library(monkeypatch, tmp_
     assert len(names) == 5
 
 
+def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
+    """A file that is no library is replaced, not reported."""
+    whole = build.library().read_bytes()
+    monkeypatch.setenv(build.CACHE, str(tmp_path))
+    monkeypatch.setattr(build, "_compile", lambda compiler, name, target: target.write_bytes(whole) and target)
+    build.library().write_bytes(b"no library")
+    assert build.load.__wrapped__().mimo_step
+    assert build.library().read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_said(monkeypatch):
+    """The reason names the folder and the variable that names another."""
+    monkeypatch.setenv(build.CACHE, "/proc/native")
+    with pytest.raises(
+        build.Unavailable, match=r"/proc/native cannot be written .*; name a folder in \$MIMO_NATIVE_CACHE"
+    ):
+        build.library()
+
+
 def test_a_cpu_gets_the_paths_it_can_run(monkeypatch):
     """Features decide, the fastest path first; a machine that none serves is told so."""
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
