@@ -210,7 +210,8 @@ def test_a_step_reduces_twice_per_layer_and_moves_no_weight(mesh):
     """A compiled step: one sum for the embedding, two per layer, the router's scores; no gathered weight."""
     model = model_of("mxfp4", MESHES[mesh])
     cache = place(init_cache(model.config, 1, 256), model.mesh)
-    step = jax.jit(FlaxStep(model.config, (), model.mesh))
+    # Without the most likely tokens: two more sums over devices, where greedy decoding asks for them.
+    step = jax.jit(lambda *arguments: FlaxStep(model.config, (), model.mesh)(*arguments)[::2])
     text = step.lower(model.params, jnp.zeros((1, 8), jnp.int32), cache, jnp.array([8])).compile().as_text()
     found = collections.Counter()
     for dtype, dims, kind in COLLECTIVE.findall(text):

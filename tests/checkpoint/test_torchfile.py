@@ -131,11 +131,11 @@ BAD_PICKLES = {
 def test_bad_pickles_are_one_line(case: str, tmp_path) -> None:
     """A pickle made to hang, to fill memory or to leave the format ends at once as one short line naming the file."""
     pickled, message = BAD_PICKLES[case]
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(UserError, match=message) as caught:
         opened(tmp_path, with_record("data.pkl", pickled))
     assert "x.pt" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
 
 
 OUT_OF_BOUNDS = {
