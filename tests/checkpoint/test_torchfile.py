@@ -135,7 +135,7 @@ def test_bad_pickles_are_one_line(case: str, tmp_path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         opened(tmp_path, with_record("data.pkl", pickled))
     assert "x.pt" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert time.thread_time() - started < 1
+    assert time.thread_time() - started < 5  # seconds; a hang has none that would do
 
 
 OUT_OF_BOUNDS = {
