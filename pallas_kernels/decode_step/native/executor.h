@@ -5,6 +5,9 @@
 #pragma once
 
 #include <atomic>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -23,6 +26,27 @@ struct Row {
 struct alignas(64) Counter {
   std::atomic<int> value{0};
 };
+
+// Linux likes to wake a helper on the core of the thread that called it, and takes milliseconds to part them.
+inline int this_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+inline void leave_core(int core) {
+#if defined(__linux__)
+  if (sched_getcpu() != core) return;
+  cpu_set_t allowed, others;
+  if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  others = allowed;
+  CPU_CLR(core, &others);
+  if (!CPU_COUNT(&others)) return;
+  sched_setaffinity(0, sizeof others, &others);
+  sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
 
 // A round on its way. Helpers hold it by a shared pointer: one that starts after the end finds no row to claim.
 template <class Work>

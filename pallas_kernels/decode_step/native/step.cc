@@ -26,7 +26,8 @@ void run(ffi::ThreadPool pool, const IntArray& table, Work work, int threads, in
   const int rows = (int)table.dimensions()[0];
   auto round = std::make_shared<Round<Work>>((const Row*)table.typed_data(), rows, std::move(work), delays);
   const int helpers = (threads ? threads : (int)pool.num_threads()) - 1;
-  for (int i = 0; i < helpers; i++) pool.Schedule([round] { round->help(); });
+  const int core = this_core();
+  for (int i = 0; i < helpers; i++) pool.Schedule([round, core] { leave_core(core), round->help(); });
   round->help();
   round->finish();
 }
