@@ -116,6 +116,10 @@ def step(
 ) -> StepOutputs:
     """Reads the first `counts_B` tokens of each row after `lengths_B` others; logits of all T, or of the last one."""
     batch, steps = tokens_BT.shape
+    if steps > CHUNK:
+        raise ValueError(
+            f"step: {steps} tokens of each row in one call; at most {CHUNK}, or a ring would overwrite them"
+        )
     shown, width, sizes = 1 if last_only else steps, target.width, sizes_of(target)
     layers = [layer.is_sliding + 2 * layer.has_experts for layer in target.layers]
     results = [

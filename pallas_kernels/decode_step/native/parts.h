@@ -34,9 +34,11 @@ struct Weights {
   const float* vector(int slot) const { return (const float*)matrix(slot).data; }
   bool has(int slot) const { return directory[5 * slot + 3] > 0; }
 
-  // Row `index` of a table that is stored as it is: bf16 or float32 [rows][columns].
+  // Row `index` of a table that is stored as it is: bf16 or float32 [rows][columns]. Beyond its ends, as XLA's gather
+  // does, the row there.
   void look_up(int slot, int index, float* out) const {
     const Matrix a = matrix(slot);
+    index = std::min(std::max(index, 0), a.rows - 1);
     if (a.format == PLAIN_F32) return (void)std::memcpy(out, a.data + 4 * (size_t)index * a.cols, 4 * a.cols);
     const uint16_t* row = (const uint16_t*)a.data + (size_t)index * a.cols;
     for (int i = 0; i < a.cols; i++) {

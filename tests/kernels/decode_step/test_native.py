@@ -126,6 +126,13 @@ def test_more_tokens_than_the_cache_holds_are_refused():
         step(target, (), weights, np.zeros((1, 8), np.int32), init_cache(target, 1, 64), lengths, counts, False)
 
 
+def test_longer_chunks_than_a_ring_keeps_are_refused():
+    """The error names the number and the limit."""
+    target, weights, none = target_of(CONFIG), packed("mxfp4"), np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match="129 tokens of each row in one call; at most 128"):
+        step(target, (), weights, np.zeros((1, 129), np.int32), init_cache(target, 1, 512), none, none, False)
+
+
 def test_the_cache_is_updated_in_place():
     """A donated cache is given back in its own memory: nothing of it is copied per round."""
     target, weights = target_of(CONFIG), packed("mxfp4")
