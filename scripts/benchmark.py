@@ -2,6 +2,7 @@
 
 scripts/benchmark.py decode                # ms per token of the bundled model beside transformers (needs torch)
 scripts/benchmark.py decode --beside llama.cpp --llama runs/llama.cpp    # plain, blocks, prefill; builds it there
+scripts/benchmark.py random --out DIR      # a checkpoint of 105 M random weights for it (--model DIR)
 scripts/benchmark.py step                  # the native step: batches, block sizes, and how near to the memory's speed
 scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
 scripts/benchmark.py slice --layers 2         # one device's share of the full model, random weights
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
 from mimo_jax.cli.options import Parser, add_drafter_options, named_folders, need_packages
-from mimo_jax.cli.values import HOTTEST, SEED, output_folder, real, whole
+from mimo_jax.cli.values import HOTTEST, SEED, new_folder, output_folder, real, whole
 
 
 def decode_command(args: argparse.Namespace) -> dict:
@@ -65,11 +66,16 @@ def _beside_transformers(directory: Path | None, args: argparse.Namespace) -> di
 
 
 def step_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.checkpoint.dflash import has_drafter
     from mimo_jax.evaluation import native_speed
+    from mimo_jax.evaluation.acceptance import prompts_of
     from mimo_jax.loading import BUNDLED, load
+    from mimo_jax.training.corpus import load_tokens
 
     directory = Path(args.model or BUNDLED)
-    plain, drafting = load(directory, draft=False), load(directory, draft=True)
+    drafts = has_drafter(directory)
+    prompts = prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts, 128) if drafts else []
+    plain = load(directory, draft=False)
     record: dict = {"batch": {}}
     for batch in (1, 4, 16):
         rate = native_speed.spread_of(lambda batch=batch: native_speed.plain_rate(plain, batch), args.repeats)
@@ -78,15 +84,16 @@ def step_command(args: argparse.Namespace) -> dict:
     record["paths"] = native_speed.path_rates(plain, args.repeats)
     for name, row in record["paths"].items():
         print(name + ": {median:.0f} tokens/s ({lowest:.0f} to {highest:.0f})".format(**row))
-    record["roofline"] = found = native_speed.roofline(directory, args.repeats)
+    size = native_speed.active_bytes(directory)
+    record["roofline"] = found = native_speed.roofline(plain, size, args.repeats)
     print(
         "one token reads {:.1f} MB: {:.1f} GB/s, {:.2f} of a streaming read".format(
-            found["bytes per step"] / 1e6, found["step, GB/s"]["median"], found["fraction"]["median"]
+            size / 1e6, found["step, GB/s"]["median"], found["fraction"]["median"]
         )
     )
-    if not hasattr(drafting.drafter, "config"):
+    if not drafts:
         return record
-    prompts = native_speed.heldout_prompts(Path(args.data), args.prompts)
+    drafting = load(directory, draft=True)
     record["blocks"] = native_speed.block_costs(plain, drafting, prompts, args.tokens, args.repeats)
     for size, row in record["blocks"].items():
         print(
@@ -95,6 +102,13 @@ def step_command(args: argparse.Namespace) -> dict:
             "{median:.2f} times plain ({lowest:.2f} to {highest:.2f})".format(**row["times plain"])
         )
     return record
+
+
+def random_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation.random_checkpoint import write_random
+
+    write_random(args.out, seed=args.seed, router_bias=args.router_bias)
+    return {"checkpoint": str(args.out), "seed": args.seed, "router_bias": args.router_bias}
 
 
 def speculation_command(args: argparse.Namespace) -> dict:
@@ -183,6 +197,11 @@ def parser() -> Parser:
     share.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
     share.add_argument("--repeats", type=whole(1), default=5)
     share.set_defaults(command=slice_command)
+    random = commands.add_parser("random", help="writes a checkpoint of 105 M random weights, larger than the bundled")
+    random.add_argument("--out", type=new_folder, required=True, help="folder of the checkpoint, which must not exist")
+    random.add_argument("--seed", type=whole(0, SEED), default=0)
+    random.add_argument("--router-bias", type=real(0, 1000), default=60.0, help="0: routing depends on the token")
+    random.set_defaults(command=random_command)
     step = commands.add_parser("step", help="the native step: batches, block sizes, share of the memory's speed")
     step.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     step.add_argument("--data", default="runs/corpus", help="folder of the corpus")

@@ -6,11 +6,13 @@ Its cache has a fixed size: neither memory nor time per round grows with the con
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.drafter import LONGEST_MATCH, DrafterConfig
 from mimo_jax.config.model import SLIDING
@@ -28,7 +30,7 @@ from mimo_jax.weights import Params
 class DraftCache:
     """A ring per draft layer, and the newest S tokens for prompt lookup, the last one at the end; -1: none yet."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Any, ...]  # `LayerCache`s; beside a fused step the stacks of all layers' keys and of their values
     text: Int[Array, "B S"]
 
 
@@ -51,26 +53,33 @@ class DFlashDrafter:
         return self.config.acceptance_length
 
     def init_cache(self, batch: int, capacity: int) -> DraftCache:
+        return DraftCache(self.empty_rings(batch), jnp.full((batch, self.config.lookup), -1, jnp.int32))
+
+    def update_cache(self, weights: Weights, cache: DraftCache, read: ReadTokens) -> DraftCache:
+        text_BS = jnp.concatenate([cache.text, read.tokens_BT], axis=1)
+        newest_BS = read.counts_B[:, None] + jnp.arange(self.config.lookup)
+        layers = self.updated_rings(weights, cache.layers, read)
+        return DraftCache(layers, jnp.take_along_axis(text_BS, newest_BS, axis=1))
+
+    def empty_rings(self, batch: int) -> tuple[Any, ...]:
+        """`DraftCache.layers` before there is any context."""
         config = self.config
         shape = (batch, config.num_kv_heads, config.window + config.block_size, config.head_dim)
 
         def empty() -> Array:
             return jnp.zeros(shape, config.dtype)
 
-        layers = tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
-        return DraftCache(layers, jnp.full((batch, config.lookup), -1, jnp.int32))
+        return tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
 
-    def update_cache(self, weights: Weights, cache: DraftCache, read: ReadTokens) -> DraftCache:
+    def updated_rings(self, weights: Weights, layers: tuple[Any, ...], read: ReadTokens) -> tuple[Any, ...]:
+        """`DraftCache.layers` after what the target has read."""
         lengths_B, counts_B = read.lengths_B, read.counts_B
         positions_BT = lengths_B[:, None] + jnp.arange(read.tokens_BT.shape[1])
         module, params = DFlash(self.config), {"params": weights.drafter}
         new = module.apply(params, read.features.aux, positions_BT, method="context")
-        layers = tuple(
-            append(held, keys, values, lengths_B, counts_B, SLIDING) for held, (keys, values) in zip(cache.layers, new)
+        return tuple(
+            append(held, keys, values, lengths_B, counts_B, SLIDING) for held, (keys, values) in zip(layers, new)
         )
-        text_BS = jnp.concatenate([cache.text, read.tokens_BT], axis=1)
-        newest_BS = counts_B[:, None] + jnp.arange(self.config.lookup)
-        return DraftCache(layers, jnp.take_along_axis(text_BS, newest_BS, axis=1))
 
     def propose(self, context: DraftContext) -> Draft:
         cache, target, module = context.cache, context.weights.target, DFlash(self.config)
@@ -80,11 +89,17 @@ class DFlashDrafter:
         guesses = self._guesses(target, cache.text, context.anchor_B) if self.config.lookup else None
         hidden_BND = apply(anchor_BD, context.lengths_B, cache.layers, positions_BS, guesses)
         logits_BMC = linear(hidden_BND[:, 1:], target["head"], jnp.float32)
+        return self.draw(context, logits_BMC, partial(apply, method="bias"))
+
+    def draw(
+        self, context: DraftContext, logits_BMC: Float[Array, "B M C"], bias_of: Callable[[Array], Array]
+    ) -> Draft:
+        """Draft after draft, from their logits and what `bias_of` the token before adds."""
 
         def logits_of(position: int, previous_B: Array, carry: None) -> tuple[Array, None]:
             logits_BC = logits_BMC[:, position]
             if self.config.bias_rank:
-                bias_BC = apply(previous_B, method="bias")
+                bias_BC = bias_of(previous_B)
                 logits_BC += jnp.pad(bias_BC, ((0, 0), (0, logits_BC.shape[1] - bias_BC.shape[1])))
             return mask_unknown(logits_BC, self.config.vocab_size), carry
 

@@ -21,11 +21,10 @@ from mimo_jax.decode.step import FusedStep
 from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.evaluation import llama_cpp
-from mimo_jax.evaluation.acceptance import prompts_of
+from mimo_jax.evaluation.speed import spread
 from mimo_jax.generation import generate_batch
 from mimo_jax.layouts.native import NATIVE
 from mimo_jax.loading import Model, load
-from mimo_jax.training.corpus import load_tokens
 from mimo_jax.weights.params import part_bytes, weights
 from pallas_kernels.decode_step import NORMALLY, Running, read_stream, usable_paths
 
@@ -52,12 +51,7 @@ def plain_rate(model: Model, batch: int = 1, depth: int = DEPTH, tokens: int = T
 def spread_of(rate: Callable[[], float], repeats: int) -> dict[str, float]:
     """Of several measurements, after one that compiles."""
     rate()
-    return _spread([rate() for _ in range(repeats)])
-
-
-def heldout_prompts(data: Path, count: int) -> list[list[int]]:
-    """Stretches of held-out text."""
-    return prompts_of(load_tokens(data, "heldout"), count, 128)
+    return spread([rate() for _ in range(repeats)])
 
 
 def prefill_rate(model: Model, length: int = PROMPT) -> float:
@@ -103,7 +97,7 @@ def path_rates(model: Model, repeats: int) -> Record:
             rate = block_rate(model, size, BLOCKS * BLOCK // size // 2, running=Running(path))
             if turn:  # the first compiles
                 found.append(rate)
-    return {f"{path}, blocks of {size}": _spread(found) for (path, size), found in rates.items()}
+    return {f"{path}, blocks of {size}": spread(found) for (path, size), found in rates.items()}
 
 
 def beside_llama_cpp(directory: Path, folder: Path, rounds: int, threads: int) -> Record:
@@ -129,16 +123,12 @@ def beside_llama_cpp(directory: Path, folder: Path, rounds: int, threads: int) -
         cache = max(caches, key=lambda cache: caches[cache])
         pairs = [(ours(), statistics.median(theirs(cache=cache, **work))) for _ in range(rounds)]
         record[name] = {
-            "ours": _spread([first for first, _ in pairs]),
-            "llama.cpp": _spread([second for _, second in pairs]),
-            "ratio": _spread([first / second for first, second in pairs]),
+            "ours": spread([first for first, _ in pairs]),
+            "llama.cpp": spread([second for _, second in pairs]),
+            "ratio": spread([first / second for first, second in pairs]),
             "llama.cpp's cache": cache,
         }
     return record
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def block_costs(plain: Model, drafting: Model, prompts: list[list[int]], tokens: int, rounds: int) -> Record:
@@ -166,7 +156,7 @@ def block_costs(plain: Model, drafting: Model, prompts: list[list[int]], tokens:
             "tokens per round": statistics.median(accepted),
             "verifying, plain steps": statistics.median(verify),
             "round, plain steps": statistics.median(costs),
-            "times plain": _spread(list(speedups)),
+            "times plain": spread(list(speedups)),
         }
     return record
 
@@ -184,9 +174,8 @@ def _round_seconds(model: Model, prompts: list[list[int]], tokens: int) -> dict[
     return {"rate": made / seconds, "round": seconds / rounds, "tokens": made / rounds}
 
 
-def roofline(directory: Path, repeats: int) -> Record:
-    """Bytes of weights that one token reads over the time of a plain step, against a plain read of as many bytes."""
-    model, size = load(directory, draft=False), active_bytes(directory)
+def roofline(model: Model, size: int, repeats: int) -> Record:
+    """The `size` bytes of weights that one token reads over the time of a plain step, against a plain read of them."""
     stream = jax.jit(lambda weights: read_stream(weights, size))
     fractions, steps, reads = [], [], []
     for turn in range(repeats + 1):
@@ -199,9 +188,9 @@ def roofline(directory: Path, repeats: int) -> Record:
             fractions.append(read / step), steps.append(size / step / 1e9), reads.append(size / read / 1e9)
     return {
         "bytes per step": size,
-        "step, GB/s": _spread(steps),
-        "streaming read, GB/s": _spread(reads),
-        "fraction": _spread(fractions),
+        "step, GB/s": spread(steps),
+        "streaming read, GB/s": spread(reads),
+        "fraction": spread(fractions),
     }
 
 
@@ -211,5 +200,5 @@ def active_bytes(directory: Path) -> int:
     total = 0.0
     for weight in weights(dataclasses.replace(config, mtp_layers=0), file_format):
         share = config.experts_per_token / config.num_experts if weight.row.kind == "expert" else 1
-        total += share * sum(part_bytes(part) for part in weight.parts)
-    return int(total) - part_bytes(next(weights(config, file_format)).parts[0])
+        total += 0 if weight.label == "embed" else share * sum(map(part_bytes, weight.parts))
+    return int(total)

@@ -56,14 +56,12 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, tokens: int) -
             started = time.perf_counter()
             run()
             seconds[name].append((time.perf_counter() - started) / tokens)
-    return {
-        name: {
-            "ms_per_token": 1e3 * statistics.median(values),
-            "lowest": 1e3 * min(values),
-            "highest": 1e3 * max(values),
-        }
-        for name, values in seconds.items()
-    }
+    return {name: spread([1e3 * value for value in values], "ms_per_token") for name, values in seconds.items()}
+
+
+def spread(values: list[float], name: str = "median") -> dict[str, float]:
+    """The median, under a name, and the range."""
+    return {name: statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def speculation(models: dict[str, Model], prompts: list[list[int]], strategy: Strategy, **fields: Any) -> Record:
@@ -106,7 +104,7 @@ def streaming(model: Model, prompt: str, lengths: list[int], repeats: int) -> Re
             *_, last = stream(model, request)
             if number and last.result is not None:  # the first ones compile
                 ratios.append(last.result.timing.decode_seconds / whole)
-        record[str(length)] = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        record[str(length)] = spread(ratios, "ratio")
     return record
 
 

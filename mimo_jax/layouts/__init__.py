@@ -34,14 +34,14 @@ LAYOUTS = {
 }
 
 
-def choose(config: ModelConfig, mesh: Mesh | None, backend: str | None) -> str:
+def choose(mesh: Mesh | None, backend: str | None) -> str:
     """The layout for JAX's default device, or for a named backend of the experts."""
     if backend is not None and backend not in BACKENDS:
         raise UserError(f"experts: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
     if backend == hopper.KERNEL or (backend is None and on_hopper()):
         return "hopper"
     if backend is None and mesh is None and jax.default_backend() == "cpu":
-        return "dense" if native.reason_against(config) else "native"
+        return "native"
     return "packed"
 
 
@@ -58,9 +58,7 @@ def for_device(
     Parameters come as files store them, on the mesh if there is one. Without a name the device decides, or the
     `backend` that is to multiply the experts. `consume` lets the layout free what it was given.
     """
-    name = choose(config, mesh, backend) if layout is None else layout
-    if layout is None and name == "dense":
-        print(f"decoding by XLA, several times slower than natively: {native.reason_against(config)}", file=sys.stderr)
+    name = choose(mesh, backend) if layout is None else layout
     if name not in LAYOUTS:
         raise UserError(f"layout {name!r} is unknown; known: {', '.join(LAYOUTS)}")
     if name == "hopper" and (reason := hopper.reason_against(config, params, mesh)):
@@ -70,7 +68,10 @@ def for_device(
     if name == "native" and mesh is not None:
         raise UserError("layout 'native' is for one device; on a mesh weights stay packed")
     if name == "native" and (reason := native.reason_against(config)):
-        raise UserError(f"layout 'native' cannot serve this model: {reason}")
+        if layout:
+            raise UserError(f"layout 'native' cannot serve this model: {reason}")
+        print(f"decoding by XLA, several times slower than natively: {reason}", file=sys.stderr)
+        name = "dense"
     packers = {
         "packed": partial(packed.pack, backend=backend),
         "hopper": partial(hopper.pack, backend=backend, mesh=mesh, consume=consume),

@@ -76,7 +76,7 @@ class _Inputs:
     def __init__(self, plan: Plan, mesh: Mesh, context: int) -> None:
         drafter = DFlashDrafter(plan.drafter)
         self.mesh, self.rows = mesh, plan.shape.data  # one row decodes on every copy of the model
-        layout = layouts.choose(plan.config, mesh, plan.backend)
+        layout = layouts.choose(mesh, plan.backend)
         target = layouts.abstract(layout, plan.config, abstract_tree(plan.weights()), plan.backend)
         own = abstract_tree(plan.drafter_weights())
         self.decoder = loop.Decoder(FlaxStep(plan.config, drafter.aux_layers, mesh), drafter)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-MAX_TOKENS = 16  # of one row in a decode step; a prefill's chunk has more
-
 
 @dataclasses.dataclass(frozen=True)
 class Layer:

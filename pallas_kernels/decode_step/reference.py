@@ -2,9 +2,6 @@
 
 A row computes its share of its phase and no more, in buffers that hold NaN until then, so that a missing row, or one
 that runs too early, shows. Claimed rows hand over whole buffers; assigned rows (of one device) the pages that they say.
-
-A number is one sum over a contiguous row, whatever is computed beside it. So a token's bits depend neither on how a
-phase is split nor on how many tokens are read together.
 """
 
 from __future__ import annotations
@@ -13,14 +10,23 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
+from pallas_kernels.decode_step.arithmetic import (
+    Part,
+    attend_part,
+    merge_parts,
+    multiply,
+    normalise,
+    rotate,
+    sigmoid,
+    swiglu,
+)
 from pallas_kernels.decode_step.geometry import Layer, Target
 from pallas_kernels.decode_step.schedule import ROWS_PER_UNIT, Kind, Row
 
 KEY_BLOCK = 32  # rows of a cache; blocks are dealt out in turn where several CTAs share the keys of a head
 Weights = dict  # a tree of float32 arrays, named as the Flax modules name their parameters
-Part = tuple[np.float32, np.float32, np.ndarray]  # of attention: largest score, sum of exponentials, weighted values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,53 +76,6 @@ def run(
         global_cache=caches[0],
         sliding_cache=caches[1],
     )
-
-
-def multiply(x_TI: Float[np.ndarray, "T I"], weight_OI: Float[np.ndarray, "O I"]) -> Float[np.ndarray, "T O"]:
-    """x W^T, token by token."""
-    return np.stack([np.sum(weight_OI * x_I, axis=-1) for x_I in x_TI]).reshape(len(x_TI), -1)
-
-
-def normalise(x_TD: Float[np.ndarray, "T D"], gain_D: Float[np.ndarray, "D"], eps: float) -> Float[np.ndarray, "T D"]:
-    mean_T1 = np.sum(x_TD * x_TD, axis=-1, keepdims=True) / np.float32(x_TD.shape[-1])
-    return x_TD / np.sqrt(mean_T1 + np.float32(eps)) * gain_D
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def rotate(x_HQ: np.ndarray, position: int, rotary: int, theta: float) -> np.ndarray:
-    """Half-split rotation of the first dimensions."""
-    frequencies_R = (theta ** (-np.arange(0, rotary, 2, dtype=np.float64) / rotary)).astype(np.float32)
-    angles_R = np.float32(position) * frequencies_R
-    cos_R, sin_R, half = np.cos(angles_R), np.sin(angles_R), rotary // 2
-    first, second = x_HQ[..., :half], x_HQ[..., half:rotary]
-    return np.concatenate([first * cos_R - second * sin_R, second * cos_R + first * sin_R, x_HQ[..., rotary:]], axis=-1)
-
-
-def attend_part(
-    q_Q: Float[np.ndarray, "Q"],
-    keys_SQ: Float[np.ndarray, "S Q"],
-    values_SV: Float[np.ndarray, "S V"],
-    visible_S: Bool[np.ndarray, "S"],
-) -> Part:
-    """Softmax over some keys, before it is divided by its sum; keys that are not visible add nothing."""
-    scores_S = np.sum(keys_SQ * q_Q, axis=-1) * np.float32(q_Q.size**-0.5)
-    top = np.max(scores_S, where=visible_S, initial=-np.inf)
-    weights_S = np.zeros_like(scores_S)
-    weights_S[visible_S] = np.exp(scores_S[visible_S] - top)
-    return top, np.sum(weights_S), np.sum(weights_S[:, None] * values_SV, axis=0)
-
-
-def merge_parts(parts: list[Part], sink: np.float32 | None) -> Float[np.ndarray, "V"]:
-    """One query's attention from that to parts of the keys, in their order; the sink joins the denominator."""
-    top = max([top for top, _, _ in parts] + ([] if sink is None else [sink]))
-    total, out_V = np.float32(0 if sink is None else np.exp(sink - top)), np.zeros_like(parts[0][2])
-    for part_top, part_total, part_V in parts:
-        scale = np.exp(part_top - top)
-        total, out_V = total + part_total * scale, out_V + part_V * scale
-    return out_V / total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +197,7 @@ class _Step:
         mlp = self._layer(row)[1]["mlp"]
         mine, x_TD = self._rows(row, len(mlp["gate"]), ROWS_PER_UNIT // 2), self._input(row)
         out = self._buffer(row, "hidden", len(mlp["gate"]))
-        out[:, mine] = _swiglu(x_TD, mlp["gate"][mine], mlp["up"][mine])
+        out[:, mine] = swiglu(x_TD, mlp["gate"][mine], mlp["up"][mine])
 
     def down(self, row: Row) -> None:
         self._multiply(row, "part", self._layer(row)[1]["mlp"]["down"])
@@ -270,7 +229,7 @@ class _Step:
             mine = slice(block * per_unit, min((block + 1) * per_unit, features))
             for token, choice in routes.choices(expert):
                 x_1D = x_TD[token : token + 1]
-                hidden_TXF[token, choice, mine] = _swiglu(x_1D, moe["gate"][expert, mine], moe["up"][expert, mine])[0]
+                hidden_TXF[token, choice, mine] = swiglu(x_1D, moe["gate"][expert, mine], moe["up"][expert, mine])[0]
 
     def expert_down(self, row: Row) -> None:
         """A unit is 32 columns of the stream; experts add to them in ascending order."""
@@ -303,11 +262,9 @@ class _Step:
                 for query in range(unit // parts * each, (unit // parts + 1) * each):
                     self.parts[query, unit % parts] = self._attend_part(row, query, unit % parts, parts)
             return
-        own = self._own(row, heads * each) if row.worker else range(0)
-        if not row.worker:
-            units = self._own(row, heads)
-            own = range(units.start * each, units.stop * each)
-        for query in own:
+        size = 1 if row.worker else each  # queries of a unit
+        units = self._own(row, heads * each // size)
+        for query in range(units.start * size, units.stop * size):
             self._finish(row, query, [self._attend_part(row, query, 0, 1)])
 
     def merge(self, row: Row) -> None:
@@ -377,11 +334,6 @@ class _Step:
             return row_S <= min(last, query)
         position_S = last - (last - row_S) % size
         return (position_S >= 0) & (position_S <= query) & (position_S > query - self.target.window)
-
-
-def _swiglu(x_TD: np.ndarray, gate_FD: np.ndarray, up_FD: np.ndarray) -> np.ndarray:
-    gate_TF = multiply(x_TD, gate_FD)
-    return gate_TF * sigmoid(gate_TF) * multiply(x_TD, up_FD)
 
 
 _RUN: dict[Kind, Callable[[_Step, Row], None]] = {

@@ -242,7 +242,8 @@ def claimed_rows(phases: Iterable[Phase]) -> list[Row]:
         version = held.get(phase.writes, (0, 0))[0] + 1
         held[phase.writes] = (version, shares)
         updated = held.get(phase.updates, (0, shares))[0]
-        held |= {phase.updates: (updated + 1, shares)} if phase.updates else {}
+        if phase.updates:
+            held[phase.updates] = (updated + 1, shares)
         for share in range(shares):
             access, writes = reads, (((phase.writes, share), version),)  # one object where all shares read the same
             if phase.updates:
@@ -254,13 +255,13 @@ def claimed_rows(phases: Iterable[Phase]) -> list[Row]:
     return rows
 
 
-COLUMNS = ("kind", "layer", "share", "shares", "wait", "value", "signal", "unused")  # of what native code reads
+COLUMNS = ("kind", "layer", "share", "shares", "wait", "value", "signal")  # of what native code reads
 
 
 def encode(rows: list[Row]) -> np.ndarray:
-    """Rows of threads as int32 [rows, 8], see `COLUMNS`; -1 for no counter to wait for."""
+    """Rows of threads as int32 [rows, 7], see `COLUMNS`; -1 for no counter to wait for."""
     table = np.zeros((len(rows), len(COLUMNS)), np.int32)
     for place, row in enumerate(rows):
         counter, value = row.waits[0] if row.waits else (-1, 0)
-        table[place, :7] = row.kind, row.layer, row.share, row.shares, counter, value, row.signals[0]
+        table[place] = row.kind, row.layer, row.share, row.shares, counter, value, row.signals[0]
     return table

@@ -35,6 +35,8 @@ WORK = (
     "mimo_jax.evaluation.acceptance.continue_all",
     "mimo_jax.evaluation.bits._nats_per_window",
     "mimo_jax.evaluation.bits.latest_state",
+    "mimo_jax.evaluation.native_speed.plain_rate",
+    "mimo_jax.evaluation.random_checkpoint.init_params",
     "mimo_jax.evaluation.slice.random_weights",
     "mimo_jax.evaluation.speed.generate",
     "mimo_jax.evaluation.speed.interleaved",

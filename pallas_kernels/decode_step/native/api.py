@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +129,14 @@ def step(
         _i32(sum(layer.has_experts for layer in target.layers), target.experts),
         _i32(batch, shown),
     ]
-    logits, hidden, aux, expert_counts, best, *cached, _ = _call(
+    logits, hidden, aux, expert_counts, best, *cached = _call(
         "step",
         running,
-        (claimed_rows(step_phases(target, steps, batch)), weights, tokens_BT, lengths_B, counts_B),
-        cache,
-        (*results, *cache, _scratch(running, "step", sizes, batch * steps, batch * shown)),
+        claimed_rows(step_phases(target, steps, batch)),
+        (weights, tokens_BT, lengths_B, counts_B),
+        results,
+        _scratch(running, "step", sizes, batch * steps, batch * shown),
+        updated=cache,
         sizes=sizes,
         numbers=numbers_of(target),
         layers=np.array(layers, np.int32),
@@ -157,16 +159,13 @@ def draft(
     """The drafts after each anchor, and their logits without the bias. The drafts are the most likely tokens, and only
     those of a greedy strategy: others are drawn from the logits."""
     batch, drafts, sizes = anchors_B.shape[0], drafter.block - 1, sizes_of(drafter)
-    tokens_BM, logits_BMC, _ = _call(
+    tokens_BM, logits_BMC = _call(
         "draft",
         running,
-        (claimed_rows(draft_phases(drafter, batch, is_greedy)), target_weights, weights, anchors_B, lengths_B, text_BS),
-        cache,
-        (
-            _i32(batch, drafts),
-            _f32(batch, drafts, drafter.target_vocab),
-            _scratch(running, "draft", sizes, batch),
-        ),
+        claimed_rows(draft_phases(drafter, batch, is_greedy)),
+        (target_weights, weights, anchors_B, lengths_B, text_BS, cache),
+        [_i32(batch, drafts), _f32(batch, drafts, drafter.target_vocab)],
+        _scratch(running, "draft", sizes, batch),
         sizes=sizes,
         numbers=numbers_of(drafter),
     )
@@ -185,12 +184,14 @@ def update_context(
     """The cache after the first `counts_B` tokens that the target has read after `lengths_B` others."""
     batch, steps, width = aux_BTZ.shape
     sizes = sizes_of(drafter)
-    *updated, _ = _call(
+    updated = _call(
         "context",
         running,
-        (claimed_rows(context_phases(drafter, steps, batch)), weights, aux_BTZ, lengths_B, counts_B),
-        cache,
-        (*cache, _scratch(running, "context", sizes, batch, steps, width)),
+        claimed_rows(context_phases(drafter, steps, batch)),
+        (weights, aux_BTZ, lengths_B, counts_B),
+        [],
+        _scratch(running, "context", sizes, batch, steps, width),
+        updated=cache,
         sizes=sizes,
         numbers=numbers_of(drafter),
     )
@@ -200,8 +201,8 @@ def update_context(
 def read_stream(weights: Packed, count: int) -> Array:
     """Reads the first `count` bytes and does nothing else, on all threads: a bound on how fast a step could be."""
     rows = [Row(Kind.NOTHING, 0, share, MOST_SHARES, (), (0,)) for share in range(MOST_SHARES)]
-    result = jax.ShapeDtypeStruct((8 * MOST_SHARES,), jnp.uint8)
-    return _call("stream", NORMALLY, (rows, weights.bytes), (), (result,), count=np.int64(count))[0]
+    sums = jax.ShapeDtypeStruct((8 * MOST_SHARES,), jnp.uint8)
+    return _call("stream", NORMALLY, rows, weights.bytes, [sums], count=np.int64(count))[0]
 
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -220,16 +221,23 @@ def _scratch(running: Running, name: str, sizes: np.ndarray, *counts: int) -> ja
 
 
 def _call(
-    name: str, running: Running, given: tuple, cache: tuple, results: tuple, **attributes: np.ndarray | np.generic
+    name: str,
+    running: Running,
+    rows: list[Row],
+    given: Any,
+    results: list[jax.ShapeDtypeStruct],
+    scratch: jax.ShapeDtypeStruct | None = None,
+    updated: tuple[Array, ...] = (),
+    **attributes: np.ndarray | np.generic,
 ) -> Sequence[Array]:
-    """Calls native code with a table, arrays and a cache. Results of the cache's shapes are the cache, in its place."""
-    rows, *arrays = given
-    operands = [jnp.asarray(encode(rows)), *jax.tree.leaves(arrays), *cache]
-    shapes = [jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results]
-    first = next((place for place, result in enumerate(results) if cache and result is cache[0]), None)
-    aliases = {} if first is None else {len(operands) - len(cache) + i: first + i for i in range(len(cache))}
-    call = jax.ffi.ffi_call(_registered(name, running.path), shapes, input_output_aliases=aliases)
-    return call(*operands, **attributes, threads=np.int32(running.threads), delays=np.int32(running.delays))
+    """Runs a table on a tree of arrays. Returns the results, then what was `updated`, in its place."""
+    operands = [jnp.asarray(encode(rows)), *jax.tree.leaves(given), *updated]
+    shapes = [*results, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in updated)]
+    aliases = {len(operands) - len(updated) + place: len(results) + place for place in range(len(updated))}
+    work = [] if scratch is None else [scratch]
+    call = jax.ffi.ffi_call(_registered(name, running.path), shapes + work, input_output_aliases=aliases)
+    found = call(*operands, **attributes, threads=np.int32(running.threads), delays=np.int32(running.delays))
+    return found[: len(shapes)]
 
 
 @functools.cache

@@ -16,7 +16,7 @@
 #include "simd.h"
 
 struct Row {
-  int32_t kind, layer, share, shares, wait, value, signal, unused;
+  int32_t kind, layer, share, shares, wait, value, signal;
 
   // This row's part of a phase's units.
   int first(int units) const { return (int)((int64_t)units * share / shares); }
