@@ -10,15 +10,6 @@ struct DraftCache {
   int rows;
 };
 
-// Rotary angles of one position, cosines and then sines.
-inline void turn(const float* frequencies, int half, int position, std::vector<float>& angles) {
-  angles.resize(2 * half);
-  for (int i = 0; i < half; i++) {
-    const float angle = (float)position * frequencies[i];
-    angles[i] = std::cos(angle), angles[half + i] = std::sin(angle);
-  }
-}
-
 // What every program of the drafter knows: its sizes, its weights, and where a head's rows of the cache lie.
 struct DraftModel {
   DrafterSizes s;
@@ -39,9 +30,9 @@ struct DraftModel {
     return cache.values + head_at(index, batch_row, head) * cache.rows * value_dims();
   }
   // A query or a key, normalised and rotated.
-  void ready(const float* x, const float* gain, const std::vector<float>& angles, float* out) const {
+  void ready(const float* x, const float* gain, const Angles& angles, size_t token, float* out) const {
     normalize(x, gain, out, s.head_dim, c.norm_eps);
-    rotate(out, angles.data(), angles.data() + s.rotary / 2, s.rotary / 2);
+    angles.rotate(token, out);
   }
 };
 
@@ -77,7 +68,7 @@ class Draft {
       case QKV: return product(row, slot(row, DRAFT_SLOT_QKV), normed, qkv, count());
       case DRAFT_ATTEND: return attend_heads(row);
       case OUTPUT: return product(row, slot(row, DRAFT_SLOT_OUTPUT), attended, part, count());
-      case GATE_UP: return gate_up(row);
+      case GATE_UP: return gate_up(row, slot(row, DRAFT_SLOT_GATE_UP), normed, gated, hidden, count());
       case DOWN: return product(row, slot(row, DRAFT_SLOT_DOWN), hidden, part, count());
       case HEAD: return head(row);
       case BIAS: return bias(row);
@@ -106,6 +97,7 @@ class Draft {
     guesses = Compacts::of(arena, tokens, width), guessed = Floats::of(arena, tokens, width);
     biased = Floats::of(arena, d.batch, d.s.target_vocab);
     picks = arena.take<Best>(tokens * MOST_SHARES), matched = arena.take<int>(d.batch);
+    angles = Angles(arena, tokens, d.s.rotary);
   }
 
   // What followed the latest of the longest earlier occurrences of the newest tokens.
@@ -141,6 +133,7 @@ class Draft {
     for (int m = row.first(count()); m < row.last(count()); m++) {
       const int b = m / d.s.block, place = m % d.s.block;
       float* out = x.row(m);
+      angles.set(m, a.lengths[b] + place, d.w.vector(DRAFT_SLOT_BLOCK_FREQUENCIES));
       if (!place) {
         target_.look_up(SLOT_EMBED, a.anchors[b], out);
         continue;
@@ -179,20 +172,19 @@ class Draft {
     const float *q_norm = d.w.vector(d.layer(index) + DRAFT_SLOT_Q_NORM),
                 *k_norm = d.w.vector(d.layer(index) + DRAFT_SLOT_K_NORM);
     const float* sinks = d.s.has_sink ? d.w.vector(d.layer(index) + DRAFT_SLOT_SINK) : nullptr;
-    std::vector<float> keys((size_t)block_rows * Q), values((size_t)block_rows * V), angles, key(Q);
+    std::vector<float> keys((size_t)block_rows * Q), values((size_t)block_rows * V), key(Q);
     std::vector<float> vectors((size_t)N * group * Q), outputs((size_t)N * group * V);
     std::vector<Query> queries;
     for (int n = 0; n < N; n++) {
       const float* from = qkv.row(b * N + n);
-      turn(d.w.vector(DRAFT_SLOT_BLOCK_FREQUENCIES), d.s.rotary / 2, start + n, angles);
-      d.ready(from + (d.s.heads + head) * Q, k_norm, angles, key.data());
+      d.ready(from + (d.s.heads + head) * Q, k_norm, angles, b * N + n, key.data());
       put_key(keys.data(), key.data(), Q, n);
       const float* value = from + (d.s.heads + d.s.kv_heads + head) * Q;
       for (int i = 0; i < Q; i++) values[(size_t)n * V + i] = value[i] * d.c.value_scale;
       for (int g = 0; g < group; g++) {
         const size_t number = queries.size();
         float* query = vectors.data() + number * Q;
-        d.ready(from + (head * group + g) * Q, q_norm, angles, query);
+        d.ready(from + (head * group + g) * Q, q_norm, angles, b * N + n, query);
         for (int i = 0; i < Q; i++) query[i] *= 1.f / std::sqrt((float)Q);
         queries.push_back({query, outputs.data() + number * V, sinks ? sinks[head * group + g] : -FLT_MAX, {}});
         const int first = std::max(0, start + n - d.s.window + 1);
@@ -206,18 +198,9 @@ class Draft {
     for (int n = 0, number = 0; n < N; n++) {
       Compact* out = attended.row(b * N + n);
       for (int g = 0; g < group; g++, number++)
-        for (int i = 0; i < Q; i += 8)
-          store_inputs(out + (head * group + g) * Q + i, outputs.data() + (size_t)number * V + i);
+        put_eights(outputs.data() + (size_t)number * V, Q, out + (head * group + g) * Q);
       if (!head) std::fill(out + d.s.heads * Q, attended.row(b * N + n + 1), Compact(0));
     }
-  }
-
-  void gate_up(const Row& row) {
-    const Matrix matrix = slot(row, DRAFT_SLOT_GATE_UP);
-    product(row, matrix, normed, gated, count());
-    const int units = units_of(matrix);
-    for (int m = 0; m < count(); m++)
-      swiglu(gated.row(m), hidden.row(m), hidden.stride, row.first(units), row.last(units), units);
   }
 
   // The target's head, of the drafts alone; ids that the drafter does not know are impossible.
@@ -274,6 +257,7 @@ class Draft {
   const DraftArrays a{};
   Floats x, part, qkv, gated, guessed, biased;
   Compacts normed, attended, hidden, guesses;
+  Angles angles;
   Best* picks = nullptr;
   int* matched = nullptr;
 };
@@ -324,11 +308,14 @@ class Context {
     aux = Compacts::of(arena, tokens, aux_width), normed = Compacts::of(arena, tokens, d.s.width);
     x = Floats::of(arena, tokens, d.s.width);
     projected = Floats::of(arena, tokens * d.s.num_layers, kv_rows());
+    angles = Angles(arena, tokens, d.s.rotary);
   }
 
   void take(const Row& row) {
-    for (int m = row.first(count()); m < row.last(count()); m++)
+    for (int m = row.first(count()); m < row.last(count()); m++) {
       put(a.aux + ((size_t)tokens_[m].row * a.steps + tokens_[m].place) * a.aux_width, a.aux_width, aux, m);
+      angles.set(m, tokens_[m].position, d.w.vector(DRAFT_SLOT_CONTEXT_FREQUENCIES));
+    }
   }
 
   void norm(const Row& row) {
@@ -344,29 +331,26 @@ class Context {
     const int queries = d.s.heads * d.s.head_dim, units = (kv_rows() + UNIT - 1) / UNIT, all = units * d.s.num_layers;
     std::vector<const Compact*> from;
     std::vector<float*> to;
-    for (int unit = row.first(all); unit < row.last(all);) {
-      const int index = unit / units, first = unit % units, last = std::min(units, first + row.last(all) - unit);
+    by_matrix(row.first(all), row.last(all), units, [&](int index, int first, int last) {
       const Matrix matrix = d.w.matrix(d.layer(index) + DRAFT_SLOT_QKV);
       from.clear(), to.clear();
       for (int m = 0; m < count(); m++)
         from.push_back(normed.row(m)), to.push_back(projected.row(m * d.s.num_layers + index) - queries);
       const int block = queries / LANES;
       multiply(matrix, block + 2 * first, std::min(block + 2 * last, matrix.blocks()), from.data(), count(), to.data());
-      unit += last - first;
-    }
+    });
   }
 
   void write_heads(const Row& row) {
     const int heads = d.s.kv_heads, units = heads * d.s.num_layers;
-    std::vector<float> angles, key(d.s.head_dim);
+    std::vector<float> key(d.s.head_dim);
     for (int unit = row.first(units); unit < row.last(units); unit++) {
       const int index = unit / heads, head = unit % heads, Q = d.s.head_dim;
       for (int m = 0; m < count(); m++) {
         const int b = tokens_[m].row, place = tokens_[m].position % d.cache.rows;
         if (is_overwritten(m)) continue;
         const float* from = projected.row(m * d.s.num_layers + index);
-        turn(d.w.vector(DRAFT_SLOT_CONTEXT_FREQUENCIES), d.s.rotary / 2, tokens_[m].position, angles);
-        d.ready(from + head * Q, d.w.vector(d.layer(index) + DRAFT_SLOT_K_NORM), angles, key.data());
+        d.ready(from + head * Q, d.w.vector(d.layer(index) + DRAFT_SLOT_K_NORM), angles, m, key.data());
         put_key(d.keys(index, b, head), key.data(), Q, place);
         const float* value = from + (heads + head) * Q;
         float* out = d.values(index, b, head) + (size_t)place * d.value_dims();
@@ -385,4 +369,5 @@ class Context {
   std::vector<Token> tokens_;
   Compacts aux, normed;
   Floats x, projected;
+  Angles angles;
 };

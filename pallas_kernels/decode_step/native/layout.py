@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-LANES, GROUP, ALIGNMENT = 16, 32, 64
-FP8_BLOCK = 128
+LANES = 16  # rows of a block, whatever the machine
+GROUP = 32  # columns whose sum is scaled at once; also the block of MXFP4
+FP8_BLOCK = 128  # columns that share a scale
+ALIGNMENT = 64  # bytes, of every array
 
 TOP_SLOTS = ("embed", "head", "norm", "global_frequencies", "sliding_frequencies")
 LAYER_SLOTS = ("input_norm", "qkv", "output", "sink", "post_norm", "gate_up", "down", "router", "router_bias")
@@ -87,7 +89,8 @@ def _padded(array: np.ndarray, axis: int, multiple: int) -> np.ndarray:
     return np.pad(array, widths) if any(after for _, after in widths) else array
 
 
-# Within each 8 columns; see native/matmul.h. Codes of MXFP4 are taken out of their word in this order as they lie.
+# Within each 8 columns, inputs and weights lie in this order: a shift then brings the codes of two columns to the ends
+# of their 16-bit words, where a machine that multiplies pairs needs them. MXFP4 needs no change for that.
 ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 

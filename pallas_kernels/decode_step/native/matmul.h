@@ -11,10 +11,7 @@
 
 #include "simd.h"
 
-constexpr int GROUP = 32;                        // columns whose sum is scaled at once; also the block of MXFP4
 constexpr int MOST_TOKENS = W == LANES ? 8 : 4;  // of one tile: their sums stay in registers
-
-enum Format { PLAIN_F32, PLAIN_BF16, FP8, MXFP4 };
 
 // Where a matrix lies. Rows are padded to whole blocks, columns to whole groups, with zeros.
 struct Matrix {
@@ -26,10 +23,6 @@ struct Matrix {
   int blocks() const { return (rows + LANES - 1) / LANES; }
 };
 
-// Within each 8 columns, inputs and weights lie in this order: a shift then brings the codes of two columns to the ends
-// of their 16-bit words, where a machine that multiplies pairs needs them.
-constexpr int ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-
 // Whether a product of such inputs has two sums.
 template <class X>
 constexpr bool is_split = !std::is_same_v<X, float> && sizeof(X) == 4;
@@ -38,13 +31,13 @@ template <int format>
 struct Packed;
 
 template <>
-struct Packed<PLAIN_F32> {  // [block][column][lane]
+struct Packed<F32> {  // [block][column][lane]
   static constexpr int group_bytes = GROUP * LANES * 4, scale_bytes = 0, groups_per_scale = 1;
   static F at(const uint8_t* p, int lane, int k) { return load((const float*)p + LANES * k + lane); }
   static F scale(const uint8_t*, int) { return all(1.f); }
 };
 template <>
-struct Packed<PLAIN_BF16> {  // [block][pair of columns][lane][2]
+struct Packed<BF16> {  // [block][pair of columns][lane][2]
   static constexpr int group_bytes = GROUP * LANES * 2, scale_bytes = 0, groups_per_scale = 1;
   static F at(const uint8_t* p, int lane, int k) {
     p += LANES * 4 * (k / 2) + 4 * lane;
@@ -54,7 +47,7 @@ struct Packed<PLAIN_BF16> {  // [block][pair of columns][lane][2]
 };
 template <>
 struct Packed<FP8> {  // [block][column][lane]; a float32 scale per lane and 128 columns, times 2^8
-  static constexpr int group_bytes = GROUP * LANES, scale_bytes = LANES * 4, groups_per_scale = 4;
+  static constexpr int group_bytes = GROUP * LANES, scale_bytes = LANES * 4, groups_per_scale = FP8_BLOCK / GROUP;
   static F at(const uint8_t* p, int lane, int k) { return from_e4m3(p + LANES * k + lane); }
   static F scale(const uint8_t* p, int lane) { return load((const float*)p + lane); }
 };
@@ -64,6 +57,26 @@ struct Packed<MXFP4> {  // [block][8 columns][lane]; an E8M0 scale per lane and 
   static F at(const uint8_t* p, int lane, int k) { return from_e2m1(p + LANES * 4 * (k / 8) + 4 * lane, ORDER[k % 8]); }
   static F scale(const uint8_t* p, int lane) { return from_e8m0(p + lane); }
 };
+
+// Bytes of a block of rows, and of its scales.
+template <int format>
+size_t block_bytes(const Matrix& a) {
+  return (size_t)a.groups() * Packed<format>::group_bytes;
+}
+template <int format>
+size_t scale_bytes(const Matrix& a) {
+  constexpr int groups = Packed<format>::groups_per_scale;
+  return (size_t)((a.groups() + groups - 1) / groups) * Packed<format>::scale_bytes;
+}
+
+// Calls `act` with the format as a constant.
+template <class Act>
+void by_format(int format, Act act) {
+  if (format == MXFP4) act(std::integral_constant<int, MXFP4>{});
+  else if (format == FP8) act(std::integral_constant<int, FP8>{});
+  else if (format == BF16) act(std::integral_constant<int, BF16>{});
+  else act(std::integral_constant<int, F32>{});
+}
 
 // part += weights of a group times inputs, for M tokens and N vectors of rows.
 template <int format, int M, int N>
@@ -86,7 +99,7 @@ inline void multiply_group(const uint8_t* const* p, const float* const* x, int c
 // Four pairs of columns of W rows.
 template <int format>
 void eight_columns(const uint8_t* p, int k, Pairs* pairs) {
-  static_assert(format != PLAIN_F32);
+  static_assert(format != F32);
   if constexpr (format == FP8) {
     pairs_from_e4m3(p + LANES * k, pairs), pairs_from_e4m3(p + LANES * (k + 4), pairs + 2);
   } else {
@@ -96,9 +109,9 @@ void eight_columns(const uint8_t* p, int k, Pairs* pairs) {
   }
 }
 
-// The upper parts of inputs and the rest are summed apart: twice the chains, half as long.
-template <int format, int M, int N>
-inline void multiply_group(const uint8_t* const* p, const Precise* const* x, int column, F (&part)[M][N]) {
+// The upper parts of inputs and the rest, if there is any, are summed apart: twice the chains, half as long.
+template <int format, int M, int N, class X>
+inline void multiply_group(const uint8_t* const* p, const X* const* x, int column, F (&part)[M][N]) {
   F rest[M][N];
   for (auto& row : rest)
     for (F& s : row) s = zero();
@@ -109,33 +122,19 @@ inline void multiply_group(const uint8_t* const* p, const Precise* const* x, int
     for (int i = 0; i < 4; i++) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        const Precise* pairs = x[m] + column + k + i;
-        const Pairs upper = all_pairs(pairs), lower = all_pairs(pairs + 4);
+        const char* pairs = (const char*)(x[m] + column + k) + 4 * i;
+        const Pairs upper = all_pairs(pairs), lower = is_split<X> ? all_pairs(pairs + 16) : upper;
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++)
-          part[m][n] = dot(part[m][n], w[n][i], upper), rest[m][n] = dot(rest[m][n], w[n][i], lower);
+        for (int n = 0; n < N; n++) {
+          part[m][n] = dot(part[m][n], w[n][i], upper);
+          if (is_split<X>) rest[m][n] = dot(rest[m][n], w[n][i], lower);
+        }
       }
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) part[m][n] = add(part[m][n], rest[m][n]);
-}
-
-template <int format, int M, int N>
-inline void multiply_group(const uint8_t* const* p, const Compact* const* x, int column, F (&part)[M][N]) {
-  for (int k = 0; k < GROUP; k += 8) {
-    Pairs w[N][4];
-    for (int n = 0; n < N; n++) eight_columns<format>(p[n], k, w[n]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        const Pairs value = all_pairs(x[m] + column + k + 2 * i);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) part[m][n] = dot(part[m][n], w[n][i], value);
-      }
-    }
-  }
+  if (is_split<X>)
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) part[m][n] = add(part[m][n], rest[m][n]);
 }
 #endif
 
@@ -143,11 +142,11 @@ inline void multiply_group(const uint8_t* const* p, const Compact* const* x, int
 template <int format, int M, int N, class X>
 void tile(const Matrix& a, int block, const X* const* x, float* sums) {
   using P = Packed<format>;
-  const int groups = a.groups(), scale_groups = (groups + P::groups_per_scale - 1) / P::groups_per_scale;
-  const size_t block_bytes = (size_t)groups * P::group_bytes, block_scales = (size_t)scale_groups * P::scale_bytes;
-  const uint8_t* data = a.data + block * block_bytes;
-  const uint8_t* scales = a.scales + block * block_scales;
-  const size_t ahead = std::max<size_t>(N * W / LANES, 1) * block_bytes;  // the same place of the next tile
+  const int groups = a.groups();
+  const size_t data_size = block_bytes<format>(a), scales_size = scale_bytes<format>(a);  // of a block
+  const uint8_t* data = a.data + block * data_size;
+  const uint8_t* scales = a.scales + block * scales_size;
+  constexpr size_t next = std::max(N * W / LANES, 1);  // so many blocks on, the next tile begins
   F sum[M][N];
   for (auto& row : sum)
     for (F& s : row) s = zero();
@@ -157,13 +156,13 @@ void tile(const Matrix& a, int block, const X* const* x, float* sums) {
       for (F& s : row) s = zero();
     const uint8_t* p[N];
     for (int n = 0; n < N; n++) {
-      p[n] = data + n * W / LANES * block_bytes + (size_t)group * P::group_bytes;
-      for (int line = 0; line < P::group_bytes; line += 64) prefetch(p[n] + ahead + line);
+      p[n] = data + n * W / LANES * data_size + (size_t)group * P::group_bytes;
+      for (int line = 0; line < P::group_bytes; line += 64) prefetch(p[n] + next * data_size + line);
     }
-    if (P::scale_bytes) prefetch(scales + ahead / block_bytes * block_scales + (size_t)group * N * W);
+    if (P::scale_bytes) prefetch(scales + next * scales_size + (size_t)group * N * W);
     multiply_group<format, M, N>(p, x, group * GROUP, part);
     for (int n = 0; n < N; n++) {
-      const uint8_t* s = scales + n * W / LANES * block_scales + group / P::groups_per_scale * P::scale_bytes;
+      const uint8_t* s = scales + n * W / LANES * scales_size + group / P::groups_per_scale * P::scale_bytes;
       const F scale = P::scale(s, n * W % LANES);
       for (int m = 0; m < M; m++) sum[m][n] = fma(part[m][n], scale, sum[m][n]);
     }
@@ -211,22 +210,24 @@ void multiply_as(const Matrix& a, int first, int last, const X* const* x, int to
   }
 }
 
+// Inputs as floats, for weights that bf16 cannot hold: the products are those of floats.
+template <class X>
+void multiply_widened(const Matrix& a, int first, int last, const X* const* x, int tokens, float* const* out) {
+  const size_t columns = a.groups() * GROUP;
+  std::vector<float> wide(tokens * columns);
+  std::vector<const float*> rows;
+  for (int m = 0; m < tokens; m++) {
+    for (size_t i = 0; i < columns; i += 8) widen(x[m] + i, &wide[m * columns + i]);
+    rows.push_back(&wide[m * columns]);
+  }
+  multiply_as<F32>(a, first, last, rows.data(), tokens, out);
+}
+
 // Blocks [first, last) of rows times x[0..tokens), inputs with padded columns: out[token][row].
 template <class X>
 void multiply(const Matrix& a, int first, int last, const X* const* x, int tokens, float* const* out) {
-  if (a.format == MXFP4) return multiply_as<MXFP4>(a, first, last, x, tokens, out);
-  if (a.format == FP8) return multiply_as<FP8>(a, first, last, x, tokens, out);
-  if (a.format == PLAIN_BF16) return multiply_as<PLAIN_BF16>(a, first, last, x, tokens, out);
-  if constexpr (std::is_same_v<X, float>) {
-    multiply_as<PLAIN_F32>(a, first, last, x, tokens, out);
-  } else {
-    const size_t columns = a.groups() * GROUP;
-    std::vector<float> wide(tokens * columns);
-    std::vector<const float*> rows;
-    for (int m = 0; m < tokens; m++) {
-      for (size_t i = 0; i < columns; i += 8) widen(x[m] + i, &wide[m * columns + i]);
-      rows.push_back(&wide[m * columns]);
-    }
-    multiply(a, first, last, rows.data(), tokens, out);
-  }
+  by_format(a.format, [&](auto format) {
+    if constexpr (format == F32 && !std::is_same_v<X, float>) multiply_widened(a, first, last, x, tokens, out);
+    else multiply_as<format>(a, first, last, x, tokens, out);
+  });
 }

@@ -1,4 +1,4 @@
-"""What Python and C++ must call alike: kinds of rows, sizes of models, slots of weights. C++ gets them as a header."""
+"""What Python and C++ must agree on: kinds of rows, sizes of models, where weights lie. C++ gets it as a header."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from collections.abc import Iterable
 import numpy as np
 
 from pallas_kernels.decode_step.geometry import Drafter, Target
-from pallas_kernels.decode_step.native.layout import DRAFT_LAYER_SLOTS, DRAFT_TOP_SLOTS, LAYER_SLOTS, TOP_SLOTS
-from pallas_kernels.decode_step.schedule import MOST_SHARES, Kind
+from pallas_kernels.decode_step.native.layout import (
+    DRAFT_LAYER_SLOTS,
+    DRAFT_TOP_SLOTS,
+    FP8_BLOCK,
+    GROUP,
+    LANES,
+    LAYER_SLOTS,
+    ORDER,
+    TOP_SLOTS,
+    Format,
+)
+from pallas_kernels.decode_step.schedule import MOST_SHARES, ROWS_PER_UNIT, Kind
 
 
 def sizes_of(geometry: Target | Drafter) -> np.ndarray:
@@ -32,8 +42,18 @@ def _fields(geometry: type, *types: type) -> list[str]:
 
 def header() -> str:
     """The header `names.h`."""
-    lines = ["#pragma once", "#include <cstdint>", f"constexpr int MOST_SHARES = {MOST_SHARES};"]
-    lines.append(f"enum Kind {{ {', '.join(f'{kind.name} = {kind.value}' for kind in Kind)} }};")
+    numbers = {
+        "MOST_SHARES": MOST_SHARES,
+        "UNIT": ROWS_PER_UNIT,
+        "LANES": LANES,
+        "GROUP": GROUP,
+        "FP8_BLOCK": FP8_BLOCK,
+    }
+    lines = ["#pragma once", "#include <cstdint>"]
+    lines += [f"constexpr int {name} = {value};" for name, value in numbers.items()]
+    lines.append(f"constexpr int ORDER[] = {{{', '.join(map(str, ORDER))}}};")
+    for names in (Kind, Format):
+        lines.append(f"enum {names.__name__} {{ {', '.join(f'{name.name} = {name.value}' for name in names)} }};")
     for prefix, top, layer in (("", TOP_SLOTS, LAYER_SLOTS), ("DRAFT_", DRAFT_TOP_SLOTS, DRAFT_LAYER_SLOTS)):
         lines.append(_slots(f"{prefix}TOP_SLOTS", f"{prefix}SLOT_", top))
         lines.append(_slots(f"{prefix}LAYER_SLOTS", f"{prefix}SLOT_", layer))

@@ -22,13 +22,11 @@ struct Weights {
   }
   // One of a stack of equal matrices.
   Matrix matrix(int slot, int index) const {
-    static const int group_bytes[] = {Packed<PLAIN_F32>::group_bytes, Packed<PLAIN_BF16>::group_bytes,
-                                      Packed<FP8>::group_bytes, Packed<MXFP4>::group_bytes};
     Matrix a = matrix(slot);
-    const size_t blocks = (size_t)index * a.blocks();
-    a.data += blocks * a.groups() * group_bytes[a.format];
-    if (a.format == MXFP4) a.scales += blocks * a.groups() * Packed<MXFP4>::scale_bytes;
-    if (a.format == FP8) a.scales += blocks * ((a.groups() + 3) / 4) * Packed<FP8>::scale_bytes;
+    by_format(a.format, [&](auto format) {
+      a.data += (size_t)index * a.blocks() * block_bytes<format>(a);
+      a.scales += (size_t)index * a.blocks() * scale_bytes<format>(a);
+    });
     return a;
   }
   const float* vector(int slot) const { return (const float*)matrix(slot).data; }
@@ -39,7 +37,7 @@ struct Weights {
   void look_up(int slot, int index, float* out) const {
     const Matrix a = matrix(slot);
     index = std::min(std::max(index, 0), a.rows - 1);
-    if (a.format == PLAIN_F32) return (void)std::memcpy(out, a.data + 4 * (size_t)index * a.cols, 4 * a.cols);
+    if (a.format == F32) return (void)std::memcpy(out, a.data + 4 * (size_t)index * a.cols, 4 * a.cols);
     const uint16_t* row = (const uint16_t*)a.data + (size_t)index * a.cols;
     for (int i = 0; i < a.cols; i++) {
       const uint32_t bits = (uint32_t)row[i] << 16;
@@ -81,12 +79,18 @@ using Floats = Buffer<float>;
 using Inputs = Buffer<Precise>;
 using Compacts = Buffer<Compact>;
 
+// Whole eights of floats as inputs.
+template <class T>
+void put_eights(const float* from, size_t count, T* out) {
+  for (size_t i = 0; i < count; i += 8) store_inputs(out + i, from + i);
+}
+
 // `count` floats as a row of inputs; what weights of padded columns multiply is 0.
 template <class T>
 void put(const float* from, size_t count, const Buffer<T>& to, size_t row) {
   T* out = to.row(row);
-  size_t i = 0;
-  for (; i + 8 <= count; i += 8) store_inputs(out + i, from + i);
+  size_t i = count / 8 * 8;
+  put_eights(from, i, out);
   for (; i < to.stride; i += 8) {
     float rest[8] = {};
     if (i < count) std::copy(from + i, from + count, rest);
@@ -100,7 +104,7 @@ struct Token {
 };
 
 // Output rows are computed in units of two blocks: a gate's and an up projection's, where they alternate.
-constexpr int UNIT = 2 * LANES;
+static_assert(UNIT == 2 * LANES);
 inline int units_of(const Matrix& a) { return (a.rows + UNIT - 1) / UNIT; }
 
 template <class T>
@@ -129,9 +133,29 @@ void swiglu(const float* gate_up, T* out, size_t stride, int first, int last, in
       const F silu = divide(gate, add(all(1.f), exponential(sub(zero(), gate))));
       store(hidden + lane, mul(silu, up));
     }
-    store_inputs(out + unit * LANES, hidden), store_inputs(out + unit * LANES + 8, hidden + 8);
+    put_eights(hidden, LANES, out + unit * LANES);
   }
   if (last == units) std::fill(out + units * LANES, out + stride, T{});
+}
+
+// This row's share of what stands between a gated FFN's products.
+template <class T>
+void gate_up(const Row& row, const Matrix& a, const Buffer<T>& x, const Floats& gated, const Buffer<T>& hidden,
+             int count) {
+  product(row, a, x, gated, count);
+  const int units = units_of(a);
+  for (int m = 0; m < count; m++)
+    swiglu(gated.row(m), hidden.row(m), hidden.stride, row.first(units), row.last(units), units);
+}
+
+// Units [first, last) of matrices that have `units` each, matrix by matrix: act(matrix, its first unit, its last).
+template <class Act>
+void by_matrix(int first, int last, int units, Act act) {
+  for (int unit = first; unit < last;) {
+    const int begin = unit % units, end = std::min(units, begin + last - unit);
+    act(unit / units, begin, end);
+    unit += end - begin;
+  }
 }
 
 inline void normalize(const float* x, const float* gain, float* out, int size, float eps) {
@@ -144,14 +168,33 @@ inline void normalize(const float* x, const float* gain, float* out, int size, f
   for (i = 0; i < size; i++) out[i] = x[i] * scale * gain[i];
 }
 
-// Rotates pairs (i, i + half) of the first 2 * half dimensions, NeoX style.
-inline void rotate(float* x, const float* cos, const float* sin, int half) {
-  for (int i = 0; i < half; i++) {
-    const float first = x[i], second = x[half + i];
-    x[i] = first * cos[i] - second * sin[i];
-    x[half + i] = second * cos[i] + first * sin[i];
+// Rotary angles of tokens: of each the cosines, then the sines.
+class Angles {
+ public:
+  Angles() = default;
+  Angles(Arena& arena, size_t tokens, int rotary) : data_(arena.take<float>(tokens * rotary)), half_(rotary / 2) {}
+
+  void set(size_t token, int position, const float* frequencies) const {
+    float *cos = data_ + token * 2 * half_, *sin = cos + half_;
+    for (int i = 0; i < half_; i++) {
+      const float angle = (float)position * frequencies[i];
+      cos[i] = std::cos(angle), sin[i] = std::sin(angle);
+    }
   }
-}
+  // Rotates pairs (i, i + half) of the first dimensions, NeoX style.
+  void rotate(size_t token, float* x) const {
+    const float *cos = data_ + token * 2 * half_, *sin = cos + half_;
+    for (int i = 0; i < half_; i++) {
+      const float first = x[i], second = x[half_ + i];
+      x[i] = first * cos[i] - second * sin[i];
+      x[half_ + i] = second * cos[i] + first * sin[i];
+    }
+  }
+
+ private:
+  float* data_ = nullptr;
+  int half_ = 0;
+};
 
 // The first of the largest of x[first..last).
 struct Best {

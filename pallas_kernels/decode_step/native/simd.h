@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-constexpr int LANES = 16;  // rows of a weight block, whatever the machine: layouts do not depend on it
+#include "names.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>

@@ -48,7 +48,7 @@ class Target {
       case QKV: return product(row, w.matrix(layer(row.layer) + SLOT_QKV), normed, qkv, count());
       case ATTEND: return attend_heads(row);
       case OUTPUT: return product(row, w.matrix(layer(row.layer) + SLOT_OUTPUT), attended, part, count());
-      case GATE_UP: return gate_up(row);
+      case GATE_UP: return gate_up(row, w.matrix(layer(row.layer) + SLOT_GATE_UP), normed, gated, hidden, count());
       case DOWN: return product(row, w.matrix(layer(row.layer) + SLOT_DOWN), hidden, part, count());
       case ROUTER: return product(row, w.matrix(layer(row.layer) + SLOT_ROUTER), routed, scores, count());
       case TOP_K: return top_k(row);
@@ -75,8 +75,6 @@ class Target {
   bool has_experts(int index) const { return layers_[index] >> 1 & 1; }
   bool is_sliding(int index) const { return layers_[index] & 1; }
   int kv_heads(int index) const { return is_sliding(index) ? s.sliding_kv_heads : s.global_kv_heads; }
-  int rotated() const { return s.rotary / 2; }
-  float* angles(int token, int kind) const { return rotary + (token * 2 + kind) * 2 * rotated(); }  // cos, then sin
 
   void reserve(Arena& arena, size_t tokens, size_t shown) {
     const int kv = std::max(s.global_kv_heads, s.sliding_kv_heads);
@@ -89,7 +87,7 @@ class Target {
     scores = Floats::of(arena, tokens, s.experts);
     expert_gated = Floats::of(arena, pairs, 2 * padded(s.expert_features, LANES));
     expert_hidden = Inputs::of(arena, pairs, s.expert_features);
-    rotary = arena.take<float>(tokens * 2 * s.rotary);
+    for (Angles& kind : angles_) kind = Angles(arena, tokens, s.rotary);
     picks = arena.take<Best>(shown * MOST_SHARES);
     pairs_ = arena.take<Pair>(pairs), active_ = arena.take<int>(s.experts + 1),
     starts_ = arena.take<int>(s.experts + 1);
@@ -113,13 +111,7 @@ class Target {
     for (int m = row.first(count()); m < row.last(count()); m++) {
       const Token& token = tokens_[m];
       w.look_up(SLOT_EMBED, a.tokens[token.row * a.steps + token.place], x.row(m));
-      for (int kind = 0; kind < 2; kind++) {
-        float* cos = angles(m, kind);
-        for (int i = 0; i < rotated(); i++) {
-          const float angle = (float)token.position * frequencies[kind][i];
-          cos[i] = std::cos(angle), cos[rotated() + i] = std::sin(angle);
-        }
-      }
+      for (int kind = 0; kind < 2; kind++) angles_[kind].set(m, token.position, frequencies[kind]);
     }
   }
 
@@ -173,16 +165,15 @@ class Target {
       const Token& token = tokens_[m];
       if (token.row != batch_row) continue;
       float* from = qkv.row(m) + chunk * chunk_rows;
-      float *cos = angles(m, sliding), *sin = cos + rotated();
       float *key = from + q_rows + in_chunk * Q, *value = from + q_rows + k_rows + in_chunk * V;
       const int place = sliding ? token.position % rows : token.position;
-      rotate(key, cos, sin, rotated());
+      angles_[sliding].rotate(m, key);
       put_key(keys, key, Q, place);
       for (int i = 0; i < V; i++) values[place * V_padded + i] = value[i] * c.value_scale;
       for (int g = 0; g < group; g++) {
         const size_t number = queries.size();
         float* query = std::copy_n(from + (in_chunk * group + g) * Q, Q, vectors.data() + number * Q) - Q;
-        rotate(query, cos, sin, rotated());
+        angles_[sliding].rotate(m, query);
         for (int i = 0; i < Q; i++) query[i] *= scale_;
         const int first = sliding ? std::max(0, token.position - s.window + 1) : 0;
         const float sink =
@@ -197,8 +188,7 @@ class Target {
     for (int m = 0; m < count(); m++) {
       if (tokens_[m].row != batch_row) continue;
       for (int g = 0; g < group; g++, number++)
-        for (int i = 0; i < V; i += 8)
-          store_inputs(attended.row(m) + (head * group + g) * V + i, outputs.data() + number * V_padded + i);
+        put_eights(outputs.data() + number * V_padded, V, attended.row(m) + (head * group + g) * V);
       if (head == 0) std::fill(attended.row(m) + s.heads * V, attended.row(m + 1), Precise{});
     }
   }
@@ -207,14 +197,6 @@ class Target {
     int before = 0;
     for (int i = 0; i < index; i++) before += is_sliding(i) == is_sliding(index);
     return before;
-  }
-
-  void gate_up(const Row& row) {
-    const Matrix matrix = w.matrix(layer(row.layer) + SLOT_GATE_UP);
-    product(row, matrix, normed, gated, count());
-    const int units = units_of(matrix);
-    for (int m = 0; m < count(); m++)
-      swiglu(gated.row(m), hidden.row(m), hidden.stride, row.first(units), row.last(units), units);
   }
 
   // Each token's experts and their weights; then all pairs sorted by expert.
@@ -254,16 +236,14 @@ class Target {
     const int slot = layer(row.layer) + SLOT_GATE_UP, units = units_of(w.matrix(slot)), all = units * active_count_;
     thread_local std::vector<const Precise*> from;
     thread_local std::vector<float*> to;
-    for (int unit = row.first(all); unit < row.last(all);) {
-      const int number = unit / units, first = unit % units, last = std::min(units, first + row.last(all) - unit);
+    by_matrix(row.first(all), row.last(all), units, [&](int number, int first, int last) {
       from.clear(), to.clear();
       for (int p = starts_[number]; p < starts_[number + 1]; p++)
         from.push_back(normed.row(pairs_[p].token)), to.push_back(expert_gated.row(p));
       multiply_units(w.matrix(slot, active_[number]), first, last, from, to);
       for (int p = starts_[number]; p < starts_[number + 1]; p++)
         swiglu(expert_gated.row(p), expert_hidden.row(p), expert_hidden.stride, first, last, units);
-      unit += last - first;
-    }
+    });
   }
 
   // Experts are added up in their order, whoever else is active.
@@ -304,9 +284,8 @@ class Target {
 
   void pick(const Row& row) {
     const int count = (int)shown_.size(), shares = row.value;  // of the head's rows, that this one waited for
-    for (int i = row.first(count); i < row.last(count); i++) {
+    for (int i = row.first(count); i < row.last(count); i++)
       a.best[shown_[i].place] = best_of_shares(picks + i * MOST_SHARES, shares);
-    }
   }
 
   const TargetSizes s;
@@ -320,7 +299,7 @@ class Target {
   std::vector<Shown> shown_;
   Floats x, part, qkv, gated, scores, routed, expert_gated;
   Inputs normed, attended, hidden, expert_hidden;
-  float* rotary = nullptr;
+  Angles angles_[2];  // of global and of sliding layers
   Best* picks = nullptr;
   Pair* pairs_ = nullptr;
   int *active_ = nullptr, *starts_ = nullptr, *chosen_ = nullptr;
