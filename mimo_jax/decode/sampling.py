@@ -55,6 +55,7 @@ _RULES = {
     "min_p": (lambda p: 0 <= p <= 1, "in [0, 1]"),
 }
 INT32_MAX = 2**31 - 1
+GROUPS = 64  # of tokens, in `sample`: each device that holds a share of the vocabulary holds whole ones
 # Below it, temperatures make every logit but the largest impossible all the same; a smaller one would overflow.
 LEAST_TEMPERATURE = 1e-30
 
@@ -137,7 +138,33 @@ def draw_with_distribution(
     if isinstance(strategy, Greedy):
         return most_likely(logits_BC), None
     p_BC = probabilities(strategy, logits_BC)
-    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BC)).astype(jnp.int32), p_BC
+    return sample(p_BC, keys_B), p_BC
+
+
+def sample(weights_BC: Float[Array, "B C"], keys_B: Array) -> Int[Array, "B"]:
+    """One token per row, each as likely as its share of the row's weights; one of weight 0 is never drawn.
+
+    By inversion: a group of tokens, then one of the group. Two random numbers per row do; a random number per token
+    costs more than the native step's whole round on CPU.
+    """
+    batch, count = weights_BC.shape
+    size = -(-count // GROUPS)
+    weights_BGg = jnp.pad(weights_BC, ((0, 0), (0, GROUPS * size - count))).reshape(batch, GROUPS, size)
+    u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    group_B = _invert(jnp.sum(weights_BGg, axis=-1), u_B2[:, 0])
+    of_group_Bg = jnp.take_along_axis(weights_BGg, group_B[:, None, None], axis=1)[:, 0]
+    return group_B * size + _invert(of_group_Bg, u_B2[:, 1])
+
+
+def _invert(weights_BN: Float[Array, "B N"], u_B: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first entry at which the sum of the weights so far passes the share `u` < 1 of all.
+
+    Entries without weight are skipped by their weight, not by their sum: sums of a parallel scan need not rise.
+    """
+    sums_BN = jnp.where(weights_BN > 0, jnp.cumsum(weights_BN, axis=-1), 0.0)
+    share_B = u_B * jnp.max(sums_BN, axis=-1)
+    last = weights_BN.shape[1] - 1
+    return jnp.min(jnp.where(sums_BN > share_B[:, None], jnp.arange(last + 1), last), axis=-1)
 
 
 def strategy_at(temperature: float) -> Strategy:

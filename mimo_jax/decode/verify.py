@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mimo_jax.decode.sampling import Greedy, Strategy, draw, most_likely, probabilities
+from mimo_jax.decode.sampling import Greedy, Strategy, draw, most_likely, probabilities, sample
 from mimo_jax.errors import UserError
 
 RULES = ("token", "block")
@@ -62,9 +62,7 @@ def verify(
     thresholds_BM, following_BNC = acceptance(rule, probabilities(strategy, logits_BNC), q_BMC, drafts_BM)
     u_BM = jax.vmap(partial(jax.random.uniform, shape=(count,)))(_stream(keys_B, ACCEPT))
     accepted_B = _count(rule, u_BM < thresholds_BM)  # strict: u may be 0, and a threshold of 0 never passes
-    log_following_BC = jnp.log(_pick(following_BNC, accepted_B))
-    next_B = jax.vmap(jax.random.categorical)(_stream(keys_B, FOLLOW), log_following_BC)
-    return accepted_B, next_B.astype(jnp.int32)
+    return accepted_B, sample(_pick(following_BNC, accepted_B), _stream(keys_B, FOLLOW))
 
 
 def _verify_greedy(best_BN: Int[Array, "B N"], drafts_BM: Int[Array, "B M"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:

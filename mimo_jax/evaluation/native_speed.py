@@ -16,7 +16,7 @@ import numpy as np
 
 from mimo_jax.checkpoint.huggingface import read_hf_config
 from mimo_jax.decode import loop
-from mimo_jax.decode.sampling import Greedy
+from mimo_jax.decode.sampling import Greedy, Sampled, Strategy
 from mimo_jax.decode.step import FusedStep
 from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
 from mimo_jax.errors import UserError
@@ -40,12 +40,26 @@ def prompt_of(model: Model, length: int, seed: int = 0) -> list[int]:
     return [int(token) for token in ids if token not in model.stop_ids][:length]
 
 
-def plain_rate(model: Model, batch: int = 1, depth: int = DEPTH, tokens: int = TOKENS) -> float:
+def plain_rate(
+    model: Model, batch: int = 1, depth: int = DEPTH, tokens: int = TOKENS, strategy: Strategy = Greedy()
+) -> float:
     """Tokens per second of the loop that generates, all rows together; texts do not end."""
     endless = dataclasses.replace(model, stop_ids=())
     prompts = [prompt_of(model, depth, seed) for seed in range(batch)]
-    timing = generate_batch(endless, prompts, Greedy(), max_tokens=tokens)[0].timing
+    timing = generate_batch(endless, prompts, strategy, max_tokens=tokens)[0].timing
     return timing.generated_tokens / timing.decode_seconds
+
+
+def strategy_rates(model: Model, repeats: int) -> Record:
+    """Tokens per second one by one: greedy, sampled, and as the checkpoint wants to be sampled; interleaved."""
+    strategies = {"greedy": Greedy(), "sampled": Sampled(), "generation_config.json": model.strategy}
+    rates: dict[str, list[float]] = {name: [] for name in strategies}
+    for turn in range(repeats + 1):
+        for name, strategy in strategies.items():
+            rate = plain_rate(model, strategy=strategy)
+            if turn:  # the first compiles
+                rates[name].append(rate)
+    return {name: spread(found) for name, found in rates.items()}
 
 
 def spread_of(rate: Callable[[], float], repeats: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mimo_jax.decode.sampling import Greedy, Sampled, draw, most_likely, probabilities, strategy_of
+from mimo_jax.decode.sampling import Greedy, Sampled, draw, most_likely, probabilities, sample, strategy_of
 from mimo_jax.errors import UserError
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (5, 40)).astype(np.float32)
@@ -94,6 +94,33 @@ def test_draws_follow_the_distribution():
     p = expected(LOGITS[0], 0.8, top_k=12)
     assert seen[p == 0].sum() == 0
     assert stats.chisquare(seen[p > 0], count * p[p > 0] / p.sum()).pvalue > 1e-6
+
+
+def test_draws_from_a_wide_vocabulary_follow_their_weights():
+    """`sample` draws a group, then one of it: 300 tokens, a whole group of them and both ends without weight."""
+    rng, count = np.random.default_rng(3), 200_000
+    weights = rng.random(300).astype(np.float32) ** 3
+    weights[[0, 299]] = weights[128:256] = 0
+    keys = jax.random.split(jax.random.key(5), count)
+    seen = np.bincount(sample(jnp.broadcast_to(weights, (count, 300)), keys), minlength=300)
+    assert seen[weights == 0].sum() == 0
+    likely = weights > 1e-4
+    share = weights[likely].astype(np.float64) / weights[likely].sum(dtype=np.float64)
+    assert stats.chisquare(seen[likely], seen[likely].sum() * share).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("u", [0.0, float(np.nextafter(np.float32(1), np.float32(0)))])
+@pytest.mark.parametrize("size", [40, 128, 1000])
+def test_draws_at_the_ends_of_the_unit_interval(monkeypatch, size, u):
+    """Whatever the random numbers are, a token without weight is never drawn, rounding of sums included."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, u))
+    rng = np.random.default_rng(size)
+    weights = np.where(rng.random((500, size)) < 0.05, rng.random((500, size)) ** 8, 0).astype(np.float32)
+    weights[:, size // 2] += 1e-30  # no row is empty
+    drawn = np.asarray(sample(weights, jax.random.split(jax.random.key(0), 500)))
+    assert (weights[np.arange(500), drawn] > 0).all()
+    if u == 0:
+        assert drawn.tolist() == [np.flatnonzero(row)[0] for row in weights]
 
 
 @pytest.mark.parametrize(
