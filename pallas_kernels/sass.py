@@ -70,6 +70,11 @@ def assemble(ptx: Path, cubin: Path) -> tuple[int, int, int]:
     return int(registers[1]), stack, stores + loads
 
 
+def instructions(cubin: Path) -> int:
+    """Of a kernel."""
+    return sum(bool(_parse(line)[0]) for line in _run("nvdisasm", "-c", str(cubin)).splitlines())
+
+
 def _run(name: str, *arguments: str) -> str:
     path = tool(name)
     if path is None:

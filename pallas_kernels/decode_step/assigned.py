@@ -4,6 +4,9 @@ A worker is (device, CTA, role). A CTA's consumers compute; beside them three wa
 and fills a ring, `fetch` brings what other CTAs made into a page of shared memory, `send` carries partial sums to every
 device. Devices share heads, features and vocabulary; embedding and router are whole on each.
 
+A CTA owns columns of the residual stream: it alone computes what is added to them, and adds it. So a sum over devices
+joins a CTA with the CTAs of the same number, and on one device it never leaves its CTA.
+
 What may be overwritten when is written down in waits only, and `validate` proves that they suffice. Buffers with two
 places are used in turn (parity): the ring, the pages, what is sent, and the parts that devices add up.
 """
@@ -14,13 +17,13 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 from pallas_kernels.decode_step.geometry import Target
 from pallas_kernels.decode_step.schedule import Kind, Phase, Row
 
 CTAS = 132  # of a Hopper GPU: one per SM
-QUERY_ROWS = 16  # pairs of a query head and a token that a CTA attends with, or merges
+QUERY_ROWS = 16  # pairs of a query head and a token, all of one key head, that are a unit of attention or merging
 PARITY = 2
 
 Place = tuple[int, int]  # device, CTA
@@ -42,12 +45,24 @@ def shard_of(target: Target, devices: int) -> Target:
     )
 
 
-def assigned_rows(phases: Iterable[Phase], devices: int, ctas: int = CTAS) -> list[Row]:
+class Assigned(NamedTuple):
+    """Rows, and what each counter counts: a buffer's name, the device, and whose it is if it belongs to one CTA."""
+
+    rows: list[Row]
+    counters: dict[tuple, int]
+
+
+def assigned_table(phases: Iterable[Phase], devices: int, ctas: int = CTAS) -> Assigned:
     """Rows of a step's `phases`, which are those of one device (`shard_of`), on each of `devices`."""
     table = _Table(devices, ctas)
     for phase in phases:
         table.add(phase)
-    return table.rows
+    return Assigned(table.rows, table.counters)
+
+
+def assigned_rows(phases: Iterable[Phase], devices: int, ctas: int = CTAS) -> list[Row]:
+    """Those of `assigned_table`."""
+    return assigned_table(phases, devices, ctas).rows
 
 
 @dataclasses.dataclass
@@ -57,7 +72,6 @@ class _Cta:
     consumed: int = 0
     fetches: int = 0
     loads: int = 0
-    normed: int = 0  # the fetch whose page holds the normalised stream
     routes: int = 0  # the version of its list of experts
     routed: int = 0  # consumer rows until that list was made
     page_freed: list[int] = dataclasses.field(default_factory=lambda: [0] * PARITY)
@@ -79,64 +93,69 @@ class _Table:
 
     def add(self, phase: Phase) -> None:
         self.number += 1
-        tiles = min(self.ctas, math.ceil(phase.queries / QUERY_ROWS))
+        if phase.kind == Kind.EMBED:
+            return  # the first norm does it
+        tiles = min(self.ctas, phase.units * math.ceil(phase.queries / QUERY_ROWS / max(1, phase.units)))
         if phase.kind == Kind.NORM:
-            self._normalise(phase)
+            self._reduce(phase)
         elif phase.weights:
             self._multiply(phase)
         elif phase.kind == Kind.TOP_K:
             self._choose(phase)
-        elif phase.is_global:  # by heads and keys, then merged by heads and tokens
-            self._spread(phase, phase.kind, min(self.ctas, phase.units * max(1, self.ctas // phase.units)), "partial")
-            self._spread(phase, Kind.MERGE, tiles, phase.writes)
-        elif phase.kind == Kind.EMBED:  # by columns
-            self._spread(phase, phase.kind, self.ctas, phase.writes)
+        elif phase.kind == Kind.PICK:
+            self._pick(phase)
+        elif phase.is_global:  # by heads and keys, then merged by queries
+            parts = min(self.ctas, phase.units * max(1, self.ctas // phase.units))
+            self._spread(phase, phase.kind, parts, phase.reads[0], "partial")
+            self._spread(phase, Kind.MERGE, min(self.ctas, phase.queries), "partial", phase.writes)
         else:
-            self._spread(phase, phase.kind, tiles or min(self.ctas, phase.units), phase.writes)
+            self._spread(phase, phase.kind, tiles, phase.reads[0], phase.writes)
 
     def places(self, ctas: int) -> Iterator[Place]:
         return ((device, cta) for device in range(self.devices) for cta in range(ctas))
 
-    def _spread(self, phase: Phase, kind: Kind, shares: int, writes: str) -> None:
-        """A share for each of so many CTAs; the buffer is in global memory."""
+    def _spread(self, phase: Phase, kind: Kind, shares: int, reads: str, writes: str) -> None:
+        """A share for each of so many CTAs, which load what they need of a buffer in global memory."""
         for place in self.places(shares):
             device, cta = place
-            waits, reads = (), ()
-            if kind == Kind.MERGE:  # a little from every part: loaded, not copied
-                waits, reads = (self._reached("partial", device),), self.pieces["partial", device]
-            elif phase.reads:
-                waits, reads = self._fetch(place, phase, phase.reads[0])
+            waits, made = (self._reached(reads, device),), (self._counter(writes, device),)
             written = (((writes, device, cta), self.number),)
-            self._consume(place, phase, kind, waits, reads, written, (self._counter(writes, device),), shares)
+            self._consume(place, phase, kind, waits, self.pieces[reads, device], written, made, shares)
         self._publish(writes, [(cta,) for cta in range(shares)])
 
-    def _normalise(self, phase: Phase) -> None:
-        """Each CTA adds the parts to its columns of the stream, then fetches all of it and normalises its copy.
+    def _reduce(self, phase: Phase) -> None:
+        """Each CTA adds the devices' parts to its columns of the stream, which it alone keeps, and shows the sum.
 
-        It keeps its columns for itself, so that they are not among what the sum reads.
+        The first time there is nothing to be added: it looks the tokens up.
         """
-        if ("part", 0) in self.pieces:
-            for place in self.places(self.ctas):
-                waits, written = (self._reached("part", place[0]),), ((("x", *place), self.number),)
-                made = (self._counter("x", place[0]),)
-                self._consume(place, phase, Kind.REDUCE, waits, self.pieces["part", place[0]], written, made)
-            self._publish("x", [(cta,) for cta in range(self.ctas)])
+        kind = Kind.REDUCE if self.parts else Kind.EMBED
         for place in self.places(self.ctas):
-            waits, reads = self._fetch(place, phase, "x")
-            (page, version), cta = reads[0], self.cta[place]
-            self._consume(place, phase, Kind.NORM, waits, reads, ((page, version + 1),))
-            cta.normed = cta.fetches
+            device, cta = place
+            waits = (self._reached("part", *place),) if ("part", *place) in self.counters else ()
+            reads = self.pieces["part", device, cta] if self.parts else ()
+            written = ((("stream", *place), self.number),)
+            self._consume(place, phase, kind, waits, reads, written, (self._counter("stream", device),))
+        self._publish("stream", [(cta,) for cta in range(self.ctas)])
 
     def _choose(self, phase: Phase) -> None:
         """Each CTA lists the active experts for itself, in shared memory."""
         for place in self.places(self.ctas):
-            waits, reads = self._fetch(place, phase, phase.reads[0])
+            waits, reads = (self._reached("scores", place[0]),), self.pieces["scores", place[0]]
             self._consume(place, phase, phase.kind, waits, reads, ((("routes", *place), self.number),))
             cta = self.cta[place]
             cta.routes, cta.routed = self.number, cta.consumed
 
+    def _pick(self, phase: Phase) -> None:
+        """Each CTA finds the largest of the logits that it made, then one of them the largest of all."""
+        for place in self.places(self.ctas):
+            reads = ((("logits", *place), self.number - 1),)
+            written = ((("candidates", *place), self.number),)
+            self._consume(place, phase, Kind.PICK, (), reads, written, (self._counter("candidates", place[0]),))
+        self._publish("candidates", [(cta,) for cta in range(self.ctas)])
+        self._spread(phase, Kind.PICK_BEST, 1, "candidates", phase.writes)
+
     def _multiply(self, phase: Phase) -> None:
-        """By weights that were loaded ahead. Partial sums go to every device."""
+        """By weights that were loaded ahead. What is added to the stream goes to every device's CTA that owns it."""
         leaves_part = phase.writes == "part"
         is_sent = leaves_part and self.devices > 1
         self.parts += leaves_part
@@ -148,25 +167,23 @@ class _Table:
             region = (phase.writes, device, cta)
             if leaves_part:
                 region = ("stage", *place, parity) if is_sent else ("part", device, parity, device, cta)
-            made = () if is_sent else (self._counter(phase.writes, device),)
+            made = () if leaves_part else (self._counter(phase.writes, device),)
             self._consume(place, phase, phase.kind, (*fetched, loaded), (*reads, slot), ((region, self.number),), made)
             self.cta[place].ring_freed[slot[0][-1]] = self.cta[place].consumed
             if is_sent:
                 self._send(place, phase, parity)
-        sources = range(self.devices if is_sent else 1)
         if not leaves_part:
             self._publish(phase.writes, [(cta,) for cta in range(self.ctas)])
-        else:
-            self._publish("part", [(parity, source, cta) for source in sources for cta in range(self.ctas)])
+            return
+        for device, cta in self.places(self.ctas):
+            sources = range(self.devices) if is_sent else (device,)
+            mine = tuple((("part", device, parity, source, cta), self.number) for source in sources)
+            self.pieces["part", device, cta] = mine
 
     def _page(self, place: Place, phase: Phase) -> tuple[tuple[Wait, ...], tuple[Access, ...]]:
         """A product's input in shared memory, and the list of experts where it is by experts."""
         cta = self.cta[place]
-        if phase.reads[0] == "normed":
-            waits, reads = (), ((("page", *place, cta.normed % PARITY), 2 * cta.normed + 1),)
-            cta.page_freed[cta.normed % PARITY] = cta.consumed + 1
-        else:
-            waits, reads = self._fetch(place, phase, phase.reads[0])
+        waits, reads = self._fetch(place, phase, "stream" if phase.reads[0] == "normed" else phase.reads[0])
         return waits, (*reads, (("routes", *place), cta.routes)) if "routes" in phase.reads else reads
 
     def _fetch(self, place: Place, phase: Phase, buffer: str) -> tuple[tuple[Wait, ...], tuple[Access, ...]]:
@@ -175,7 +192,7 @@ class _Table:
         cta.fetches += 1
         parity = cta.fetches % PARITY
         waits = (self._reached(buffer, device), *self._freed(place, cta.page_freed[parity]))
-        page = ((("page", *place, parity), 2 * cta.fetches),)
+        page = ((("page", *place, parity), cta.fetches),)
         done = self._counter("fetched", *place)
         self._copy(place, "fetch", Kind.FETCH, phase, waits, self.pieces[buffer, device], page, (done,))
         cta.page_freed[parity] = cta.consumed + 1
@@ -195,7 +212,7 @@ class _Table:
     def _send(self, place: Place, phase: Phase, parity: int) -> None:
         reads = ((("stage", *place, parity), self.number),)
         writes = tuple((("part", peer, parity, *place), self.number) for peer in range(self.devices))
-        arrived = tuple(self._counter("part", peer) for peer in range(self.devices))
+        arrived = tuple(self._counter("part", peer, place[1]) for peer in range(self.devices))
         self._copy(
             place, "send", Kind.SEND, phase, self._freed(place, self.cta[place].consumed), reads, writes, arrived
         )

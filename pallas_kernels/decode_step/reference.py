@@ -25,6 +25,7 @@ from pallas_kernels.decode_step.arithmetic import (
 from pallas_kernels.decode_step.geometry import Layer, Target
 from pallas_kernels.decode_step.schedule import ROWS_PER_UNIT, Kind, Row
 
+ROW_BLOCK = 16  # rows of a matrix that are one unit of a CTA's work
 KEY_BLOCK = 32  # rows of a cache; blocks are dealt out in turn where several CTAs share the keys of a head
 Weights = dict  # a tree of float32 arrays, named as the Flax modules name their parameters
 
@@ -103,6 +104,7 @@ class _Step:
         self.pages: dict[tuple, np.ndarray] = {}  # of CTAs
         self.routes: dict[tuple, _Routes] = {}  # one for all, or each CTA's
         self.parts: dict[tuple, Part] = {}  # (query, part of the keys)
+        self.candidates: dict[int, tuple[int, np.ndarray]] = {}  # CTA -> the first of its logits, and all of them
         self.normed = np.full((len(self.tokens_T), target.width), np.nan, np.float32)
         self.aux_LTD = np.full((len(target.layers), *self.normed.shape), np.nan, np.float32)
         self.expert_counts: dict[int, np.ndarray] = {}
@@ -133,7 +135,8 @@ class _Step:
         return self.target.layers[row.layer], self.weights[f"layers_{row.layer}"]
 
     def _rows(self, row: Row, outputs: int, per_unit: int = ROWS_PER_UNIT) -> slice:
-        """Output rows of a matrix that are a row's share."""
+        """Output rows of a matrix that are a row's share; a CTA shares finer."""
+        per_unit = min(per_unit, ROW_BLOCK) if row.worker else per_unit
         own = self._own(row, -(-outputs // per_unit))
         return slice(own.start * per_unit, min(own.stop * per_unit, outputs))
 
@@ -147,15 +150,18 @@ class _Step:
         """Loads need no place here, and one device sends nothing."""
 
     def embed(self, row: Row) -> None:
-        """By tokens; a CTA by columns, which it keeps."""
+        """By tokens; a CTA by columns, which it keeps and shows."""
         tokens, columns = self._part_of_stream(row)
         x_TD = self._buffer(row, "x", self.target.width)
         x_TD[tokens, columns] = self.weights["embed"][self.tokens_T][tokens, columns]
+        if row.worker:
+            self._show(row, columns)
 
     def _part_of_stream(self, row: Row) -> tuple[slice, slice]:
-        own = self._own(row, self.target.width if row.worker else len(self.tokens_T))
-        mine, whole = slice(own.start, own.stop), slice(None)
-        return (whole, mine) if row.worker else (mine, whole)
+        if row.worker:
+            return slice(None), self._rows(row, self.target.width)
+        own = self._own(row, len(self.tokens_T))
+        return slice(own.start, own.stop), slice(None)
 
     def reduce(self, row: Row) -> None:
         """Adds the part that the phase before left; an even norm comes after a layer."""
@@ -163,26 +169,35 @@ class _Step:
         self.buffers["x"][mine] += self.buffers["part"][mine]
         if row.layer % 2 == 0:
             self.aux_LTD[row.layer // 2 - 1][mine] = self.buffers["x"][mine]
+        if row.worker:
+            self._show(row, mine[1])
+
+    def _show(self, row: Row, columns: slice) -> None:
+        """What a CTA owns of the stream, for all: with its norm's gain, and beside it what all of it is divided by."""
+        shown = self._buffer(row, "stream", self.target.width)
+        shown[:, columns] = self.buffers["x"][:, columns]
+        self.gain_D = self._gain(row.layer)
+
+    def _gain(self, index: int) -> np.ndarray:
+        if index == 2 * len(self.target.layers):
+            return self.weights["norm"]["weight"]
+        return self.weights[f"layers_{index // 2}"]["post_norm" if index % 2 else "input_norm"]["weight"]
 
     def fetch(self, row: Row) -> None:
-        source = row.reads[0][0][0]
-        self.pages[row.writes[0][0]] = self.buffers[source].copy()
+        """A page; of the stream it is read normalised."""
+        source, (page, _) = row.reads[0][0][0], row.writes[0]
+        self.pages[page] = self.buffers[source].copy()
+        if source == "stream":
+            self.pages[page] = normalise(self.pages[page], self.gain_D, self.target.norm_eps)
+            self.normed = self.pages[page] if row.of == Kind.HEAD else self.normed
 
     def norm(self, row: Row) -> None:
-        index, last = row.layer, 2 * len(self.target.layers)
-        name = "post_norm" if index % 2 else "input_norm"
-        norm = self.weights["norm"] if index == last else self.weights[f"layers_{index // 2}"][name]
-        if row.worker:
-            page = row.writes[0][0]
-            self.pages[page] = normalise(self.pages[page], norm["weight"], self.target.norm_eps)
-            normed, mine = self.pages[page], (slice(None), slice(None))
-        else:
-            if index:
-                self.reduce(row)
-            mine = self._part_of_stream(row)
-            normed = self._buffer(row, "normed", self.target.width)
-            normed[mine] = normalise(self.buffers["x"][mine], norm["weight"], self.target.norm_eps)
-        if index == last:
+        if row.layer:
+            self.reduce(row)
+        mine = self._part_of_stream(row)
+        normed = self._buffer(row, "normed", self.target.width)
+        normed[mine] = normalise(self.buffers["x"][mine], self._gain(row.layer), self.target.norm_eps)
+        if row.layer == 2 * len(self.target.layers):
             self.normed[mine] = normed[mine]
 
     def qkv(self, row: Row) -> None:
@@ -245,9 +260,24 @@ class _Step:
         self._multiply(row, "logits", self.weights["head"])
 
     def pick(self, row: Row) -> None:
+        """By tokens; a CTA among the logits that it made."""
+        if row.worker:
+            logits_TC = self._input(row)
+            mine = self._rows(row, logits_TC.shape[1])
+            self.candidates[row.share] = mine.start, logits_TC[:, mine]
+            return
         picked_T = self._buffer(row, "picked")
         for token in self._own(row, len(self.tokens_T)):
             picked_T[token] = np.argmax(self._input(row)[token])
+
+    def pick_best(self, row: Row) -> None:
+        """The first of the largest, CTA after CTA."""
+        parts = [self.candidates[share] for share in sorted(self.candidates) if self.candidates[share][1].size]
+        best_TP = np.stack([np.max(logits_TC, axis=-1) for _, logits_TC in parts], axis=-1)
+        picked_T = self._buffer(row, "picked")
+        for token, part in enumerate(np.argmax(best_TP, axis=-1)):
+            start, logits_TC = parts[part]
+            picked_T[token] = start + np.argmax(logits_TC[token])
 
     # Attention.
 
@@ -351,6 +381,7 @@ _RUN: dict[Kind, Callable[[_Step, Row], None]] = {
     Kind.EXPERT_DOWN: _Step.expert_down,
     Kind.HEAD: _Step.head,
     Kind.PICK: _Step.pick,
+    Kind.PICK_BEST: _Step.pick_best,
     Kind.FETCH: _Step.fetch,
     Kind.LOAD: _Step.nothing,
     Kind.REDUCE: _Step.reduce,

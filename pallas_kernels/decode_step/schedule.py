@@ -56,6 +56,7 @@ class Kind(enum.IntEnum):
     SEND = 26
     REDUCE = 27
     MERGE = 28
+    PICK_BEST = 29  # the largest of what all CTAs picked
 
 
 @dataclasses.dataclass(frozen=True)

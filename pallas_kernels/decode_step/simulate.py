@@ -56,7 +56,6 @@ HOPPER = Costs(
         Kind.LOAD: 0.8,  # from asking to the first byte
         Kind.FETCH: 0.6,  # of the first quarter; the others arrive behind products
         Kind.REDUCE: 0.4,
-        Kind.NORM: 0.2,
         Kind.ATTEND: 2.0,
         Kind.MERGE: 1.0,
         Kind.TOP_K: 0.8,

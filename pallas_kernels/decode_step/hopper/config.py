@@ -1,0 +1,79 @@
+"""What the Hopper kernel is compiled for: how matrices are cut, and where everything lies.
+
+A matrix is cut into row blocks of 16 and chunks of columns; a row block of a chunk is what one slot of the ring holds.
+Columns of inputs come in parts, of which shared memory holds two; a part has one, two or four chunks, by the format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+ROWS = 16  # of a row block: M of the tensor core's instruction
+WARPS = 4  # of a warpgroup, which works on one slot at a time
+CONSUMERS = 4  # warpgroups
+SLOT_WORDS = 3264  # 13,056 bytes: 16 x 1536 of MXFP4, 16 x 768 of FP8, each with their scales
+PART_COLS = (1536, 1024, 512)  # the first that divides a matrix' columns is its part
+COLUMN_UNIT = PART_COLS[-1]
+CHUNKS_PER_PART = {"mxfp4": 1, "fp8": 2, "bf16": 4}
+# Words between tokens in a page beyond their columns: eight threads that read 16 bytes of two tokens hit all banks.
+PAGE_GAP = 16
+SUM_STRIDE = 20  # floats between tokens in a buffer of sums: 16 rows, and a bank for each thread of a warp
+FP8_SEGMENT = 64  # columns that share a scale, half of a published block: what a warp has of a chunk begins anywhere
+INPUT_SHIFT = 6  # inputs of FP8 products are float16, times 2^-6
+
+
+def padded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
+
+
+def code_words(format: str, cols: int) -> int:
+    """Of 16 rows, without their scales."""
+    return {"mxfp4": 2, "fp8": 4, "bf16": 8}[format] * cols
+
+
+def tile_words(format: str, cols: int) -> int:
+    """Of 16 rows, the scales behind their codes."""
+    return code_words(format, cols) + {"mxfp4": cols // 8, "fp8": ROWS * cols // FP8_SEGMENT, "bf16": 0}[format]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """One weight matrix, or each of a stack; `cols` are a multiple of COLUMN_UNIT, padded with zeros."""
+
+    rows: int
+    cols: int
+    format: str  # "mxfp4", "fp8" or "bf16"
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-self.rows // ROWS)
+
+    @property
+    def part_cols(self) -> int:
+        return next(cols for cols in PART_COLS if self.cols % cols == 0)
+
+    @property
+    def parts(self) -> int:
+        return self.cols // self.part_cols
+
+    @property
+    def chunk_cols(self) -> int:
+        return self.part_cols // CHUNKS_PER_PART[self.format]
+
+    @property
+    def chunks(self) -> int:
+        return self.cols // self.chunk_cols
+
+    @property
+    def warp_cols(self) -> int:
+        """Of a chunk, those of one warp: the four quarters side by side."""
+        return self.chunk_cols // WARPS
+
+    @property
+    def tile_words(self) -> int:
+        return tile_words(self.format, self.warp_cols)
+
+    @property
+    def slot_words(self) -> int:
+        """Of a row block of a chunk: the four warps' tiles one after the other."""
+        return WARPS * self.tile_words

@@ -1,0 +1,201 @@
+"""What the warps beside the consumers do for a row: weights into the ring, inputs into pages, sums to all devices."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pallas_kernels.decode_step.hopper import attention, products
+from pallas_kernels.decode_step.hopper.attention import Attention
+from pallas_kernels.decode_step.hopper.attention_rows import AttentionRows
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, PAGE_GAP, ROWS, Matrix
+from pallas_kernels.decode_step.hopper.expert_rows import ExpertRows
+from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
+from pallas_kernels.decode_step.hopper.roles import Row
+from pallas_kernels.decode_step.hopper.table import Op
+from pallas_kernels.decode_step.schedule import Kind
+
+Handlers = dict[tuple[int, ...], Callable[[Row, Any], Any]]  # by the kinds that share them
+STREAM_READERS = (Op.QKV, Op.HEAD, Op.GATE_UP, Op.ROUTER, Op.EXPERT_GATE_UP)
+
+
+class Copies(ExpertRows, AttentionRows):
+    def load(self) -> Handlers:
+        """Handlers of the warp that fills the ring."""
+        plan = self.plan
+        found: Handlers = {}
+        for kind in plan.products:
+            if kind != Kind.EXPERT_GATE_UP:
+                found[Op(kind),] = partial(self.load_matrix, kind)
+        if False in plan.kinds:
+            found[Op.ATTEND,] = self.load_keys
+        if True in plan.kinds:
+            found[Op.ATTEND_WINDOW,] = self.load_window
+        if Kind.EXPERT_GATE_UP in plan.products:
+            found |= {(Op.ROUTER,): self.load_router, (Op.EXPERT_DOWN,): self.load_down}
+            found[Op.EXPERT_GATE_UP,] = self.load_experts
+        return found
+
+    def fill(self, turn: Any, team: Any, source: Any, words: int) -> None:
+        m = self.machine
+        self.ring.fill(turn, team, lambda slot, barrier: m.copy(source, m.part(slot, 0, words), barrier))
+
+    def load_matrix(self, kind: Kind, row: Row, turn: Any) -> Any:
+        m, matrix, spread = self.machine, self.plan.matrix(kind), self.plan.spread(kind)
+        layer = 0 if kind == Kind.HEAD else row.layer
+        items, words = row.last - row.first, self.weights.matrices[kind]
+
+        def one(number: Any, turn: Any) -> Any:
+            chunk, block = m.div(number, items), row.first + m.rem(number, items)
+            team = m.rem(block + chunk * spread, CONSUMERS)
+            self.fill(turn, team, words.at[layer, block, chunk], matrix.slot_words)
+            return turn + 1
+
+        return m.loop(0, items * matrix.chunks, one, turn)
+
+    def load_router(self, row: Row, turn: Any) -> Any:
+        m, router = self.machine, self.plan.router
+
+        def one(chunk: Any, turn: Any) -> Any:
+            source = self.weights.router.at[row.layer, m.cta, chunk]
+            self.fill(turn, m.rem(chunk, CONSUMERS), source, router.slot_words)
+            return turn + 1
+
+        return m.loop(0, router.chunks, one, turn)
+
+    def load_experts(self, row: Row, turn: Any) -> Any:
+        m, matrix = self.machine, self.plan.matrix(Kind.EXPERT_GATE_UP)
+        m.wait(self.shared.listed)
+        first, last, blocks = self.expert_blocks(row)
+        items, stack = last - first, self.weights.matrices[Kind.EXPERT_GATE_UP]
+
+        def one(number: Any, turn: Any) -> Any:
+            chunk, item = m.div(number, items), m.rem(number, items)
+            expert = row.layer * self.plan.target.experts + self.shared.active[m.div(first + item, blocks)]
+            source = stack.at[expert, m.rem(first + item, blocks), chunk]
+            self.fill(turn, m.rem(item, CONSUMERS), source, matrix.slot_words)
+            return turn + 1
+
+        return m.loop(0, items * matrix.chunks, one, turn)
+
+    def load_down(self, row: Row, turn: Any) -> Any:
+        """Of each active expert the row blocks of the CTA's own columns, side by side; one in vain, if it owns none."""
+        m, words = self.machine, products.tile_words("mxfp4", self.plan.target.expert_features)
+        tiles, blocks = row.last - row.first, self.plan.target.width // ROWS
+        least, most = blocks // self.plan.ctas, -(-blocks // self.plan.ctas)
+
+        def one(unit: Any, turn: Any) -> Any:
+            stack = self.weights.expert_down.at[row.layer * self.plan.target.experts + self.shared.active[unit]]
+            for count in sorted({least, most}):
+                first = row.first * words if count else 0
+                source = m.part(stack, first, max(count, 1) * words)
+                run = partial(self.fill, turn, m.rem(unit, CONSUMERS), source, max(count, 1) * words)
+                m.when(tiles == count, run)
+            return turn + 1
+
+        return m.loop(0, self.shared.count[0], one, turn)
+
+    def load_block(self, config: Attention, row: Row, head: Any, block: Any, turn: Any, team: Any) -> None:
+        cache = self.buffers.caches[config.window is not None]
+        blocks = config.cache_rows // attention.KEYS
+        number = (row.layer * config.kv_heads + head) * blocks + attention.place_of(config, block)
+        self.fill(turn, team, cache.at[number], config.slot_words)
+
+    def load_window(self, row: Row, turn: Any) -> Any:
+        m, config = self.machine, self.plan.attention(True)
+        lowest, blocks = attention.blocks_of(config, self.length, self.count, 0, 1)
+
+        def one_unit(unit: Any, turn: Any) -> Any:
+            def one(number: Any, turn: Any) -> Any:
+                block = lowest + number
+                self.load_block(config, row, m.div(unit, config.tiles), block, turn, m.rem(block, CONSUMERS))
+                return turn + 1
+
+            return m.loop(0, blocks, one, turn)
+
+        return m.loop(row.first, row.last, one_unit, turn)
+
+    def load_keys(self, row: Row, turn: Any) -> Any:
+        """A block for each warpgroup that its queries keep busy: the second copy comes from the L2 cache."""
+        m, plan, config = self.machine, self.plan, self.plan.attention(False)
+        groups, at_once = plan.query_groups, plan.blocks_at_once
+        parts = plan.key_parts * at_once
+
+        def one_unit(unit: Any, turn: Any) -> Any:
+            head, part = m.div(unit, plan.key_parts), m.rem(unit, plan.key_parts) * at_once
+
+            def one(number: Any, turn: Any) -> Any:
+                round_, team = m.div(number, CONSUMERS), m.rem(number, CONSUMERS)
+                block = part + m.div(team, groups) + round_ * parts
+                self.load_block(config, row, head, block, turn, team)
+                return turn + 1
+
+            return m.loop(0, self.blocks_of_part(config, part, parts) * groups, one, turn)
+
+        return m.loop(row.first, row.last, one_unit, turn)
+
+    def fetch(self) -> Handlers:
+        """Handlers of the warp that brings inputs into pages, each of which begins with `await_fetch`."""
+        plan, b = self.plan, self.buffers
+        found: Handlers = {STREAM_READERS: partial(self.fetch_parts, plan.matrix(Kind.QKV), b.stream)}
+        found[Op.OUTPUT,] = partial(self.fetch_parts, plan.matrix(Kind.OUTPUT), b.attended)
+        if Kind.DOWN in plan.products:
+            found[Op.DOWN,] = partial(self.fetch_parts, plan.matrix(Kind.DOWN), b.hidden)
+        if Kind.EXPERT_GATE_UP in plan.products:
+            found[Op.EXPERT_DOWN,] = self.fetch_hidden
+        return found
+
+    def await_fetch(self, counters: Any, row: Row) -> None:
+        ops = (*STREAM_READERS, Op.OUTPUT, Op.DOWN, Op.EXPERT_DOWN)
+        is_fetched = functools.reduce(operator.or_, [row.kind == op for op in ops])
+        self.machine.when(is_fetched, lambda: self.await_row(counters, row, reads="copies"))
+
+    def fetch_parts(self, matrix: Matrix, source: Any, row: Row, turn: Any) -> Any:
+        """Token by token: each arrives at the page's barrier."""
+        m, words = self.machine, matrix.part_cols // 2
+        stride = words + PAGE_GAP
+
+        def one_part(part: Any, turn: Any) -> Any:
+            self.pages.before_fill(turn)
+            place = self.pages.place(turn)
+
+            def one(token: Any, _: None) -> None:
+                at = m.part(self.shared.page, place * self.plan.page_words + token * stride, words)
+                m.copy(m.part(source, token * (matrix.cols // 2) + part * words, words), at, self.pages.full.at[place])
+
+            m.loop(0, self.plan.columns, one)
+            return turn + 1
+
+        return m.loop(0, matrix.parts, one_part, turn)
+
+    def fetch_hidden(self, row: Row, turn: Any) -> Any:
+        """All pairs' rows, across both places of the page."""
+        m, plan = self.machine, self.plan
+        words = plan.hidden_rows * plan.hidden_stride // (PAGE_PARTS * plan.columns)
+        for part in range(PAGE_PARTS):
+            self.pages.before_fill(turn + part)
+
+        def one(number: Any, _: None) -> None:
+            barrier = self.pages.full.at[self.pages.place(turn + m.div(number, plan.columns))]
+            source, at = (m.part(ref, number * words, words) for ref in (self.buffers.hidden, self.shared.page))
+            m.copy(source, at, barrier)
+
+        m.loop(0, PAGE_PARTS * plan.columns, one)
+        return turn + PAGE_PARTS
+
+    def send(self, counters: Any) -> Handlers:
+        """Handlers of the warp that sends own columns to all devices."""
+        if self.plan.devices == 1:
+            return {}
+        return {(Op.OUTPUT, Op.DOWN, Op.EXPERT_DOWN): partial(self.send_own, counters)}
+
+    def send_own(self, counters: Any, row: Row, carry: Any) -> Any:
+        m, plan = self.machine, self.plan
+        m.wait(self.shared.staged)
+        first = self.first_part(row) + m.rank * plan.own_words
+        m.push(self.shared.own, self.buffers.parts, first, plan.own_words)
+        counters.signal(row.arrived, peers=m.peers, wrote="copies")
+        return carry

@@ -1,0 +1,151 @@
+"""Rows of the residual stream and of dense products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels.decode_step.hopper import products, routing, stream
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, Matrix
+from pallas_kernels.decode_step.hopper.cta import Cta, Turns
+from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
+from pallas_kernels.decode_step.hopper.roles import Row
+from pallas_kernels.decode_step.hopper.table import EPOCH, Op
+from pallas_kernels.decode_step.schedule import Kind
+
+
+class DenseRows(Cta):
+    def own_columns(self, row: Row) -> dict[str, Any]:
+        return {"first": row.first * ROWS, "size": (row.last - row.first) * ROWS, "cta": self.machine.cta}
+
+    def stream_scalars(self, row: Row) -> dict[str, Any]:
+        scalars = {"count": self.count, "gain_first": row.layer * self.plan.target.width, "is_f16": row.flags}
+        return self.own_columns(row) | scalars
+
+    def embed(self, team: Any, row: Row, turns: Turns) -> Turns:
+        b, tile = self.buffers, stream.embed(self.plan.stream, self.plan.vocab_rows)
+        refs = (self.tokens, self.weights.embed, self.weights.gains, b.x, b.stream, b.squares)
+        self.of_one_team(team, lambda: self.machine.call(tile, refs, self.stream_scalars(row)))
+        return turns
+
+    def reduce(self, team: Any, row: Row, turns: Turns) -> Turns:
+        b, taps = self.buffers, len(self.plan.aux_layers)
+        tile = stream.reduce(self.plan.stream, self.plan.devices, taps)
+        parts = self.shared.own
+        if self.plan.devices > 1:
+            parts = self.machine.part(b.parts, self.first_part(row), self.plan.devices * self.plan.own_words)
+        refs = (parts, self.weights.gains, b.x, b.stream, b.squares, *((b.aux,) if taps else ()))
+        scalars = self.stream_scalars(row) | ({"tap": row.tap} if taps else {})
+        self.of_one_team(team, lambda: self.machine.call(tile, refs, scalars))
+        return turns
+
+    def first_part(self, row: Row) -> Any:
+        """Where the devices' sums for this CTA's columns lie, one device after the other."""
+        return (row.parity * self.plan.ctas + self.machine.cta) * (self.plan.devices * self.plan.own_words)
+
+    def multiply(self, kind: Kind, team: Any, row: Row, turns: Turns) -> Turns:
+        """The teams' chunks of a dense matrix' items, and their sums for each item."""
+        m, plan, matrix = self.machine, self.plan, self.plan.matrix(kind)
+        items, most, spread = row.last - row.first, plan.dense_items, plan.spread(kind)
+
+        def one_chunk(chunk: Any, first: Any, turn: Any) -> Any:
+            first_team = m.rem(row.first + chunk * spread, CONSUMERS)
+            own = m.rem(team + CONSUMERS - first_team, CONSUMERS)
+            is_first = m.integer(chunk < CONSUMERS if spread else chunk == 0)
+
+            def one_item(number: Any, _: None) -> None:
+                item = own + number * CONSUMERS
+                scalars = {"item": team * (most * spread) + item, "first": first, "is_first": is_first}
+                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
+
+            m.loop(0, m.div(items - own + CONSUMERS - 1, CONSUMERS), one_item)
+            return turn + items
+
+        turns = self.by_parts(matrix, turns, one_chunk)
+        m.meet()
+        if spread:
+            ways = min(CONSUMERS, matrix.chunks)
+            tile = products.add_teams(plan.columns, ways, most)
+
+            def add(item: Any) -> None:
+                m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(row.first + item, CONSUMERS)})
+
+            self.each_item(team, items, add)
+        return turns
+
+    def multiply_slot(self, matrix: Matrix, team: Any, slot: Any, scalars: dict[str, Any]) -> None:
+        tile = products.multiply_chunk(matrix, self.plan.columns)
+        refs = (slot, self.shared.page, self.shared.sums, self.scratch(team))
+        self.machine.call(tile, refs, scalars)
+
+    def widen(self, team: Any, row: Row, turns: Turns) -> Turns:
+        """QKV, and gate and up of dense layers: the same product of the stream up to their ends."""
+        self.factors(team)
+        turns = self.multiply(Kind.QKV, team, row, turns)
+        self.machine.when(row.kind == Op.QKV, lambda: self.store_rows(Kind.QKV, self.buffers.qkv, team, row))
+        if Kind.GATE_UP in self.plan.products:
+            self.machine.when(row.kind == Op.GATE_UP, lambda: self.store_activated(team, row))
+        return turns
+
+    def store_rows(self, kind: Kind, out: Any, team: Any, row: Row) -> None:
+        tile = products.store_rows(self.plan.matrix(kind).rows, self.plan.columns, True)
+        refs = (self.shared.sums, out, self.shared.factors)
+
+        def store(item: Any) -> None:
+            self.machine.call(tile, refs, {"item": item, "block": row.first + item})
+
+        self.each_item(team, row.last - row.first, store)
+
+    def store_activated(self, team: Any, row: Row) -> None:
+        plan, stride = self.plan, self.plan.matrix(Kind.DOWN).cols // 2
+        tile = products.store_activated(stride, plan.columns, plan.inputs_of(Kind.DOWN), False)
+        refs = (self.shared.sums, self.buffers.hidden, self.shared.factors)
+
+        def store(item: Any) -> None:
+            self.machine.call(tile, refs, {"item": item, "block": row.first + item})
+
+        self.each_item(team, row.last - row.first, store)
+
+    def head(self, team: Any, row: Row, turns: Turns) -> Turns:
+        """Also what the head reads, normalised, for whoever wants hidden states."""
+        m, b, width = self.machine, self.buffers, self.plan.target.width
+        self.factors(team)
+        turns = self.multiply(Kind.HEAD, team, row, turns)
+        self.store_rows(Kind.HEAD, b.logits, team, row)
+        first, last = (m.div(width // ROWS * (m.cta + i), self.plan.ctas) * ROWS for i in range(2))
+        scalars = {"first": first, "size": last - first, "gain_first": 2 * len(self.plan.target.layers) * width}
+        refs = (b.x, self.shared.factors, self.weights.gains, b.last)
+        tile = stream.finish(self.plan.stream)
+        self.of_one_team(team, lambda: m.call(tile, refs, scalars))
+        return turns
+
+    def own_sums(self, kind: Kind, team: Any, row: Row, turns: Turns) -> Turns:
+        """A dense product whose rows are the CTA's own columns."""
+        turns = self.multiply(kind, team, row, turns)
+        tile = products.store_own(OWN_COLUMNS, self.plan.columns)
+        refs = (self.shared.sums, self.shared.own)
+        self.each_item(team, row.last - row.first, lambda item: self.machine.call(tile, refs, {"item": item}))
+        self.stage()
+        return turns
+
+    def output(self, team: Any, row: Row, turns: Turns) -> Turns:
+        return self.own_sums(Kind.OUTPUT, team, row, turns)
+
+    def down(self, team: Any, row: Row, turns: Turns) -> Turns:
+        return self.own_sums(Kind.DOWN, team, row, turns)
+
+    def pick(self, team: Any, row: Row, turns: Turns) -> Turns:
+        m, b, plan = self.machine, self.buffers, self.plan
+        vocab = plan.target.vocab
+        tile = routing.pick_part(vocab, plan.columns)
+        first, last = (m.smaller(block * ROWS, vocab) for block in (row.first, row.last))
+        scalars = {"cta": m.cta, "first": first, "last": last}
+        self.of_one_team(team, lambda: m.call(tile, (b.logits, b.candidates), scalars))
+        return turns
+
+    def pick_best(self, team: Any, row: Row, turns: Turns) -> Turns:
+        """The last row of a round, which all CTAs have begun by now: the next one has another number."""
+        m, b = self.machine, self.buffers
+        tile = routing.pick_all(self.plan.ctas, self.plan.columns)
+        self.of_one_team(team, lambda: m.call(tile, (b.candidates, b.best, b.best_logits), {}))
+        self.of_one_team(team, lambda: m.count_round(b.counts, EPOCH, self.epoch + 1))
+        return turns

@@ -1,0 +1,111 @@
+"""Rows of the experts: which of them, and their products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pallas_kernels.decode_step.hopper import products, routing
+from pallas_kernels.decode_step.hopper.config import CONSUMERS
+from pallas_kernels.decode_step.hopper.cta import Turns
+from pallas_kernels.decode_step.hopper.dense_rows import DenseRows
+from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
+from pallas_kernels.decode_step.hopper.roles import Row
+from pallas_kernels.decode_step.schedule import Kind
+
+
+class ExpertRows(DenseRows):
+    def router(self, team: Any, row: Row, turns: Turns) -> Turns:
+        m, plan, router = self.machine, self.plan, self.plan.router
+        self.factors(team)
+        tile, score = routing.multiply_router(router, plan.columns), routing.score(router, plan.columns)
+
+        def one_chunk(chunk: Any, first: Any, turn: Any) -> Any:
+            def run(slot: Any) -> None:
+                m.call(tile, (slot, self.shared.page, self.shared.router_sums), {"chunk": chunk, "first": first})
+
+            m.when(m.rem(chunk, CONSUMERS) == team, lambda: self.with_slot(turn, team, run))
+            return turn + 1
+
+        turns = self.by_parts(router, turns, one_chunk)
+        m.meet()
+        refs = (self.shared.router_sums, self.shared.factors, self.buffers.scores)
+        self.of_one_team(team, lambda: m.call(score, refs, {"cta": m.cta}))
+        return turns
+
+    def top_k(self, team: Any, row: Row, turns: Turns) -> Turns:
+        m, t, shared, columns = self.machine, self.plan.target, self.shared, self.plan.columns
+        choose = routing.top_k(t.experts, t.chosen, columns)
+        refs = (self.buffers.scores, self.weights.router_bias, shared.ids, shared.routes)
+        m.call(choose, refs, {"team": team, "count": self.count, "bias_first": row.layer * t.experts})
+        m.meet()
+
+        def make_list() -> None:
+            tile = routing.list_experts(t.experts, t.chosen, columns)
+            m.call(tile, (shared.ids, shared.lists, shared.active, shared.count, shared.pairs), {})
+            m.arrive(shared.listed)
+
+        def count() -> None:
+            tile = routing.count_experts(t.experts, t.chosen, columns)
+            refs = (shared.active, shared.count, shared.pairs, self.buffers.expert_counts)
+            m.call(tile, refs, {"counts_first": row.layer * t.experts})
+
+        self.of_one_team(team, make_list)
+        m.meet()
+        m.when((team == 1) & (m.cta == 0), count)
+        return turns
+
+    def expert_blocks(self, row: Row) -> tuple[Any, Any, int]:
+        """This CTA's share of all active experts' row blocks of gate and up, and how many an expert has."""
+        blocks = self.plan.matrix(Kind.EXPERT_GATE_UP).row_blocks
+        total = self.shared.count[0] * blocks
+        first, last = (self.machine.div(total * (row.first + i), row.last) for i in range(2))
+        return first, last, blocks
+
+    def expert_gate_up(self, team: Any, row: Row, turns: Turns) -> Turns:
+        m, plan, matrix = self.machine, self.plan, self.plan.matrix(Kind.EXPERT_GATE_UP)
+        first, last, blocks = self.expert_blocks(row)
+        self.factors(team)
+
+        def one_chunk(chunk: Any, page: Any, turn: Any) -> Any:
+            is_first = m.integer(chunk == 0)
+
+            def one_item(item: Any) -> None:
+                scalars = {"item": item, "first": page, "is_first": is_first}
+                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
+
+            self.each_item(team, last - first, one_item)
+            return turn + (last - first)
+
+        turns = self.by_parts(matrix, turns, one_chunk)
+        m.meet()
+        tile = products.store_activated(plan.hidden_stride, plan.columns, "bf16", True)
+        refs = (self.shared.sums, self.buffers.hidden, self.shared.factors, self.shared.pairs)
+
+        def store(item: Any) -> None:
+            unit, block = m.div(first + item, blocks), m.rem(first + item, blocks)
+            m.call(tile, refs, {"item": item, "block": block, "unit": unit})
+
+        self.each_item(team, last - first, store)
+        return turns
+
+    def expert_down(self, team: Any, row: Row, turns: Turns) -> Turns:
+        """The products of all pairs for the CTA's own columns, each expert's by one team; then each token's sum."""
+        m, plan, shared = self.machine, self.plan, self.shared
+        slot_turn, page_turn = turns
+        tile = products.multiply_expert_down(plan.target.expert_features, plan.columns)
+        for part in range(PAGE_PARTS):
+            self.pages.before_read(page_turn + part)
+        tiles, units = row.last - row.first, shared.count[0]
+
+        def one(unit: Any) -> None:
+            refs, scalars = (shared.page, shared.sums, shared.pairs), {"unit": unit, "tiles": tiles}
+            self.with_slot(slot_turn + unit, team, lambda slot: m.call(tile, (slot, *refs), scalars))
+
+        self.each_item(team, units, one)
+        for part in range(PAGE_PARTS):
+            self.pages.freed(page_turn + part)
+        m.meet()
+        combine = products.combine(plan.target.chosen, plan.columns)
+        m.call(combine, (shared.routes, shared.sums, shared.own), {"tiles": tiles, "team": team})
+        self.stage()
+        return slot_turn + units, page_turn + PAGE_PARTS

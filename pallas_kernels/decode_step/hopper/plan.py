@@ -1,0 +1,250 @@
+"""What one kernel is compiled for: a device's share of a model, so many tokens, and where everything lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from pallas_kernels.decode_step.assigned import CTAS
+from pallas_kernels.decode_step.geometry import Target
+from pallas_kernels.decode_step.hopper.attention import KEYS, Attention
+from pallas_kernels.decode_step.hopper.config import (
+    COLUMN_UNIT,
+    CONSUMERS,
+    PAGE_GAP,
+    ROWS,
+    SLOT_WORDS,
+    SUM_STRIDE,
+    WARPS,
+    Matrix,
+    padded,
+)
+from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
+from pallas_kernels.decode_step.hopper.roles import MAX_BARRIERS
+from pallas_kernels.decode_step.hopper.routing import Router, list_scratch
+from pallas_kernels.decode_step.hopper.stream import Stream
+from pallas_kernels.decode_step.schedule import Kind
+from pallas_kernels.hardware import GPUS
+
+BARRIER_BYTES = 1024  # of shared memory, kept free
+SHARED_BYTES = GPUS["h200"].shared_memory_per_block - BARRIER_BYTES
+PAGE_PARTS = 2  # of an input that shared memory holds at a time
+MOST_TOKENS = 8  # N of the tensor core's instruction; 16 would leave the ring no room beside their pages and sums
+MOST_SLOTS = MAX_BARRIERS // CONSUMERS  # each has a barrier for each warpgroup
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """A step of 1 to 8 tokens of one row. `target` is one device's share, see `assigned.shard_of`.
+
+    `formats` says how the weights of a kind of product are stored. `aux_layers` name the layers whose stream is shown.
+    """
+
+    target: Target
+    formats: Mapping[Kind, str]
+    tokens: int
+    capacity: int  # rows of a global layer's cache
+    aux_layers: tuple[int, ...] = ()
+    has_sinks: tuple[bool, bool] = (False, True)  # of global and of sliding layers
+    devices: int = 1
+    ctas: int = CTAS
+
+    # Sizes that follow.
+
+    @property
+    def columns(self) -> int:
+        """Tokens, padded."""
+        return MOST_TOKENS
+
+    @property
+    def width(self) -> int:
+        """Of the stream, padded."""
+        return padded(self.target.width, COLUMN_UNIT)
+
+    @property
+    def qkv_rows(self) -> int:
+        """Of the kind of layer that has more."""
+        return max(self.target.qkv_rows(layer) for layer in self.target.layers)
+
+    @property
+    def most_active(self) -> int:
+        return min(self.target.experts, self.pairs)
+
+    @property
+    def pairs(self) -> int:
+        """Rows of what experts hand on: a token's choices side by side."""
+        return self.columns * self.target.chosen
+
+    def matrix(self, kind: Kind) -> Matrix:
+        """That of a product's rows; EXPERT_DOWN and ROUTER have layouts of their own."""
+        t = self.target
+        rows, cols = {
+            Kind.QKV: (self.qkv_rows, t.width),
+            Kind.OUTPUT: (t.width, t.heads * t.value_dim),
+            Kind.GATE_UP: (2 * t.features, t.width),
+            Kind.DOWN: (t.width, t.features),
+            Kind.EXPERT_GATE_UP: (2 * t.expert_features, t.width),
+            Kind.HEAD: (t.vocab, t.width),
+        }[kind]
+        return Matrix(rows, padded(cols, COLUMN_UNIT), self.formats[kind])
+
+    @property
+    def products(self) -> tuple[Kind, ...]:
+        """Kinds that multiply row blocks of a `Matrix`."""
+        has = {layer.has_experts for layer in self.target.layers}
+        dense = (Kind.GATE_UP, Kind.DOWN) if False in has else ()
+        return (Kind.QKV, Kind.OUTPUT, *dense, *((Kind.EXPERT_GATE_UP,) if True in has else ()), Kind.HEAD)
+
+    def items(self, kind: Kind) -> int:
+        """The most row blocks that are a CTA's share."""
+        blocks = self.matrix(kind).row_blocks * (self.most_active if kind == Kind.EXPERT_GATE_UP else 1)
+        return math.ceil(blocks / self.ctas)
+
+    @property
+    def dense_items(self) -> int:
+        return max(self.items(kind) for kind in self.products if kind != Kind.EXPERT_GATE_UP)
+
+    def spread(self, kind: Kind) -> int:
+        """Chunk c of row block r belongs to warpgroup (r + c * spread) % 4.
+
+        Experts' row blocks are many, and a chunk of theirs is a whole part of the page. Of dense matrices a CTA has
+        few row blocks, each of many chunks.
+        """
+        return 0 if self.formats[kind] == "mxfp4" else 1
+
+    # Shared memory, in words.
+
+    @property
+    def page_words(self) -> int:
+        """Of a part of an input."""
+        widest = max(self.matrix(kind).part_cols for kind in self.products)
+        return self.columns * (widest // 2 + PAGE_GAP)
+
+    @property
+    def page_area(self) -> int:
+        """Parts of an input; or the hidden rows of all pairs; or attention's queries and new keys and values."""
+        return max(PAGE_PARTS * self.page_words, self.hidden_rows * self.hidden_stride, self.attention_words)
+
+    @property
+    def hidden_stride(self) -> int:
+        """Words of a row of what experts hand on."""
+        return self.target.expert_features // 2 + PAGE_GAP
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows that are copied, so many that a sixteenth of them is whole lines of 128 bytes."""
+        return padded(self.pairs, 32)
+
+    def attention(self, is_sliding: bool) -> Attention:
+        """One kind of layer."""
+        t = self.target
+        ring = padded(t.window - 1 + MOST_TOKENS, KEYS)
+        config = Attention(
+            tokens=self.tokens,
+            heads=t.heads,
+            kv_heads=t.sliding_kv_heads if is_sliding else t.global_kv_heads,
+            chunks=t.chunks,
+            head_dim=t.head_dim,
+            value_dim=t.value_dim,
+            rotary=t.rotary,
+            cache_rows=ring if is_sliding else padded(self.capacity, KEYS),
+            positions=self.capacity,
+            window=t.window if is_sliding else None,
+            value_scale=t.value_scale,
+            has_sink=self.has_sinks[is_sliding],
+            qkv_stride=self.qkv_rows,
+            attended_stride=self.matrix(Kind.OUTPUT).cols // 2,
+        )
+        # Half of Pro's outputs leave registers for the rest of the kernel; a single tile has all warps.
+        most = WARPS if is_sliding or config.tiles == 1 else 2
+        split = next(ways for ways in (4, 2, 1) if ways <= most and config.value_cols % (ROWS * ways) == 0)
+        return dataclasses.replace(config, split=split)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Of the embedding, which is whole on each device."""
+        return self.target.vocab * self.devices
+
+    @property
+    def own_words(self) -> int:
+        """Of a CTA's sums for the columns that it owns."""
+        return self.columns * OWN_COLUMNS
+
+    @property
+    def key_parts(self) -> int:
+        """CTAs that share the keys of a global layer's head."""
+        return max(1, self.ctas // self.target.global_kv_heads)
+
+    @property
+    def partial_words(self) -> int:
+        """Parts of a global layer's attention."""
+        config = self.attention(False)
+        return config.kv_heads * self.key_parts * self.blocks_at_once * config.tiles * ROWS * config.part_stride
+
+    @property
+    def query_groups(self) -> int:
+        """Warpgroups that a global layer's queries of a head keep busy with one block of keys."""
+        config = self.attention(False)
+        return next(groups for groups in (1, 2, 4) if groups * WARPS >= config.tiles * config.split)
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks of keys that a CTA attends to at a time on a global layer."""
+        return CONSUMERS // self.query_groups
+
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Whether there are global layers, and sliding ones: False, True."""
+        return tuple(sorted({layer.is_sliding for layer in self.target.layers}))
+
+    @property
+    def attention_words(self) -> int:
+        """Queries, new keys, new values; on sliding layers the warpgroups' parts."""
+        return max(sum(self.attention_parts(is_sliding)) for is_sliding in self.kinds)
+
+    def attention_parts(self, is_sliding: bool) -> tuple[int, int, int, int]:
+        """Words of the queries, of new keys and of new values; on sliding layers of the warpgroups' parts."""
+        kind = self.attention(is_sliding)
+        queries = ROWS * (1 if is_sliding else kind.tiles) * kind.key_words
+        parts = CONSUMERS * ROWS * kind.part_stride if is_sliding else 0
+        return queries, self.tokens * kind.key_words, self.tokens * kind.value_words, parts
+
+    @property
+    def sum_words(self) -> int:
+        """Sums of each item, of each warpgroup that works on it; or the products of a CTA's columns for all pairs."""
+        token = self.columns * SUM_STRIDE
+        experts = self.items(Kind.EXPERT_GATE_UP) if Kind.EXPERT_GATE_UP in self.products else 0
+        return max(self.dense_items * CONSUMERS * token, experts * token, self.pairs * OWN_COLUMNS)
+
+    @property
+    def scratch_words(self) -> int:
+        """Of one warpgroup."""
+        return WARPS * self.columns * SUM_STRIDE
+
+    @property
+    def slots(self) -> int:
+        """Of the ring."""
+        words = self.page_area + self.sum_words + CONSUMERS * self.scratch_words + self.list_words
+        return min((SHARED_BYTES - 4 * words) // (4 * SLOT_WORDS), MOST_SLOTS)
+
+    @property
+    def list_words(self) -> int:
+        """What routing leaves: ids, weights, lists of experts and of their pairs, the router's sums; and factors."""
+        t, router = self.target, self.router
+        lists = self.most_active * (1 + self.columns) + 1 + list_scratch(t.experts)
+        return 2 * self.pairs + lists + router.sums(self.columns) + self.columns * (1 + OWN_COLUMNS)
+
+    # Parts of the tiles' configuration.
+
+    @property
+    def router(self) -> Router:
+        return Router(self.target.experts, self.target.width, self.ctas)
+
+    def inputs_of(self, kind: Kind) -> str:
+        """What a product reads: float16 if its weights are FP8."""
+        return "f16" if kind != Kind.ROUTER and self.formats[kind] == "fp8" else "bf16"
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.columns, self.target.width, self.width, OWN_COLUMNS)
