@@ -149,22 +149,22 @@ def sample(weights_BC: Float[Array, "B C"], keys_B: Array) -> Int[Array, "B"]:
     """
     batch, count = weights_BC.shape
     size = -(-count // GROUPS)
-    weights_BGg = jnp.pad(weights_BC, ((0, 0), (0, GROUPS * size - count))).reshape(batch, GROUPS, size)
+    grouped = jnp.pad(weights_BC, ((0, 0), (0, GROUPS * size - count))).reshape(batch, GROUPS, size)
     u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
-    group_B = _invert(jnp.sum(weights_BGg, axis=-1), u_B2[:, 0])
-    of_group_Bg = jnp.take_along_axis(weights_BGg, group_B[:, None, None], axis=1)[:, 0]
-    return group_B * size + _invert(of_group_Bg, u_B2[:, 1])
+    group_B = _invert(jnp.sum(grouped, axis=-1), u_B2[:, 0])
+    of_group = jnp.take_along_axis(grouped, group_B[:, None, None], axis=1)[:, 0]
+    return group_B * size + _invert(of_group, u_B2[:, 1])
 
 
-def _invert(weights_BN: Float[Array, "B N"], u_B: Float[Array, "B"]) -> Int[Array, "B"]:
+def _invert(weights_BC: Float[Array, "B C"], u_B: Float[Array, "B"]) -> Int[Array, "B"]:
     """The first entry at which the sum of the weights so far passes the share `u` < 1 of all.
 
     Entries without weight are skipped by their weight, not by their sum: sums of a parallel scan need not rise.
     """
-    sums_BN = jnp.where(weights_BN > 0, jnp.cumsum(weights_BN, axis=-1), 0.0)
-    share_B = u_B * jnp.max(sums_BN, axis=-1)
-    last = weights_BN.shape[1] - 1
-    return jnp.min(jnp.where(sums_BN > share_B[:, None], jnp.arange(last + 1), last), axis=-1)
+    sums_BC = jnp.where(weights_BC > 0, jnp.cumsum(weights_BC, axis=-1), 0.0)
+    share_B = u_B * jnp.max(sums_BC, axis=-1)
+    last = weights_BC.shape[1] - 1
+    return jnp.min(jnp.where(sums_BC > share_B[:, None], jnp.arange(last + 1), last), axis=-1)
 
 
 def strategy_at(temperature: float) -> Strategy:

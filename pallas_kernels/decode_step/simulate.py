@@ -65,7 +65,7 @@ HOPPER = Costs(
     local=0.05,
     signal=1.0,
     hop=1.5,
-    ring=150e3,
+    ring=104e3,  # eight slots
 )
 # Each of two cores of a server, about as a trial found them: what it reads, and 65,536 products per microsecond.
 CPU = Costs(

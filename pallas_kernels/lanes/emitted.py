@@ -61,6 +61,20 @@ def state_of(numbers: Sequence[float]) -> jax.Array:
     return inline()
 
 
+def opaque(number: int) -> jax.Array:
+    """An int32 that the compiler knows nothing about."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT))
+    def inline(_):
+        lanes = Emitted()
+        found = lanes.opaque(lanes.constant(number, I32))
+        registers = np.empty((), object)
+        registers[()] = found.held
+        return mgpu.FragmentedArray(_registers=registers, _layout=SPLAT.to_mgpu(), _is_signed=True)
+
+    return inline()
+
+
 def _state_type(count: int) -> plgpu.ShapeDtypeStruct:
     """To Pallas, so many registers of each thread are an array; which element is whose is of no interest."""
     shape = (count * WARPGROUP,)
@@ -138,6 +152,8 @@ class Emitted(Lanes):
 
     def loop(self, first: Any, last: Any, step: int, body: Callable[..., Sequence[Value]], carried: Sequence[Value]):
         start, end, by = (self.value(bound, I32).held for bound in (first, last, step))
+        if isinstance(last, int):  # else the compiler writes short loops out
+            end = self.opaque(self.constant(last, I32)).held
         loop = scf.ForOp(start, end, by, [value.held for value in carried])
         kinds = [value.kind for value in carried]
         with ir.InsertionPoint(loop.body):

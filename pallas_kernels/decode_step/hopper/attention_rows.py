@@ -13,6 +13,8 @@ from pallas_kernels.decode_step.hopper.roles import Row
 
 
 class AttentionRows(Cta):
+    """Handlers: (team, row, turns) -> turns."""
+
     def attention_refs(self, is_sliding: bool) -> tuple[Any, ...]:
         """Queries, new keys, new values, and on sliding layers the teams' parts: all in the page's place."""
         sizes, first, found = self.plan.attention_parts(is_sliding), 0, []

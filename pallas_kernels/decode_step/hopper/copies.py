@@ -23,6 +23,8 @@ STREAM_READERS = (Op.QKV, Op.HEAD, Op.GATE_UP, Op.ROUTER, Op.EXPERT_GATE_UP)
 
 
 class Copies(ExpertRows, AttentionRows):
+    """Handlers: (row, turn of what is filled) -> its next turn."""
+
     def load(self) -> Handlers:
         """Handlers of the warp that fills the ring."""
         plan = self.plan
@@ -44,13 +46,13 @@ class Copies(ExpertRows, AttentionRows):
         self.ring.fill(turn, team, lambda slot, barrier: m.copy(source, m.part(slot, 0, words), barrier))
 
     def load_matrix(self, kind: Kind, row: Row, turn: Any) -> Any:
-        m, matrix, spread = self.machine, self.plan.matrix(kind), self.plan.spread(kind)
+        m, matrix = self.machine, self.plan.matrix(kind)
         layer = 0 if kind == Kind.HEAD else row.layer
         items, words = row.last - row.first, self.weights.matrices[kind]
 
         def one(number: Any, turn: Any) -> Any:
             chunk, block = m.div(number, items), row.first + m.rem(number, items)
-            team = m.rem(block + chunk * spread, CONSUMERS)
+            team = m.rem(block + chunk, CONSUMERS)
             self.fill(turn, team, words.at[layer, block, chunk], matrix.slot_words)
             return turn + 1
 

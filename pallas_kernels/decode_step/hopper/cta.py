@@ -18,6 +18,8 @@ Turns = tuple[Any, Any]  # of ring and pages: how often a place was used before
 
 
 class Cta:
+    """Scalars of a launch, memory, and how the four teams of consumers share a row."""
+
     def __init__(
         self,
         plan: StepPlan,
@@ -57,6 +59,7 @@ class Cta:
         m.loop(0, own, lambda number, _: run(team + number * CONSUMERS))
 
     def with_slot(self, turn: Any, team: Any, use: Callable[[Any], Any]) -> Any:
+        """`use(slot)` once it is full; then it may be filled again."""
         self.ring.before_read(turn, team)
         found = use(self.ring.slots.at[self.ring.place(turn)])
         self.ring.freed(turn)

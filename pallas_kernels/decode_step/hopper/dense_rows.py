@@ -14,6 +14,8 @@ from pallas_kernels.decode_step.schedule import Kind
 
 
 class DenseRows(Cta):
+    """Handlers: (team, row, turns) -> turns."""
+
     def own_columns(self, row: Row) -> dict[str, Any]:
         return {"first": row.first * ROWS, "size": (row.last - row.first) * ROWS, "cta": self.machine.cta}
 
@@ -43,18 +45,17 @@ class DenseRows(Cta):
         return (row.parity * self.plan.ctas + self.machine.cta) * (self.plan.devices * self.plan.own_words)
 
     def multiply(self, kind: Kind, team: Any, row: Row, turns: Turns) -> Turns:
-        """The teams' chunks of a dense matrix' items, and their sums for each item."""
+        """A dense matrix: of few row blocks each team does every fourth chunk, and then the teams' sums are added."""
         m, plan, matrix = self.machine, self.plan, self.plan.matrix(kind)
-        items, most, spread = row.last - row.first, plan.dense_items, plan.spread(kind)
+        items, most = row.last - row.first, plan.dense_items
 
         def one_chunk(chunk: Any, first: Any, turn: Any) -> Any:
-            first_team = m.rem(row.first + chunk * spread, CONSUMERS)
-            own = m.rem(team + CONSUMERS - first_team, CONSUMERS)
-            is_first = m.integer(chunk < CONSUMERS if spread else chunk == 0)
+            own = m.rem(team + CONSUMERS - m.rem(row.first + chunk, CONSUMERS), CONSUMERS)
+            is_first = m.integer(chunk < CONSUMERS)
 
             def one_item(number: Any, _: None) -> None:
                 item = own + number * CONSUMERS
-                scalars = {"item": team * (most * spread) + item, "first": first, "is_first": is_first}
+                scalars = {"item": team * most + item, "first": first, "is_first": is_first}
                 self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
 
             m.loop(0, m.div(items - own + CONSUMERS - 1, CONSUMERS), one_item)
@@ -62,14 +63,12 @@ class DenseRows(Cta):
 
         turns = self.by_parts(matrix, turns, one_chunk)
         m.meet()
-        if spread:
-            ways = min(CONSUMERS, matrix.chunks)
-            tile = products.add_teams(plan.columns, ways, most)
+        tile = products.add_teams(plan.columns, min(CONSUMERS, matrix.chunks), most)
 
-            def add(item: Any) -> None:
-                m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(row.first + item, CONSUMERS)})
+        def add(item: Any) -> None:
+            m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(row.first + item, CONSUMERS)})
 
-            self.each_item(team, items, add)
+        self.each_item(team, items, add)
         return turns
 
     def multiply_slot(self, matrix: Matrix, team: Any, slot: Any, scalars: dict[str, Any]) -> None:

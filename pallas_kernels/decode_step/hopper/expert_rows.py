@@ -14,6 +14,8 @@ from pallas_kernels.decode_step.schedule import Kind
 
 
 class ExpertRows(DenseRows):
+    """Handlers: (team, row, turns) -> turns."""
+
     def router(self, team: Any, row: Row, turns: Turns) -> Turns:
         m, plan, router = self.machine, self.plan, self.plan.router
         self.factors(team)

@@ -47,6 +47,8 @@ class Mosaic:
 
     def loop(self, first: Any, last: Any, body: Callable[[Any, Any], Any], carry: Any = None) -> Any:
         carry = jax.tree.map(lambda leaf: jnp.int32(leaf) if isinstance(leaf, int) else leaf, carry)
+        if isinstance(last, int):  # else the compiler writes short loops out
+            last = emitted.opaque(last)
         return lax.fori_loop(jnp.int32(first), jnp.int32(last), body, carry)
 
     def when(self, condition: Any, run: Callable[[], None]) -> None:
@@ -96,7 +98,12 @@ def launch(
     weights: Weights,
     buffers: Buffers,
 ) -> Buffers:
-    """Rows [step[2], step[3]) of a round of `step[1]` tokens after `step[0]` others; buffers change in place."""
+    """Rows [step[2], step[3]) of a round of `step[1]` tokens after `step[0]` others; buffers change in place.
+
+    ValueError, naming field and value, if the kernel cannot serve the plan.
+    """
+    if reason := plan.unsupported():
+        raise ValueError(f"the persistent kernel cannot serve this: {reason}")
     leaves, tree = jax.tree.flatten(buffers)
     refs = [jax.new_ref(leaf) for leaf in leaves]
     inputs, inputs_tree = jax.tree.flatten((table, step, tokens, weights))

@@ -29,6 +29,7 @@ from pallas_kernels.hardware import GPUS
 
 BARRIER_BYTES = 1024  # of shared memory, kept free
 SHARED_BYTES = GPUS["h200"].shared_memory_per_block - BARRIER_BYTES
+EXPERT_LINE = 256  # features of an expert's down whose bytes are whole lines, which single copies need
 PAGE_PARTS = 2  # of an input that shared memory holds at a time
 MOST_TOKENS = 8  # N of the tensor core's instruction; 16 would leave the ring no room beside their pages and sums
 MOST_SLOTS = MAX_BARRIERS // CONSUMERS  # each has a barrier for each warpgroup
@@ -49,6 +50,35 @@ class StepPlan:
     has_sinks: tuple[bool, bool] = (False, True)  # of global and of sliding layers
     devices: int = 1
     ctas: int = CTAS
+
+    def unsupported(self) -> str | None:
+        """What keeps the kernel from serving this plan, by name and value."""
+        t = self.target
+        wide = -(-t.width // ROWS // self.ctas)
+        rules = (
+            (not 1 <= self.tokens <= MOST_TOKENS, f"tokens={self.tokens} must be 1 to {MOST_TOKENS}"),
+            (t.width % ROWS, f"hidden_size={t.width} must be a multiple of {ROWS}"),
+            (wide * ROWS > OWN_COLUMNS, f"hidden_size={t.width} is more than {OWN_COLUMNS} columns for each CTA"),
+            (t.head_dim % 2 or t.value_dim % 2, f"head_dim={t.head_dim} and v_head_dim={t.value_dim} must be even"),
+            (t.rotary % 4, f"{t.rotary} rotated dimensions must be a multiple of 4"),
+            *self._unsupported_experts(),
+            (self.slots < CONSUMERS, f"pages and sums leave shared memory for {self.slots} slots of the ring"),
+        )
+        return next((reason for is_broken, reason in rules if is_broken), None)
+
+    def _unsupported_experts(self) -> list[tuple[bool, str]]:
+        if Kind.EXPERT_GATE_UP not in self.formats:
+            return []
+        features, stored = self.target.expert_features, self.formats[Kind.EXPERT_GATE_UP]
+        dense = self.formats.get(Kind.GATE_UP, self.formats[Kind.QKV])
+        return [
+            (stored != "mxfp4", f"experts are stored in {stored}, not in MXFP4"),
+            (
+                features % EXPERT_LINE != 0,
+                f"an expert's {features} features on a device must be a multiple of {EXPERT_LINE}",
+            ),
+            (dense != self.formats[Kind.QKV], f"QKV is stored in {self.formats[Kind.QKV]}, gate and up in {dense}"),
+        ]
 
     # Sizes that follow.
 
@@ -104,14 +134,6 @@ class StepPlan:
     @property
     def dense_items(self) -> int:
         return max(self.items(kind) for kind in self.products if kind != Kind.EXPERT_GATE_UP)
-
-    def spread(self, kind: Kind) -> int:
-        """Chunk c of row block r belongs to warpgroup (r + c * spread) % 4.
-
-        Experts' row blocks are many, and a chunk of theirs is a whole part of the page. Of dense matrices a CTA has
-        few row blocks, each of many chunks.
-        """
-        return 0 if self.formats[kind] == "mxfp4" else 1
 
     # Shared memory, in words.
 

@@ -188,11 +188,12 @@ def test_the_skeleton_for_h200(devices, tmp_path, monkeypatch):
 
 
 def test_rows_survive_the_table():
-    """Lists of unequal length, numbers that are negative; what fills up a list does nothing."""
+    """Numbers that are negative too; a row that does nothing neither waits nor signals."""
     row = roles.Row(
         7, layer=3, first=1, last=9, wait=4, value=132, per_round=264, signal=-1, arrived=5, parity=1, flags=2
     )
-    table = roles.encode([[row], [row, row]])
+    table = roles.encode([[row, roles.Row(roles.NOTHING)], [row, row]])
     assert table.shape == (2, 2, roles.FIELDS) and table.dtype == jnp.int32
     assert roles.read(table, 1, 1) == roles.Row(**{**vars(row), "number": 1})
-    assert table[0, 1, 0] == roles.NOTHING
+    nothing = roles.read(table, 0, 1)
+    assert (nothing.kind, nothing.wait, nothing.signal) == (roles.NOTHING, roles.NO_COUNTER, roles.NO_COUNTER)
