@@ -81,12 +81,10 @@ def step_command(args: argparse.Namespace) -> dict:
         rate = native_speed.spread_of(lambda batch=batch: native_speed.plain_rate(plain, batch), args.repeats)
         record["batch"][str(batch)] = rate
         print("batch {:<3}{median:9.0f} tokens/s ({lowest:.0f} to {highest:.0f})".format(batch, **rate))
-    record["strategies"] = native_speed.strategy_rates(plain, args.repeats)
-    for name, row in record["strategies"].items():
-        print(name + ": {median:.0f} tokens/s ({lowest:.0f} to {highest:.0f})".format(**row))
-    record["paths"] = native_speed.path_rates(plain, args.repeats)
-    for name, row in record["paths"].items():
-        print(name + ": {median:.0f} tokens/s ({lowest:.0f} to {highest:.0f})".format(**row))
+    for what, rates in (("strategies", native_speed.strategy_rates), ("paths", native_speed.path_rates)):
+        record[what] = rates(plain, args.repeats)
+        for name, row in record[what].items():
+            print(name + ": {median:.0f} tokens/s ({lowest:.0f} to {highest:.0f})".format(**row))
     size = native_speed.active_bytes(directory)
     record["roofline"] = found = native_speed.roofline(plain, size, args.repeats)
     print(

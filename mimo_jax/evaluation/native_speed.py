@@ -53,19 +53,19 @@ def plain_rate(
 def strategy_rates(model: Model, repeats: int) -> Record:
     """Tokens per second one by one: greedy, sampled, and as the checkpoint wants to be sampled; interleaved."""
     strategies = {"greedy": Greedy(), "sampled": Sampled(), "generation_config.json": model.strategy}
-    rates: dict[str, list[float]] = {name: [] for name in strategies}
-    for turn in range(repeats + 1):
-        for name, strategy in strategies.items():
-            rate = plain_rate(model, strategy=strategy)
-            if turn:  # the first compiles
-                rates[name].append(rate)
-    return {name: spread(found) for name, found in rates.items()}
+    return interleaved({name: partial(plain_rate, model, strategy=of) for name, of in strategies.items()}, repeats)
 
 
 def spread_of(rate: Callable[[], float], repeats: int) -> dict[str, float]:
     """Of several measurements, after one that compiles."""
     rate()
     return spread([rate() for _ in range(repeats)])
+
+
+def interleaved(rates: dict[str, Callable[[], float]], repeats: int) -> Record:
+    """The spread of each over `repeats` turns, after one that compiles."""
+    turns = [{name: rate() for name, rate in rates.items()} for _ in range(repeats + 1)]
+    return {name: spread([turn[name] for turn in turns[1:]]) for name in rates}
 
 
 def prefill_rate(model: Model, length: int = PROMPT) -> float:
@@ -105,13 +105,14 @@ def _read_blocks(step, params, tokens_1T, cache, blocks):
 
 def path_rates(model: Model, repeats: int) -> Record:
     """Tokens per second one by one and in blocks of 8, of each instruction-set path of this machine, interleaved."""
-    rates: dict[tuple[str, int], list[float]] = {(path, size): [] for path in usable_paths() for size in (1, BLOCK)}
-    for turn in range(repeats + 1):
-        for (path, size), found in rates.items():
-            rate = block_rate(model, size, BLOCKS * BLOCK // size // 2, running=Running(path))
-            if turn:  # the first compiles
-                found.append(rate)
-    return {f"{path}, blocks of {size}": spread(found) for (path, size), found in rates.items()}
+    rates = {
+        f"{path}, blocks of {size}": partial(
+            block_rate, model, size, BLOCKS * BLOCK // size // 2, running=Running(path)
+        )
+        for path in usable_paths()
+        for size in (1, BLOCK)
+    }
+    return interleaved(rates, repeats)
 
 
 def beside_llama_cpp(directory: Path, folder: Path, rounds: int, threads: int) -> Record:

@@ -6,7 +6,7 @@ and the routers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +16,8 @@ from mimo_jax.config.model import GLOBAL, SLIDING, ModelConfig
 from mimo_jax.modeling.layers import rotary_frequencies
 from mimo_jax.weights import BlockFp8Tensor, MxTensor, Params
 from pallas_kernels import persistent
+from pallas_kernels.decode_step import stored_fp8
+from pallas_kernels.expert_matmul import alternate
 from pallas_kernels.fp8_matmul import BLOCK
 from pallas_kernels.persistent import FP8_SEGMENT, Kind, Matrix, StepPlan, Weights
 
@@ -49,17 +51,16 @@ def pack(config: ModelConfig, params: Params, plan: StepPlan, rank: int = 0) -> 
     moe = [layer["moe"] for layer in layers if "moe" in layer]
     share = _Share(plan, rank)
     matrices = {
-        Kind.QKV: share.stack(Kind.QKV, [share.qkv(layer["attention"]) for layer in layers]),
-        Kind.OUTPUT: share.stack(Kind.OUTPUT, [share.cols(_parts(layer["attention"]["o"])) for layer in layers]),
+        Kind.QKV: share.stack(Kind.QKV, (share.qkv(layer["attention"]) for layer in layers)),
+        Kind.OUTPUT: share.stack(Kind.OUTPUT, (share.cols(_parts(layer["attention"]["o"])) for layer in layers)),
         Kind.HEAD: share.stack(Kind.HEAD, [share.rows(_parts(params["head"]))]),
     }
     if dense:
-        matrices[Kind.GATE_UP] = share.stack(Kind.GATE_UP, [share.gate_up(mlp) for mlp in dense])
-        matrices[Kind.DOWN] = share.stack(Kind.DOWN, [share.cols(_parts(mlp["down"])) for mlp in dense])
+        matrices[Kind.GATE_UP] = share.stack(Kind.GATE_UP, (share.gate_up(mlp) for mlp in dense))
+        matrices[Kind.DOWN] = share.stack(Kind.DOWN, (share.cols(_parts(mlp["down"])) for mlp in dense))
     down = np.zeros((0, 0), np.int32)
     if moe:
-        stacks = [share.stack(Kind.EXPERT_GATE_UP, share.experts(one)) for one in moe]
-        matrices[Kind.EXPERT_GATE_UP] = np.concatenate(stacks)
+        matrices[Kind.EXPERT_GATE_UP] = share.stack(Kind.EXPERT_GATE_UP, (share.gate_up(one) for one in moe))
         down = np.concatenate([_flat(persistent.pack_down(*share.cols(_parts(one["down"])))) for one in moe])
     norms = [layer[name] for layer in layers for name in ("input_norm", "post_norm")] + [params["norm"]]
     router = [persistent.pack_router(np.asarray(one["router"], np.float32), plan.router) for one in moe]
@@ -88,9 +89,8 @@ def _parts(weight: Any) -> Parts:
     if isinstance(weight, MxTensor):
         return np.asarray(weight.codes), np.asarray(weight.scales)
     if isinstance(weight, BlockFp8Tensor):
-        codes = np.asarray(weight.codes).view(np.uint8)
-        rows = np.repeat(np.asarray(weight.scales), BLOCK, axis=-2)[..., : codes.shape[-2], :]
-        return codes, np.repeat(rows, BLOCK // FP8_SEGMENT, axis=-1)
+        stored = stored_fp8(np.asarray(weight.codes), np.asarray(weight.scales))
+        return stored.values.view(np.uint8), np.repeat(np.asarray(stored.scales), BLOCK // FP8_SEGMENT, axis=-1)
     return np.asarray(weight).astype(ml_dtypes.bfloat16), None
 
 
@@ -108,13 +108,6 @@ def _words(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.int32).reshape(-1)
 
 
-def _alternated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Rows 0 to 7 of gate, of up, rows 8 to 15 of gate, and so on."""
-    blocks = [rows.reshape(*rows.shape[:-2], -1, 8, rows.shape[-1]) for rows in (gate, up)]
-    both = np.stack(blocks, axis=-3)
-    return both.reshape(*gate.shape[:-2], -1, gate.shape[-1])
-
-
 class _Share:
     """What one of several devices holds of a matrix."""
 
@@ -130,7 +123,7 @@ class _Share:
     def cols(self, parts: Parts) -> Parts:
         return _map(lambda array: self._own(array, -1), parts)
 
-    def stack(self, kind: Kind, parts: Sequence[Parts]) -> np.ndarray:
+    def stack(self, kind: Kind, parts: Iterable[Parts]) -> np.ndarray:
         """int32 [stack, row blocks, chunks, words]; matrices of fewer rows end in zeros."""
         matrix: Matrix = self.plan.matrix(kind)
         packed = [persistent.pack(matrix, *each) for each in parts]
@@ -146,10 +139,7 @@ class _Share:
         return _map(lambda *arrays: np.concatenate(arrays, axis=-2), *parts)
 
     def gate_up(self, mlp: Params) -> Parts:
-        return _map(_alternated, *(self.rows(_parts(mlp[name])) for name in ("gate", "up")))
-
-    def experts(self, moe: Params) -> list[Parts]:
-        return [self.gate_up(moe)]
+        return _map(alternate, *(self.rows(_parts(mlp[name])) for name in ("gate", "up")))
 
     def sinks(self, config: ModelConfig, layers: Sequence[Params], kind: int) -> np.ndarray:
         """Of all layers of a kind, one after the other."""

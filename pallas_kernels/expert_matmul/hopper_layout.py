@@ -161,7 +161,7 @@ def to_hopper(experts: PackedExperts) -> HopperExperts:
     _, hidden, features = experts.sizes
     if (reason := unfit(hidden, features)) is not None:
         raise ValueError(reason)
-    codes, scales = (_alternate(gate, up) for gate, up in zip(experts.gate, experts.up))
+    codes, scales = (alternate(gate, up) for gate, up in zip(experts.gate, experts.up))
     return HopperExperts(
         _to_stages(codes, scales, gate_up_tiling(hidden, features)),
         _to_stages(experts.down[0], experts.down[1], down_tiling(hidden, features)),
@@ -181,14 +181,14 @@ def _namespace(x: Any) -> ModuleType:
     return np if isinstance(x, np.ndarray) else jnp
 
 
-def _alternate(gate: Any, up: Any) -> Any:
-    """Rows 0-7 of gate, rows 0-7 of up, rows 8-15 of gate, and so on."""
-    experts, features, width = gate.shape
-    both = [rows.reshape(experts, features // 8, 1, 8, width) for rows in (gate, up)]
-    return _namespace(gate).concatenate(both, axis=2).reshape(experts, 2 * features, width)
+def alternate(gate: Any, up: Any) -> Any:
+    """Two [..., F, n] as one [..., 2 F, n]: rows 0-7 of gate, rows 0-7 of up, rows 8-15 of gate, and so on."""
+    *stack, features, width = gate.shape
+    both = [rows.reshape(*stack, features // 8, 1, 8, width) for rows in (gate, up)]
+    return _namespace(gate).concatenate(both, axis=-3).reshape(*stack, 2 * features, width)
 
 
-def _bit(register: int, half: int, field: int) -> int:
+def bit_place(register: int, half: int, field: int) -> int:
     """Where a word keeps bit `field` (3: sign ... 0: mantissa) of the code of a register's half."""
     target = 16 * half + FIELDS[3 - field]
     is_apart = register == 3 and field == 0
@@ -206,7 +206,7 @@ def _to_stages(codes: Any, scales: Any, tiling: Tiling) -> Any:
         for half in range(2):
             code = elements[:, :, register % 2, ..., register // 2, half]
             for field in range(4):
-                words = words | ((code >> field) & 1) << _bit(register, half, field)
+                words = words | ((code >> field) & 1) << bit_place(register, half, field)
     # expert, row block, row, tile, 64, block, thread, step -> ... tile, 64, row, thread, block, step
     words = xp.transpose(words, (0, 1, 3, 4, 2, 6, 5, 7)).reshape(experts, blocks[1], blocks[4], -1)
     stored = (scales.astype(np.uint32) + SCALE_OFFSET & 255).reshape(*blocks, tiling.span // STEP, 2, 2)
@@ -223,7 +223,7 @@ def _from_stages(stages: Any, tiling: Tiling) -> tuple[Any, Any]:
     words = tiles[..., : 2 * tiling.span].reshape(experts, blocks, across, tiling.span // 64, 8, 4, 2, 2)
     halves = []
     for register in range(4):
-        codes = [sum((words >> _bit(register, half, f) & 1) << f for f in range(4)) for half in range(2)]
+        codes = [sum((words >> bit_place(register, half, f) & 1) << f for f in range(4)) for half in range(2)]
         halves.append(xp.stack(codes, axis=-1).astype(np.uint8))
     # expert, block, tile, 64, row, thread, block, step, (column pair, row half), column
     elements = xp.stack(halves, axis=-2).reshape(experts, blocks, across, tiling.span // 64, 8, 4, 2, 2, 2, 2, 2)

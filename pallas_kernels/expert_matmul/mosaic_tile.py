@@ -31,36 +31,46 @@ CODE_BITS = 0x81C081C0  # sign, exponent and mantissa bits that e2m1 has, in bot
 LAST_BITS = 0x81808180, 0x00400040  # the same for the register whose mantissa is kept apart
 SCALE_BYTES = 0x1404, 0x3424  # selects two of four scale bytes into the upper bytes of the halves, zeros below
 
-# One instruction's 16 x 16 weights: a word and two scales in, multiplied with tokens into the sums.
-_DECODE_MULTIPLY = f"""{{
-.reg .b32 a0, a1, a2, a3, s0, s1, t;
-.reg .b16 lo, hi;
-mov.b32 {{lo, hi}}, $5;
-mov.b32 s0, {{lo, lo}};
-mov.b32 s1, {{hi, hi}};
-and.b32 a0, $4, {CODE_BITS:#x};
-shl.b32 a1, $4, {hopper_layout.ROTATIONS[1]};
-and.b32 a1, a1, {CODE_BITS:#x};
-shf.l.wrap.b32 a2, $4, $4, {hopper_layout.ROTATIONS[2]};
-and.b32 a2, a2, {CODE_BITS:#x};
-shf.l.wrap.b32 a3, $4, $4, {hopper_layout.ROTATIONS[3]};
-shl.b32 t, $4, {hopper_layout.LAST_MANTISSA};
-and.b32 t, t, {LAST_BITS[1]:#x};
-and.b32 a3, a3, {LAST_BITS[0]:#x};
-or.b32 a3, a3, t;
-mul.rn.bf16x2 a0, a0, s0;
-mul.rn.bf16x2 a1, a1, s1;
-mul.rn.bf16x2 a2, a2, s0;
-mul.rn.bf16x2 a3, a3, s1;
-"""
 _MULTIPLY = (
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
     "{{${0}, ${1}, ${2}, ${3}}}, {{a0, a1, a2, a3}}, {{${4}, ${5}}}, {{${6}, ${7}, ${8}, ${9}}};\n"
 )
-_SCALES = "{{ .reg .b32 t; prmt.b32 t, $1, 0, {selector:#x}; shr.b32 $0, t, 1; }}"
 
 Scalars = dict[str, Any]  # group, K split, stage (of the K split), start and count (work items)
 SCALARS = ("group", "k_split", "stage", "start", "count")
+
+
+def scale_pair_text(which: int) -> str:
+    """PTX: two scales times 2**126 in bf16, for rows g and g + 8, of a word that has them for two blocks."""
+    return f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {SCALE_BYTES[which]:#x}; shr.b32 $0, t, 1; }}"
+
+
+def decode_text(word: str, scales: str, outputs: Sequence[str], then: str = "") -> str:
+    """PTX: the A operand of an instruction, 16 x 16 weights as four registers of bf16, from a word and two scales.
+
+    `outputs` may be its own registers a0 to a3, which what comes `then` reads.
+    """
+    return f"""{{
+.reg .b32 a0, a1, a2, a3, s0, s1, t;
+.reg .b16 lo, hi;
+mov.b32 {{lo, hi}}, {scales};
+mov.b32 s0, {{lo, lo}};
+mov.b32 s1, {{hi, hi}};
+and.b32 a0, {word}, {CODE_BITS:#x};
+shl.b32 a1, {word}, {hopper_layout.ROTATIONS[1]};
+and.b32 a1, a1, {CODE_BITS:#x};
+shf.l.wrap.b32 a2, {word}, {word}, {hopper_layout.ROTATIONS[2]};
+and.b32 a2, a2, {CODE_BITS:#x};
+shf.l.wrap.b32 a3, {word}, {word}, {hopper_layout.ROTATIONS[3]};
+shl.b32 t, {word}, {hopper_layout.LAST_MANTISSA};
+and.b32 t, t, {LAST_BITS[1]:#x};
+and.b32 a3, a3, {LAST_BITS[0]:#x};
+or.b32 a3, a3, t;
+mul.rn.bf16x2 {outputs[0]}, a0, s0;
+mul.rn.bf16x2 {outputs[1]}, a1, s1;
+mul.rn.bf16x2 {outputs[2]}, a2, s0;
+mul.rn.bf16x2 {outputs[3]}, a3, s1;
+{then}}}"""
 
 
 def multiply_stage(tiling: Tiling, tokens: int, refs: Sequence[Any], scalars: Scalars) -> None:
@@ -177,18 +187,18 @@ class _Emitter:
         return [self.load(self.activations, tokens, first, self.i32, 4) for first in firsts]
 
     def scale_pair(self, stored: Any, which: int) -> Any:
-        """Two scales times 2**126 in bf16, for rows g and g + 8, of a word that holds them for two blocks."""
-        asm = _SCALES.format(selector=SCALE_BYTES[which])
-        return llvm.inline_asm(self.i32, [stored], asm, "=r,r", has_side_effects=False)
+        return llvm.inline_asm(self.i32, [stored], scale_pair_text(which), "=r,r", has_side_effects=False)
 
     def multiply(self, word: Any, scales: Any, operands: list[list[Any]], sums: list[list[Any]]) -> list[list[Any]]:
         """One decoding, one product per 8 tokens."""
         groups = len(sums)
-        if groups == 1:
-            asm = _DECODE_MULTIPLY + _MULTIPLY.format(*range(4), 6, 7, *range(8, 12)) + "}"
-        else:
-            asm = _shifted(_DECODE_MULTIPLY, 4) + _MULTIPLY.format(*range(4), 10, 11, *range(14, 18))
-            asm += _MULTIPLY.format(*range(4, 8), 12, 13, *range(18, 22)) + "}"
+        # Outputs come first, then the word, the scales, operands of each 8 tokens, and the sums.
+        word_at, first = 4 * groups, 4 * groups + 2
+        products = ""
+        for group in range(groups):
+            b, c = first + 2 * group, first + 2 * groups + 4 * group
+            products += _MULTIPLY.format(*range(4 * group, 4 * group + 4), b, b + 1, *range(c, c + 4))
+        asm = decode_text(f"${word_at}", f"${word_at + 1}", ("a0", "a1", "a2", "a3"), products)
         flat = [value for values in sums for value in values]
         inputs = [word, scales, *(value for values in operands for value in values), *flat]
         constraints = ",".join(["=f"] * len(flat) + ["r"] * (2 + 2 * groups) + ["f"] * len(flat))
@@ -229,8 +239,3 @@ class _Emitter:
             k_splits, rows = self.tiling.k_splits, self.tiling.rows
             index = arith.addi(self.linear((pair, k_splits * rows), (self.values["k_split"], rows)), row)
             llvm.store(value, self.at(self.out, index, 0, self.f32), alignment=4)
-
-
-def _shifted(asm: str, by: int) -> str:
-    """The operands $4 and $5 are numbered after the outputs."""
-    return asm.replace("$5", f"${5 + by}").replace("$4", f"${4 + by}")

@@ -124,9 +124,6 @@ class Emitted(Lanes):
     def bitcast(self, value: Value, kind: str) -> Value:
         return Value(self, kind, arith.bitcast(self.types[kind], value.held))
 
-    def to_float(self, value: Value) -> Value:
-        return Value(self, F32, arith.sitofp(self.types[F32], value.held))
-
     def _at(self, memory: Memory, index: Value, kind: str) -> Any:
         return utils.getelementptr(memory.base, [index.held], self.types[kind])
 
@@ -198,9 +195,6 @@ class Emitted(Lanes):
 
     def barrier(self) -> None:
         utils.warpgroup_barrier()
-
-    def warp_barrier(self) -> None:
-        utils.warp_barrier()
 
 
 _INTS = {

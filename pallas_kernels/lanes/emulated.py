@@ -26,17 +26,12 @@ class _Buffer:
             raise ValueError("a buffer has to be contiguous")
         self.words = array.reshape(-1).view(np.int32)
         self.writer, self.reader = (np.full(self.words.size, -1, np.int16) for _ in range(2))
-        self.writing_warp, self.reading_warp = (np.full(self.words.size, -1, np.int16) for _ in range(2))
 
     def forget(self) -> None:
-        for owners in (self.writer, self.reader, self.writing_warp, self.reading_warp):
-            owners.fill(-1)
-
-    def forget_threads(self) -> None:
         self.writer.fill(-1), self.reader.fill(-1)
 
 
-SEVERAL = -2  # threads or warps
+SEVERAL = -2  # threads
 
 
 class Emulated(Lanes):
@@ -60,8 +55,8 @@ class Emulated(Lanes):
 
     def constant(self, number: float, kind: str) -> Value:
         """An integer may be signed or not."""
-        held = np.full(WARPGROUP, number, np.int64).astype(np.uint32).view(np.int32) if kind == I32 else None
-        return Value(self, kind, np.full(WARPGROUP, number, TYPES[kind]) if held is None else held)
+        held = np.array(number, np.int64).astype(np.int32) if kind == I32 else number
+        return Value(self, kind, np.full(WARPGROUP, held, TYPES[kind]))
 
     def binary(self, name: str, a: Value, b: Value) -> Value:
         kind = BOOL if name in COMPARISONS else a.kind
@@ -78,9 +73,6 @@ class Emulated(Lanes):
 
     def bitcast(self, value: Value, kind: str) -> Value:
         return Value(self, kind, np.ascontiguousarray(value.held).view(TYPES[kind]))
-
-    def to_float(self, value: Value) -> Value:
-        return self._new(F32, value.held.astype(np.float32))
 
     def _places(self, memory: Memory, index: Value, count: int) -> tuple[_Buffer, np.ndarray, np.ndarray]:
         """The buffer, and the elements [threads, count] of the active threads."""
@@ -103,12 +95,10 @@ class Emulated(Lanes):
 
     def load(self, memory: Memory, index: Value, kind: str = F32, count: int = 1) -> list[Value]:
         buffer, places, threads = self._places(memory, index, count)
-        for owners, mine in ((buffer.writer, threads), (buffer.writing_warp, threads // WARP)):
-            found = owners[places]
-            if ((found != -1) & (found != mine[:, None])).any():
-                raise TileError("a thread reads what another one has written since the last barrier")
+        writer = buffer.writer[places]
+        if ((writer != -1) & (writer != threads[:, None])).any():
+            raise TileError("a thread reads what another one has written since the last barrier")
         _mark(buffer.reader, places, threads)
-        _mark(buffer.reading_warp, places, threads // WARP)
         values = np.zeros((WARPGROUP, count), np.int32)
         values[threads] = buffer.words[places]
         return [self._new(kind, np.ascontiguousarray(values[:, i]).view(TYPES[kind])) for i in range(count)]
@@ -117,12 +107,11 @@ class Emulated(Lanes):
         buffer, places, threads = self._places(memory, index, len(values))
         if np.unique(places).size != places.size:
             raise TileError("two threads write the same element")
-        for name in ("writer", "reader", "writing_warp", "reading_warp"):
-            found, mine = getattr(buffer, name)[places], threads // WARP if "warp" in name else threads
-            if ((found != -1) & (found != mine[:, None])).any():
+        for owners in (buffer.writer, buffer.reader):
+            found = owners[places]
+            if ((found != -1) & (found != threads[:, None])).any():
                 raise TileError("a thread overwrites what another one has read or written since the last barrier")
         buffer.writer[places] = threads[:, None]
-        buffer.writing_warp[places] = threads[:, None] // WARP
         words = np.stack([np.ascontiguousarray(value.held).view(np.int32) for value in values], axis=1)
         buffer.words[places] = words[threads]
         self.instructions += 1
@@ -187,10 +176,6 @@ class Emulated(Lanes):
             raise TileError("a barrier that not all threads reach")
         for buffer in self.buffers:
             buffer.forget()
-
-    def warp_barrier(self) -> None:
-        for buffer in self.buffers:
-            buffer.forget_threads()
 
 
 COMPARISONS = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq")}

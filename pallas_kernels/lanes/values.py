@@ -12,7 +12,6 @@ import numpy as np
 
 WARP, WARPGROUP = 32, 128  # threads
 I32, F32, BOOL = "i32", "f32", "bool"
-Number = "Value | int | float"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,10 +145,6 @@ class Lanes(abc.ABC):
     def bitcast(self, value: Value, kind: str) -> Value: ...
 
     @abc.abstractmethod
-    def to_float(self, value: Value) -> Value:
-        """The number of a signed integer."""
-
-    @abc.abstractmethod
     def load(self, memory: Memory, index: Value, kind: str = F32, count: int = 1) -> list[Value]:
         """`count` neighbours from element `index` of 4 bytes on; aligned to all of them."""
 
@@ -196,10 +191,6 @@ class Lanes(abc.ABC):
     @abc.abstractmethod
     def barrier(self) -> None:
         """All threads of the warpgroup have come so far, and see what the others have written."""
-
-    @abc.abstractmethod
-    def warp_barrier(self) -> None:
-        """The same for a warp."""
 
     # Made of those above.
 

@@ -12,20 +12,18 @@ see changes no bit.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax import lax
 
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, padded
+from pallas_kernels.decode_step.hopper.config import CONSUMER_THREADS, LOG2_E, ROWS, padded
 from pallas_kernels.lanes import WARP, WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import I32
 
 KEYS = 16  # of a block: what one slot of the ring holds, and K of the instruction that multiplies with values
 GAP = 8  # numbers after each row of a cache, so that eight rows' 16 bytes lie in different banks
 MASKED = -1e30  # finite: what is subtracted from it has to be a number
-THREADS = CONSUMERS * WARPGROUP
 AHEAD = 2  # loads from global memory that a thread has under way at a time
 Scalars = dict[str, Value]
 
@@ -115,131 +113,6 @@ def place_of(config: Attention, block: Any) -> Any:
     return lax.rem(block, config.cache_rows // KEYS)
 
 
-def prepare(config: Attention) -> Callable[..., None]:
-    """Rotated queries of some tiles, and rotated keys and scaled values of all new tokens, of key head `head`.
-
-    Memories: qkv f32 [T, qkv_stride]; table f32 [2, positions, rotary / 2], cos and sin; and, written, in words of two
-    bf16: queries [16 tiles, key_words], keys [T, key_words], values [T, value_words]. Scalars: team, head, first_tile,
-    tiles; length, the first token's position.
-    """
-
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: Scalars) -> None:
-        qkv, table, queries, keys, values = memories
-        width, count = max(config.key_words, config.value_words), scalars["tiles"] * ROWS
-        key_row, value_row = count, count + config.tokens
-
-        def find(item: Value) -> list[Value]:
-            row, word = item // width, item % width
-            source = _source(config, lanes, scalars, row)
-            return [_word(config, lanes, (qkv, table), scalars["length"], source, word)]
-
-        def keep(found: Sequence[Value], item: Value) -> None:
-            row, word = item // width, item % width
-            for memory, first, last, words in (
-                (queries, 0, key_row, config.key_words),
-                (keys, key_row, value_row, config.key_words),
-                (values, value_row, value_row + config.tokens, config.value_words),
-            ):
-                with lanes.when((row >= first) & (row < last) & (word < words)):
-                    lanes.store(found, memory, (row - first) * words + word)
-
-        _deal(lanes, scalars["team"], (count + 2 * config.tokens) * width, find, keep)
-
-    return tile
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Of a row that is prepared: a query's, a key's, or values."""
-
-    start: Value  # its place in QKV
-    token: Value
-    is_real: Value  # not one of those that fill the last tile
-    is_value: Value
-
-
-def _source(config: Attention, lanes: Lanes, scalars: Scalars, row: Value) -> _Source:
-    """Rows are first queries, then the tokens' keys, then their values."""
-    new = row - scalars["tiles"] * ROWS
-    is_query, is_value = new < 0, new >= config.tokens
-    query = scalars["first_tile"] * ROWS + row
-    is_real = lanes.select(is_query, query, lanes.value(0, I32)) < config.query_rows
-    query = query.minimum(config.query_rows - 1)
-    token = lanes.select(is_query, query // config.group, lanes.select(is_value, new - config.tokens, new))
-    heads, kv_heads = config.heads // config.chunks, config.kv_heads // config.chunks
-    chunk, head = scalars["head"] // kv_heads, scalars["head"] % kv_heads
-    of_query = (head * config.group + query % config.group) * config.head_dim
-    of_key = (head + heads) * config.head_dim
-    of_value = head * config.value_dim + (heads + kv_heads) * config.head_dim
-    of_row = lanes.select(is_query, of_query, lanes.select(is_value, of_value, of_key))
-    chunk_rows = (heads + kv_heads) * config.head_dim + kv_heads * config.value_dim
-    return _Source(token * config.qkv_stride + chunk * chunk_rows + of_row, token, is_real, is_value)
-
-
-def _word(
-    config: Attention, lanes: Lanes, memories: Sequence[Memory], length: Value, source: _Source, word: Value
-) -> Value:
-    """Numbers 2 `word` and the next of a row; zeros after its end."""
-    qkv, table = memories
-    half, dim = config.rotary // 2, word * 2
-    zero, rotary = (lanes.value(number, I32) for number in (0, config.rotary))
-    is_rotated, is_first = dim < lanes.select(source.is_value, zero, rotary), dim < half
-    width = lanes.select(source.is_value, lanes.value(config.value_dim, I32), lanes.value(config.head_dim, I32))
-    is_inside, dim = source.is_real & (dim < width), dim.minimum(width - 2)
-    angle = lanes.select(is_first, dim, dim - half)
-    partner = lanes.select(is_rotated, lanes.select(is_first, dim + half, angle), dim)
-    own, other = (lanes.load(qkv, source.start + at, count=2) for at in (dim, partner))
-    position = (length + source.token).minimum(config.positions - 1)  # padding may go beyond the end
-    angle = position * half + lanes.select(is_rotated, angle, zero)
-    cos, sin = (lanes.load(table, angle + start, count=2) for start in (0, config.positions * half))
-    sign = lanes.select(is_first, lanes.value(-1.0, "f32"), lanes.value(1.0, "f32"))
-    scale = lanes.select(source.is_value, lanes.value(config.value_scale, "f32"), lanes.value(1.0, "f32"))
-    found = [lanes.select(is_rotated, own[i] * cos[i] + sign * (other[i] * sin[i]), own[i] * scale) for i in range(2)]
-    low, high = (lanes.select(is_inside, number, lanes.value(0.0, "f32")) for number in found)
-    return lanes.pack(low, high)
-
-
-def _deal(lanes: Lanes, team: Value, items: Value, find: Callable[..., list[Value]], keep: Callable[..., None]) -> None:
-    """Each item to a thread of the CTA: `keep(find(item), item)`, where the loads of several come before a store."""
-    thread = team * WARPGROUP + lanes.thread
-
-    def step(first: Value) -> list[Value]:
-        mine = [first + thread + i * THREADS for i in range(AHEAD)]
-        found = [find(item.minimum(items - 1)) for item in mine]
-        for item, values in zip(mine, found):
-            with lanes.when(item < items):
-                keep(values, item)
-        return []
-
-    lanes.loop(0, items, AHEAD * THREADS, step, [])
-
-
-def write_cache(config: Attention) -> Callable[..., None]:
-    """The first `count` new tokens' rows into the cache, as they are.
-
-    Memories: keys, values as `prepare` left them; the cache in global memory, words [layers * K * S/16, slot_words]: a
-    block of 16 rows is what a slot holds. Scalars: team, layer (among those of its kind), head, length, count.
-    """
-
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: Scalars) -> None:
-        *new, cache = memories
-        head = (scalars["layer"] * config.kv_heads + scalars["head"]) * (config.cache_rows // KEYS)
-        for rows, words, start in zip(new, (config.key_words, config.value_words), (0, KEYS * config.key_words)):
-
-            def find(item: Value, rows: Memory = rows) -> list[Value]:
-                return lanes.load(rows, item * 4, I32, 4)
-
-            def keep(found: Sequence[Value], item: Value, words: int = words, start: int = start) -> None:
-                token, word = item * 4 // words, item * 4 % words
-                row = (scalars["length"] + token) % config.cache_rows
-                block = (head + row // KEYS) * config.slot_words
-                lanes.store(found, cache, block + row % KEYS * words + start + word)
-
-            _deal(lanes, scalars["team"], scalars["count"] * (words // 4), find, keep)
-
-    return tile
-
-
 def attend_block(config: Attention) -> Callable[..., list[Value]]:
     """A slot's keys, those of block `block`, for the warps' tiles of queries; state in, state out.
 
@@ -305,7 +178,7 @@ def _scores(config: Attention, lanes: Lanes, queries: Memory, slot: Memory, mine
         a, b = (lanes.load_matrices(memory, at, step * 8) for memory, at in ((queries, query), (slot, key)))
         own = sums[step % 2]
         own[:] = [lanes.mma(a, b[2 * n : 2 * n + 2], own[n]) for n in range(2)]
-    scale = math.log2(math.e) * config.head_dim**-0.5
+    scale = LOG2_E * config.head_dim**-0.5
     totals = sums[0] if steps == 1 else [[x + y for x, y in zip(*pair)] for pair in zip(*sums)]
     return [[number * scale for number in total] for total in totals]
 
@@ -396,7 +269,7 @@ def merge(config: Attention, ways: int) -> Callable[..., None]:
             query = scalars["first_row"] + row
             if config.has_sink:
                 sink = lanes.load_one(memories[1], scalars["sink"] + query % config.group)
-                found = _joined(lanes, found, [sink * math.log2(math.e), lanes.value(1.0, "f32")])
+                found = _joined(lanes, found, [sink * LOG2_E, lanes.value(1.0, "f32")])
             inverse = lanes.reciprocal(found[1].maximum(1e-30))  # no key at all: zero, not NaN
             head = scalars["head"] * config.group + query % config.group
             at = query // config.group * config.attended_stride + head * (config.value_dim // 2) + col // 2
@@ -407,7 +280,7 @@ def merge(config: Attention, ways: int) -> Callable[..., None]:
                     lanes.store([lanes.pack(low, high)], memories[-1], at + i)
             return []
 
-        lanes.loop(0, quads, THREADS // ways, step, [])
+        lanes.loop(0, quads, CONSUMER_THREADS // ways, step, [])
 
     return tile
 

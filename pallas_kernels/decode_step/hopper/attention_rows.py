@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels.decode_step.hopper import attention
+from pallas_kernels.decode_step.hopper import attention, attention_inputs
 from pallas_kernels.decode_step.hopper.attention import Attention
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, WARPS
 from pallas_kernels.decode_step.hopper.cta import Cta, Turns
@@ -31,10 +31,10 @@ class AttentionRows(Cta):
         queries, keys, values, _ = self.attention_refs(is_sliding)
         rotary, cache = (of_kinds[is_sliding] for of_kinds in (self.weights.rotary, self.buffers.caches))
         scalars = {"team": team, "head": head, "first_tile": first_tile, "tiles": tiles, "length": self.length}
-        m.call(attention.prepare(config), (self.buffers.qkv, rotary, queries, keys, values), scalars)
+        m.call(attention_inputs.prepare(config), (self.buffers.qkv, rotary, queries, keys, values), scalars)
         m.meet()
         scalars = {"team": team, "layer": row.layer, "head": head, "length": self.length, "count": self.count}
-        m.when(writes, lambda: m.call(attention.write_cache(config), (keys, values, cache), scalars))
+        m.when(writes, lambda: m.call(attention_inputs.write_cache(config), (keys, values, cache), scalars))
 
     def attend_blocks(
         self,

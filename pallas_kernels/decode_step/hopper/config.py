@@ -7,10 +7,14 @@ Columns of inputs come in parts, of which shared memory holds two; a part has on
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from pallas_kernels.lanes import WARPGROUP
 
 ROWS = 16  # of a row block: M of the tensor core's instruction
 WARPS = 4  # of a warpgroup, which works on one slot at a time
 CONSUMERS = 4  # warpgroups
+CONSUMER_THREADS = CONSUMERS * WARPGROUP
 SLOT_WORDS = 3264  # 13,056 bytes: 16 x 1536 of MXFP4, 16 x 768 of FP8, each with their scales
 PART_COLS = (1536, 1024, 512)  # the first that divides a matrix' columns is its part
 COLUMN_UNIT = PART_COLS[-1]
@@ -20,6 +24,7 @@ PAGE_GAP = 16
 SUM_STRIDE = 20  # floats between tokens in a buffer of sums: 16 rows, and a bank for each thread of a warp
 FP8_SEGMENT = 64  # columns that share a scale, half of a published block: what a warp has of a chunk begins anywhere
 INPUT_SHIFT = 6  # inputs of FP8 products are float16, times 2^-6
+LOG2_E = math.log2(math.e)  # for exp2, which is what the hardware has
 
 
 def padded(count: int, unit: int) -> int:
@@ -37,6 +42,30 @@ def tile_words(format: str, cols: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """How columns of inputs are cut: into parts, of which shared memory holds two, and parts into chunks."""
+
+    count: int  # a multiple of COLUMN_UNIT
+    part_chunks: int
+
+    @property
+    def part_cols(self) -> int:
+        return next(cols for cols in PART_COLS if self.count % cols == 0)
+
+    @property
+    def parts(self) -> int:
+        return self.count // self.part_cols
+
+    @property
+    def chunk_cols(self) -> int:
+        return self.part_cols // self.part_chunks
+
+    @property
+    def chunks(self) -> int:
+        return self.parts * self.part_chunks
+
+
+@dataclasses.dataclass(frozen=True)
 class Matrix:
     """One weight matrix, or each of a stack; `cols` are a multiple of COLUMN_UNIT, padded with zeros."""
 
@@ -49,25 +78,13 @@ class Matrix:
         return -(-self.rows // ROWS)
 
     @property
-    def part_cols(self) -> int:
-        return next(cols for cols in PART_COLS if self.cols % cols == 0)
-
-    @property
-    def parts(self) -> int:
-        return self.cols // self.part_cols
-
-    @property
-    def chunk_cols(self) -> int:
-        return self.part_cols // CHUNKS_PER_PART[self.format]
-
-    @property
-    def chunks(self) -> int:
-        return self.cols // self.chunk_cols
+    def columns(self) -> Columns:
+        return Columns(self.cols, CHUNKS_PER_PART[self.format])
 
     @property
     def warp_cols(self) -> int:
         """Of a chunk, those of one warp: the four quarters side by side."""
-        return self.chunk_cols // WARPS
+        return self.columns.chunk_cols // WARPS
 
     @property
     def tile_words(self) -> int:

@@ -56,7 +56,7 @@ class Copies(ExpertRows, AttentionRows):
             self.fill(turn, team, words.at[layer, block, chunk], matrix.slot_words)
             return turn + 1
 
-        return m.loop(0, items * matrix.chunks, one, turn)
+        return m.loop(0, items * matrix.columns.chunks, one, turn)
 
     def load_router(self, row: Row, turn: Any) -> Any:
         m, router = self.machine, self.plan.router
@@ -66,7 +66,7 @@ class Copies(ExpertRows, AttentionRows):
             self.fill(turn, m.rem(chunk, CONSUMERS), source, router.slot_words)
             return turn + 1
 
-        return m.loop(0, router.chunks, one, turn)
+        return m.loop(0, router.columns.chunks, one, turn)
 
     def load_experts(self, row: Row, turn: Any) -> Any:
         m, matrix = self.machine, self.plan.matrix(Kind.EXPERT_GATE_UP)
@@ -81,7 +81,7 @@ class Copies(ExpertRows, AttentionRows):
             self.fill(turn, m.rem(item, CONSUMERS), source, matrix.slot_words)
             return turn + 1
 
-        return m.loop(0, items * matrix.chunks, one, turn)
+        return m.loop(0, items * matrix.columns.chunks, one, turn)
 
     def load_down(self, row: Row, turn: Any) -> Any:
         """Of each active expert the row blocks of the CTA's own columns, side by side; one in vain, if it owns none."""
@@ -157,7 +157,7 @@ class Copies(ExpertRows, AttentionRows):
 
     def fetch_parts(self, matrix: Matrix, source: Any, row: Row, turn: Any) -> Any:
         """Token by token: each arrives at the page's barrier."""
-        m, words = self.machine, matrix.part_cols // 2
+        m, words = self.machine, matrix.columns.part_cols // 2
         stride = words + PAGE_GAP
 
         def one_part(part: Any, turn: Any) -> Any:
@@ -171,7 +171,7 @@ class Copies(ExpertRows, AttentionRows):
             m.loop(0, self.plan.columns, one)
             return turn + 1
 
-        return m.loop(0, matrix.parts, one_part, turn)
+        return m.loop(0, matrix.columns.parts, one_part, turn)
 
     def fetch_hidden(self, row: Row, turn: Any) -> Any:
         """All pairs' rows, across both places of the page."""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pallas_kernels.decode_step.hopper import routing, stream
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, Matrix
+from pallas_kernels.decode_step.hopper import stream
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, Columns
 from pallas_kernels.decode_step.hopper.machine import Buffers, Machine, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import StepPlan
 from pallas_kernels.decode_step.hopper.roles import Row
@@ -65,11 +65,9 @@ class Cta:
         self.ring.freed(turn)
         return found
 
-    def by_parts(
-        self, matrix: Matrix | routing.Router, turns: Turns, one_chunk: Callable[[Any, Any, Any], Any]
-    ) -> Turns:
+    def by_parts(self, columns: Columns, turns: Turns, one_chunk: Callable[[Any, Any, Any], Any]) -> Turns:
         """`one_chunk(chunk, its first word in the page, ring's turn)` for all chunks, which returns the next turn."""
-        m, per_part = self.machine, matrix.chunks // matrix.parts
+        m, per_part = self.machine, columns.part_chunks
 
         def one_part(part: Any, turns: Turns) -> Turns:
             slot_turn, page_turn = turns
@@ -77,13 +75,13 @@ class Cta:
             base = self.pages.place(page_turn) * self.plan.page_words
 
             def within(number: Any, turn: Any) -> Any:
-                return one_chunk(part * per_part + number, base + number * (matrix.chunk_cols // 2), turn)
+                return one_chunk(part * per_part + number, base + number * (columns.chunk_cols // 2), turn)
 
             slot_turn = m.loop(0, per_part, within, slot_turn)
             self.pages.freed(page_turn)
             return slot_turn, page_turn + 1
 
-        return m.loop(0, matrix.parts, one_part, turns)
+        return m.loop(0, columns.parts, one_part, turns)
 
     def scratch(self, team: Any) -> Any:
         return self.machine.part(self.shared.scratch, team * self.plan.scratch_words, self.plan.scratch_words)

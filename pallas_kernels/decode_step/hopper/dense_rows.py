@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pallas_kernels.decode_step.hopper import products, routing, stream
+from pallas_kernels.decode_step.hopper import picking, products, stream
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, Matrix
 from pallas_kernels.decode_step.hopper.cta import Cta, Turns
 from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
@@ -61,9 +61,9 @@ class DenseRows(Cta):
             m.loop(0, m.div(items - own + CONSUMERS - 1, CONSUMERS), one_item)
             return turn + items
 
-        turns = self.by_parts(matrix, turns, one_chunk)
+        turns = self.by_parts(matrix.columns, turns, one_chunk)
         m.meet()
-        tile = products.add_teams(plan.columns, min(CONSUMERS, matrix.chunks), most)
+        tile = products.add_teams(plan.columns, min(CONSUMERS, matrix.columns.chunks), most)
 
         def add(item: Any) -> None:
             m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(row.first + item, CONSUMERS)})
@@ -135,7 +135,7 @@ class DenseRows(Cta):
     def pick(self, team: Any, row: Row, turns: Turns) -> Turns:
         m, b, plan = self.machine, self.buffers, self.plan
         vocab = plan.target.vocab
-        tile = routing.pick_part(vocab, plan.columns)
+        tile = picking.pick_part(vocab, plan.columns)
         first, last = (m.smaller(block * ROWS, vocab) for block in (row.first, row.last))
         scalars = {"cta": m.cta, "first": first, "last": last}
         self.of_one_team(team, lambda: m.call(tile, (b.logits, b.candidates), scalars))
@@ -144,7 +144,7 @@ class DenseRows(Cta):
     def pick_best(self, team: Any, row: Row, turns: Turns) -> Turns:
         """The last row of a round, which all CTAs have begun by now: the next one has another number."""
         m, b = self.machine, self.buffers
-        tile = routing.pick_all(self.plan.ctas, self.plan.columns)
+        tile = picking.pick_all(self.plan.ctas, self.plan.columns)
         self.of_one_team(team, lambda: m.call(tile, (b.candidates, b.best, b.best_logits), {}))
         self.of_one_team(team, lambda: m.count_round(b.counts, EPOCH, self.epoch + 1))
         return turns

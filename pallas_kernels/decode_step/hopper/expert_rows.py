@@ -28,7 +28,7 @@ class ExpertRows(DenseRows):
             m.when(m.rem(chunk, CONSUMERS) == team, lambda: self.with_slot(turn, team, run))
             return turn + 1
 
-        turns = self.by_parts(router, turns, one_chunk)
+        turns = self.by_parts(router.columns, turns, one_chunk)
         m.meet()
         refs = (self.shared.router_sums, self.shared.factors, self.buffers.scores)
         self.of_one_team(team, lambda: m.call(score, refs, {"cta": m.cta}))
@@ -78,7 +78,7 @@ class ExpertRows(DenseRows):
             self.each_item(team, last - first, one_item)
             return turn + (last - first)
 
-        turns = self.by_parts(matrix, turns, one_chunk)
+        turns = self.by_parts(matrix.columns, turns, one_chunk)
         m.meet()
         tile = products.store_activated(plan.hidden_stride, plan.columns, "bf16", True)
         refs = (self.shared.sums, self.buffers.hidden, self.shared.factors, self.shared.pairs)

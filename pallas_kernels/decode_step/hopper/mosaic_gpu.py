@@ -115,7 +115,7 @@ def launch(
         def with_scratch(shared: Shared, ring: tuple, pages: tuple) -> None:
             machine = Mosaic(plan)
             slots, full, empty = ring
-            ring_, pages_ = Ring(slots, full, empty, plan.slots), Queue(pages[0], pages[1], PAGE_PARTS)
+            ring_, pages_ = Ring(full, empty, plan.slots, slots), Queue(pages[0], pages[1], PAGE_PARTS)
             _run(Program(plan, machine, step, tokens, weights, held, shared, ring_, pages_), table)
 
         pl.run_scoped(with_scratch, *scratch(plan), collective_axes=roles.THREAD_AXIS)

@@ -140,7 +140,7 @@ class StepPlan:
     @property
     def page_words(self) -> int:
         """Of a part of an input."""
-        widest = max(self.matrix(kind).part_cols for kind in self.products)
+        widest = max(self.matrix(kind).columns.part_cols for kind in self.products)
         return self.columns * (widest // 2 + PAGE_GAP)
 
     @property

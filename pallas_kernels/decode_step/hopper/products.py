@@ -19,9 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.decode_step.hopper.config import (
+    CONSUMER_THREADS,
     CONSUMERS,
     FP8_SEGMENT,
     INPUT_SHIFT,
+    LOG2_E,
     PAGE_GAP,
     ROWS,
     SUM_STRIDE,
@@ -32,7 +34,7 @@ from pallas_kernels.decode_step.hopper.config import (
 )
 from pallas_kernels.expert_matmul import hopper_layout
 from pallas_kernels.expert_matmul.hopper_layout import STEP
-from pallas_kernels.expert_matmul.mosaic_tile import CODE_BITS, LAST_BITS, SCALE_BYTES
+from pallas_kernels.expert_matmul.mosaic_tile import CODE_BITS, LAST_BITS, decode_text, scale_pair_text
 from pallas_kernels.lanes import WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
 
@@ -42,31 +44,8 @@ TOKENS = 8  # N of the instruction
 BLOCK = 32  # columns whose operands a thread has side by side: of two instructions
 FRAGMENT = ROWS * TOKENS  # sums of one instruction
 OWN_COLUMNS = 3 * ROWS  # of the residual, at most those of one CTA
-CONSUMER_THREADS = CONSUMERS * WARPGROUP
-LOG2_E = 1.4426950408889634
 
-_SCALE_PAIR = "{{ .reg .b32 t; prmt.b32 t, $1, 0, {selector:#x}; shr.b32 $0, t, 1; }}"
-_DECODE_MXFP4 = f"""{{
-.reg .b32 a0, a1, a2, a3, s0, s1, t;
-.reg .b16 lo, hi;
-mov.b32 {{lo, hi}}, $5;
-mov.b32 s0, {{lo, lo}};
-mov.b32 s1, {{hi, hi}};
-and.b32 a0, $4, {CODE_BITS:#x};
-shl.b32 a1, $4, {hopper_layout.ROTATIONS[1]};
-and.b32 a1, a1, {CODE_BITS:#x};
-shf.l.wrap.b32 a2, $4, $4, {hopper_layout.ROTATIONS[2]};
-and.b32 a2, a2, {CODE_BITS:#x};
-shf.l.wrap.b32 a3, $4, $4, {hopper_layout.ROTATIONS[3]};
-shl.b32 t, $4, {hopper_layout.LAST_MANTISSA};
-and.b32 t, t, {LAST_BITS[1]:#x};
-and.b32 a3, a3, {LAST_BITS[0]:#x};
-or.b32 a3, a3, t;
-mul.rn.bf16x2 $0, a0, s0;
-mul.rn.bf16x2 $1, a1, s1;
-mul.rn.bf16x2 $2, a2, s0;
-mul.rn.bf16x2 $3, a3, s1;
-}}"""
+_DECODE_MXFP4 = decode_text("$4", "$5", ("$0", "$1", "$2", "$3"))
 _DECODE_FP8 = """{
 .reg .b16 lo, hi;
 mov.b32 {lo, hi}, $2;
@@ -83,7 +62,7 @@ def multiply_chunk(matrix: Matrix, tokens: int) -> Tile:
     [4 * tokens * SUM_STRIDE] of the warpgroup. Scalars: item; first, the page's word with the chunk's first column of
     token 0; is_first, 1 if the sums begin with this chunk. When it returns, all warps have read slot and page.
     """
-    token_words = matrix.part_cols // 2 + PAGE_GAP
+    token_words = matrix.columns.part_cols // 2 + PAGE_GAP
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         slot, page, sums, scratch = memories
@@ -348,7 +327,7 @@ def _scale_pair(lanes: Lanes, stored: Value, block: int) -> Value:
         low, high = (words.view(np.uint32) >> (16 * block + shift) & 255 for shift in (0, 8))
         return (low << 7 | high << 23).view(np.int32)
 
-    return lanes.asm(_SCALE_PAIR.format(selector=SCALE_BYTES[block]), [stored], [I32], twin)[0]
+    return lanes.asm(scale_pair_text(block), [stored], [I32], twin)[0]
 
 
 def _decode_mxfp4(words: np.ndarray, scales: np.ndarray) -> list[np.ndarray]:

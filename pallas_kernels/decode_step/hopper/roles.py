@@ -139,31 +139,18 @@ def threads_of(teams: int, roles: int, as_warps: bool) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Queue:
+class _Places:
     """Places in shared memory that pass from who fills them to who reads them: turn n takes place n % `places`."""
 
-    full: Any
+    full: Any  # barriers, as `barriers` makes them
     empty: Any
     places: int
-
-    @staticmethod
-    def barriers(places: int, fills: int, readers: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:
-        """`full` and `empty`, as scratch: a place takes so many copies (or arrivals of who stores into it)."""
-        return _barrier(places, fills), _barrier(places, readers)
 
     def place(self, turn: Turn) -> Any:
         return lax.rem(turn, self.places)
 
     def before_fill(self, turn: Turn) -> None:
-        _wait_until_free(self, turn)
-
-    def filled(self, turn: Turn) -> None:
-        """By everyone who has stored into the place; copies arrive by themselves."""
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.full.at[self.place(turn)])
-
-    def before_read(self, turn: Turn) -> None:
-        plgpu.barrier_wait(self.full.at[self.place(turn)])
+        self._wait_until_free(turn)
 
     def freed(self, turn: Turn, read: Literal["loads", "copies"] = "loads") -> None:
         """By everyone who has read the place, with all threads; copies must be complete (`GpuCounters.signal`)."""
@@ -173,33 +160,46 @@ class Queue:
 
     def drain(self, turn: Turn) -> None:
         """By who fills, after the last turn."""
-        _drain(self, turn)
+        lax.fori_loop(turn, turn + self.places, lambda later, _: self._wait_until_free(later), None)
+
+    def _wait_until_free(self, turn: Turn) -> None:
+        @pl.when(turn >= self.places)
+        def _():
+            plgpu.barrier_wait(self.empty.at[self.place(turn)])
+
+
+class Queue(_Places):
+    """Everyone reads every place."""
+
+    @staticmethod
+    def barriers(places: int, fills: int, readers: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:
+        """`full` and `empty`, as scratch: a place takes so many copies (or arrivals of who stores into it)."""
+        return _barrier(places, fills), _barrier(places, readers)
+
+    def filled(self, turn: Turn) -> None:
+        """By everyone who has stored into the place; copies arrive by themselves."""
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.full.at[self.place(turn)])
+
+    def before_read(self, turn: Turn) -> None:
+        plgpu.barrier_wait(self.full.at[self.place(turn)])
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """A queue whose every place is read by one team, that of its item: item % `teams`.
+class Ring(_Places):
+    """Each place is read by one team, that of its item: item % `teams`.
 
     A place has a barrier for each team, because a team never sees the phases of what others read.
     """
 
     slots: Any  # int32 [places, words]
-    full: Sequence[Any]  # barriers of several teams each: see `barriers`
-    empty: Any
-    places: int
     teams: int = CONSUMERS
 
     @staticmethod
     def barriers(places: int, teams: int = CONSUMERS) -> tuple[tuple[plgpu.Barrier, ...], plgpu.Barrier]:
-        """`full` and `empty`, as scratch."""
+        """`full`, each of several teams, and `empty`, as scratch."""
         together = min(teams, MAX_BARRIERS // places)
         return (_barrier(together * places),) * -(-teams // together), _barrier(places)
-
-    def place(self, turn: Turn) -> Any:
-        return lax.rem(turn, self.places)
-
-    def before_fill(self, turn: Turn) -> None:
-        _wait_until_free(self, turn)
 
     def fill(self, turn: Turn, team: Any, copy: Callable[[Any, Any], None]) -> None:
         """`copy(slot, barrier)` begins one copy into a slot."""
@@ -208,13 +208,6 @@ class Ring:
 
     def before_read(self, turn: Turn, team: Any) -> None:
         self._each_full(turn, team, plgpu.barrier_wait)
-
-    def freed(self, turn: Turn) -> None:
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.empty.at[self.place(turn)])
-
-    def drain(self, turn: Turn) -> None:
-        _drain(self, turn)
 
     def _each_full(self, turn: Turn, team: Any, use: Callable[[Any], None]) -> None:
         """Refs cannot be chosen at run time, so that there is code for each of `full`."""
@@ -229,13 +222,3 @@ class Ring:
 
 def _barrier(count: int, arrivals: int = 1) -> plgpu.Barrier:
     return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-
-
-def _wait_until_free(queue: Queue | Ring, turn: Turn) -> None:
-    @pl.when(turn >= queue.places)
-    def _():
-        plgpu.barrier_wait(queue.empty.at[queue.place(turn)])
-
-
-def _drain(queue: Queue | Ring, turn: Turn) -> None:
-    lax.fori_loop(turn, turn + queue.places, lambda later, _: _wait_until_free(queue, later), None)

@@ -1,4 +1,4 @@
-"""From a token to its experts, and from logits to a token: router, top-k, the list of active experts, greedy choice.
+"""From a token to its experts: router, top-k, and the list of active experts.
 
 Scores are formed in float32 from the bf16 stream, as a lower precision flips selections. No result of a token depends
 on other tokens or on their number.
@@ -15,8 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_step.hopper.config import COLUMN_UNIT, PAGE_GAP, PART_COLS, WARPS, padded
-from pallas_kernels.decode_step.hopper.products import LOG2_E, Tile
+from pallas_kernels.decode_step.hopper.config import COLUMN_UNIT, LOG2_E, PAGE_GAP, WARPS, Columns, padded
+from pallas_kernels.decode_step.hopper.picking import LEAST, ordered_key
+from pallas_kernels.decode_step.hopper.products import Tile
 from pallas_kernels.lanes import WARP, WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
 
@@ -24,9 +25,6 @@ HALVES = 2  # of a chunk's columns, and of the tokens: a warp has one of each
 PART_CHUNKS = 2  # of a part of the page
 STEP_COLS = HALVES * 4 * WARP  # of a chunk: each thread reads four weights at once
 WEIGHT_EPS = 1e-20
-LEAST = -(2**31)  # of all keys
-THREADS = 8  # of a token, where the largest logit is sought
-UNROLL = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,28 +45,16 @@ class Router:
         return padded(self.width, COLUMN_UNIT)
 
     @property
-    def part_cols(self) -> int:
-        return next(cols for cols in PART_COLS if self.cols % cols == 0)
-
-    @property
-    def parts(self) -> int:
-        return self.cols // self.part_cols
-
-    @property
-    def chunk_cols(self) -> int:
-        return self.part_cols // PART_CHUNKS
-
-    @property
-    def chunks(self) -> int:
-        return self.cols // self.chunk_cols
+    def columns(self) -> Columns:
+        return Columns(self.cols, PART_CHUNKS)
 
     @property
     def slot_words(self) -> int:
-        return self.rows * self.chunk_cols
+        return self.rows * self.columns.chunk_cols
 
     def sums(self, tokens: int) -> int:
         """Floats of the sums of all chunks."""
-        return self.chunks * HALVES * self.rows * tokens
+        return self.columns.chunks * HALVES * self.rows * tokens
 
     def bounds(self) -> np.ndarray:
         """The first expert of each CTA, and where the last one's end."""
@@ -82,14 +68,14 @@ def pack_router(weights_ED: Any, router: Router) -> Any:
     numbers = first[:-1, None] + np.arange(router.rows)
     numbers = np.where(numbers < first[1:, None], numbers, router.experts)
     padded_ED = xp.pad(weights_ED, ((0, 1), (0, router.cols - router.width)))
-    rows = padded_ED[numbers].reshape(router.ctas, router.rows, router.chunks, router.chunk_cols)
-    return xp.transpose(rows, (0, 2, 1, 3)).reshape(router.ctas, router.chunks, router.slot_words)
+    rows = padded_ED[numbers].reshape(router.ctas, router.rows, router.columns.chunks, -1)
+    return xp.transpose(rows, (0, 2, 1, 3)).reshape(router.ctas, -1, router.slot_words)
 
 
 def unpack_router(packed: Any, router: Router) -> Any:
     """The inverse of `pack_router`."""
     xp = np if isinstance(packed, np.ndarray) else jnp
-    rows = packed.reshape(router.ctas, router.chunks, router.rows, router.chunk_cols)
+    rows = packed.reshape(router.ctas, router.columns.chunks, router.rows, -1)
     rows = xp.transpose(rows, (0, 2, 1, 3)).reshape(router.ctas, router.rows, router.cols)
     first, number = router.bounds(), np.arange(router.experts)
     cta = np.searchsorted(first, number, side="right") - 1
@@ -105,8 +91,9 @@ def multiply_router(router: Router, tokens: int) -> Tile:
     sums float32 [chunks, 2, tokens, rows]. Scalars: chunk; first, the page's word with the chunk's first column of
     token 0.
     """
-    own, token_words = tokens // HALVES, router.part_cols // 2 + PAGE_GAP
-    half_cols = router.chunk_cols // HALVES
+    columns = router.columns
+    own, token_words = tokens // HALVES, columns.part_cols // 2 + PAGE_GAP
+    half_cols = columns.chunk_cols // HALVES
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         slot, page, sums = memories
@@ -115,7 +102,7 @@ def multiply_router(router: Router, tokens: int) -> Tile:
         inputs = scalars["first"] + first_token * token_words + column // 2
 
         def step(done: Value, *totals: Value) -> list[Value]:
-            weights = [lanes.load(slot, column + done + row * router.chunk_cols, F32, 4) for row in range(router.rows)]
+            weights = [lanes.load(slot, column + done + row * columns.chunk_cols, F32, 4) for row in range(router.rows)]
             words = [lanes.load(page, inputs + done // 2 + token * token_words, I32, 2) for token in range(own)]
             inputs_of = [(*lanes.unpack(left), *lanes.unpack(right)) for left, right in words]
             pairs = itertools.product(inputs_of, weights)
@@ -147,7 +134,7 @@ def score(router: Router, tokens: int) -> Tile:
         first, end = ((scalars["cta"] + i) * router.experts // router.ctas for i in range(2))
         with lanes.when((lanes.thread < results) & (first + row < end)):
             total = lanes.constant(0, F32)
-            for part in range(router.chunks * HALVES):
+            for part in range(router.columns.chunks * HALVES):
                 total = total + lanes.load_one(sums, lanes.thread + part * results)
             logit = total * lanes.load_one(factors, token)
             sigmoid = lanes.reciprocal(lanes.exp2(logit * -LOG2_E) + 1.0)
@@ -269,58 +256,6 @@ def count_experts(experts: int, chosen: int, tokens: int) -> Tile:
     return tile
 
 
-def pick_part(vocab: int, tokens: int) -> Tile:
-    """Each token's largest logit among the CTA's, and the first index that has it.
-
-    Memories: logits float32 [tokens, vocab]; candidates int32 [ctas, 2, tokens], keys of logits and their indices; a
-    CTA without logits leaves what loses against any. Scalars: cta; first, last, of the CTA's logits and after them.
-    """
-
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
-        logits, candidates = memories
-        token, part = lanes.thread // THREADS, lanes.thread % THREADS
-        with lanes.when(token < tokens):
-
-            def step(first: Value, key: Value, index: Value) -> tuple[Value, Value]:
-                # An index beyond the end is taken for the last one, which is no error: the largest stays the largest.
-                found = [(part + first + i * THREADS).minimum(scalars["last"] - 1) for i in range(UNROLL)]
-                values = [lanes.load_one(logits, token * vocab + own) for own in found]
-                for own, value in zip(found, values):
-                    key, index = _larger(lanes, (key, index), (_key(lanes, value + 0.0), own))
-                return key, index
-
-            nothing = lanes.constant(LEAST, I32), lanes.constant(2**31 - 1, I32)
-            best = lanes.loop(scalars["first"], scalars["last"], THREADS * UNROLL, step, nothing)
-            best = _largest_of_token(lanes, best)
-            with lanes.when(part.equals(0)):
-                for which, value in enumerate(best):
-                    lanes.store([value], candidates, (scalars["cta"] * 2 + which) * tokens + token)
-
-    return tile
-
-
-def pick_all(ctas: int, tokens: int) -> Tile:
-    """Each token's largest logit of all CTAs' candidates.
-
-    Devices that share a vocabulary would merge theirs in the same way, with indices counted from the first shard's.
-
-    Memories: candidates as in `pick_part`; best int32 [tokens]; values float32 [tokens].
-    """
-
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
-        candidates, best, values = memories
-        token, part = lanes.thread // THREADS, lanes.thread % THREADS
-        with lanes.when(token < tokens):
-            rows = [(part + first).minimum(ctas - 1) * (2 * tokens) + token for first in range(0, ctas, THREADS)]
-            loaded = [[lanes.load_one(candidates, row + which * tokens, I32) for which in range(2)] for row in rows]
-            key, index = _largest_of_token(lanes, functools.reduce(functools.partial(_larger, lanes), loaded))
-            with lanes.when(part.equals(0)):
-                lanes.store([index], best, token)
-                lanes.store([_flip(lanes, key).as_float()], values, token)
-
-    return tile
-
-
 def _dot(lanes: Lanes, values: Sequence[Value], weights: Sequence[Value], total: Value) -> Value:
     for value, weight in zip(values, weights):
         total = lanes.fma(value, weight, total)
@@ -343,20 +278,11 @@ def _sum_over_warp(lanes: Lanes, values: Sequence[Value], tokens: int) -> list[V
     return list(values)
 
 
-def _flip(lanes: Lanes, bits: Value) -> Value:
-    """Between a float's bits and an integer that is ordered as floats are, -0 before 0; the same both ways."""
-    return lanes.select(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _key(lanes: Lanes, value: Value) -> Value:
-    return _flip(lanes, value.as_int())
-
-
 def _bias_key(
     lanes: Lanes, scores: Memory, row: Value, bias: Memory, first: Value, number: Value, experts: int
 ) -> Value:
     expert = number.minimum(experts - 1)
-    key = _key(lanes, lanes.load_one(scores, row + expert) + lanes.load_one(bias, first + expert))
+    key = ordered_key(lanes, lanes.load_one(scores, row + expert) + lanes.load_one(bias, first + expert))
     return lanes.select(number < experts, key, lanes.constant(LEAST, I32))
 
 
@@ -387,16 +313,3 @@ def _exclusive_sum(lanes: Lanes, value: Value) -> tuple[Value, Value]:
         before = lanes.select((lanes.lane & by).equals(by), before + other, before)
         total, by = total + other, 2 * by
     return before, total
-
-
-def _larger(lanes: Lanes, a: Sequence[Value], b: Sequence[Value]) -> tuple[Value, Value]:
-    """Of two (key, index), that of the larger key, or of the lesser index."""
-    is_b = (b[0] > a[0]) | (b[0].equals(a[0]) & (b[1] < a[1]))
-    return lanes.select(is_b, b[0], a[0]), lanes.select(is_b, b[1], a[1])
-
-
-def _largest_of_token(lanes: Lanes, best: Sequence[Value]) -> tuple[Value, Value]:
-    by = THREADS // 2
-    while by:
-        best, by = _larger(lanes, best, [lanes.shuffle(value, by) for value in best]), by // 2
-    return best[0], best[1]

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_step.hopper.attention import KEYS
-from pallas_kernels.decode_step.hopper.config import ROWS
+from pallas_kernels.decode_step.hopper.config import ROWS, tile_words
 from pallas_kernels.decode_step.hopper.machine import Buffers, Weights
 from pallas_kernels.decode_step.hopper.plan import StepPlan
-from pallas_kernels.decode_step.hopper.products import tile_words
 from pallas_kernels.decode_step.hopper.sync import FAULT
 from pallas_kernels.decode_step.schedule import Kind
 
@@ -35,7 +34,7 @@ def weight_shapes(plan: StepPlan) -> Weights:
 
     def matrices(kind: Kind) -> Any:
         matrix = plan.matrix(kind)
-        return _shape(WORDS, stacks[kind], matrix.row_blocks, matrix.chunks, matrix.slot_words)
+        return _shape(WORDS, stacks[kind], matrix.row_blocks, matrix.columns.chunks, matrix.slot_words)
 
     def sinks(is_sliding: bool) -> Any:
         return _shape(FLOATS, layers[is_sliding] * t.heads if plan.has_sinks[is_sliding] else 1)
@@ -49,7 +48,7 @@ def weight_shapes(plan: StepPlan) -> Weights:
         rotary=rotary,
         matrices={kind: matrices(kind) for kind in plan.products},
         expert_down=_shape(WORDS, experts * t.experts, down),
-        router=_shape(WORDS, experts, plan.ctas, router.chunks, router.slot_words),
+        router=_shape(WORDS, experts, plan.ctas, router.columns.chunks, router.slot_words),
         router_bias=_shape(FLOATS, experts * t.experts),
     )
 

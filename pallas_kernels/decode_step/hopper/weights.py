@@ -40,7 +40,7 @@ def pack(matrix: Matrix, weights: Any, scales: Any = None) -> Any:
     mxfp4: codes uint8 [..., O, I/2], E8M0 scales uint8 [..., O, I/32], none above `hopper_layout.LARGEST_SCALE`.
     """
     words = _pack(matrix.format, weights, scales, matrix.row_blocks, matrix.cols, matrix.warp_cols)
-    return words.reshape(*words.shape[:-2], matrix.chunks, matrix.slot_words)
+    return words.reshape(*words.shape[:-2], matrix.columns.chunks, matrix.slot_words)
 
 
 def unpack(matrix: Matrix, words: Any) -> tuple[Any, Any]:
@@ -160,7 +160,7 @@ def _mxfp4_words(operands: Any) -> Any:
             for column in range(2):
                 code = operands[..., pair, rows, column].astype(np.uint32)
                 for field in range(4):
-                    words = words | ((code >> field) & 1) << hopper_layout._bit(2 * pair + rows, column, field)
+                    words = words | ((code >> field) & 1) << hopper_layout.bit_place(2 * pair + rows, column, field)
     words = _reordered(words.reshape(*words.shape[:-4], -1, 2, 8, 4, 2), 0, 2, 3, 1, 4)
     return _bits(words.reshape(*words.shape[:-5], -1), np.int32)
 
@@ -171,7 +171,7 @@ def _mxfp4_operands(words: Any) -> Any:
     codes = []
     for register in range(4):
         for column in range(2):
-            places = [hopper_layout._bit(register, column, field) for field in range(4)]
+            places = [hopper_layout.bit_place(register, column, field) for field in range(4)]
             codes.append(sum((words >> place & 1) << field for field, place in enumerate(places)))
     return _namespace(words).stack(codes, axis=-1).astype(np.uint8).reshape(*words.shape, 2, 2, 2)
 

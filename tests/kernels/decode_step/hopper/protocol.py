@@ -153,7 +153,7 @@ class Program:
         self.device = 0 if machine.is_real else self.rank  # index of what this device has
         self.peers = [lax.rem(self.rank + peer, machine.devices) for peer in range(machine.devices)]
         self.epoch = 0 if broken == "epoch forgotten" else memory.epoch[0]
-        self.ring = Ring(shared.slots, *shared.ring, SLOTS, machine.teams)
+        self.ring = Ring(*shared.ring, SLOTS, shared.slots, machine.teams)
         self.pages, self.staged = Queue(*shared.pages, PAGES), Queue(*shared.staged, 1)
 
     def run(self) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mimo_jax.modeling.layers import rotary_table
 from pallas_kernels import sass, topology
-from pallas_kernels.decode_step.hopper import attention
+from pallas_kernels.decode_step.hopper import attention, attention_inputs
 from pallas_kernels.decode_step.hopper.attention import KEYS, Attention
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, SLOT_WORDS
 from pallas_kernels.hardware import GPUS
@@ -96,13 +96,13 @@ class Run:
         found = [np.full(shape, -1, np.int32) for shape in rows]
         for team in range(CONSUMERS):
             scalars = dict(team=team, head=self.head, first_tile=first_tile, tiles=tiles, length=self.length)
-            emulated.run(attention.prepare(config), [self.qkv, table, *found], scalars)
+            emulated.run(attention_inputs.prepare(config), [self.qkv, table, *found], scalars)
         return found
 
     def write(self, new: list[np.ndarray]) -> None:
         for team in range(CONSUMERS):
             scalars = dict(team=team, layer=LAYER, head=self.head, length=self.length, count=self.count)
-            emulated.run(attention.write_cache(self.config), [*new, self.sequence.cache], scalars)
+            emulated.run(attention_inputs.write_cache(self.config), [*new, self.sequence.cache], scalars)
 
     def attend(self, held: list[np.ndarray], part: int, parts: int, **scalars: int) -> list:
         """The state of one warpgroup after a part's blocks."""
@@ -368,9 +368,9 @@ def layer_kernel(config: Attention, first: int, tiles: int, parts: int):
         place = dict(first=4 * team if teams else 0 - team, tiles=numbers[3])
         held, own = (queries, keys, values), dict(team=team, head=head)
         prepared = dict(first_tile=first, tiles=numbers[3], length=length)
-        emitted.call(attention.prepare(config), (qkv, table, *held), own | prepared)
+        emitted.call(attention_inputs.prepare(config), (qkv, table, *held), own | prepared)
         written = dict(layer=numbers[4], length=length, count=count)
-        emitted.call(attention.write_cache(config), (*held[1:], cache), own | written)
+        emitted.call(attention_inputs.write_cache(config), (*held[1:], cache), own | written)
         start, blocks = attention.blocks_of(config, length, count, part, parts)
 
         def step(index, state):

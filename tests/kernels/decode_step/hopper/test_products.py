@@ -57,10 +57,10 @@ def multiply(matrix: Matrix, packed: np.ndarray, words: np.ndarray) -> tuple[np.
     tokens, lanes = len(words), emulated.Emulated()
     sums = np.full((matrix.row_blocks, tokens * SUM_STRIDE), GARBAGE, np.float32)
     scratch = np.full(4 * tokens * SUM_STRIDE, GARBAGE, np.float32)
-    parts = pages(words, matrix.part_cols // 2)
+    parts = pages(words, matrix.columns.part_cols // 2)
     tile = products.multiply_chunk(matrix, tokens)
-    for chunk in range(matrix.chunks):
-        part, within = divmod(chunk * matrix.chunk_cols, matrix.part_cols)
+    for chunk in range(matrix.columns.chunks):
+        part, within = divmod(chunk * matrix.columns.chunk_cols, matrix.columns.part_cols)
         page = np.full((2, *parts.shape[1:]), -1, np.int32)
         page[part % 2] = parts[part]
         first = part % 2 * parts[0].size + within // 2
@@ -362,7 +362,7 @@ def loop_kernel(matrix: Matrix, tokens: int):
     def body(counts, out, ring, page, sums, scratch):
         def step(index, _):
             is_first = ((index & 3) == 0).astype(jnp.int32)
-            scalars = {"item": index & 1, "first": (index & 3) * (matrix.chunk_cols // 2), "is_first": is_first}
+            scalars = {"item": index & 1, "first": (index & 3) * (matrix.columns.chunk_cols // 2), "is_first": is_first}
             emitted.call(tile, (ring.at[index & 1], page, sums, scratch), scalars)
 
         lax.fori_loop(0, counts[0], step, None)
@@ -375,7 +375,7 @@ def loop_kernel(matrix: Matrix, tokens: int):
         body,
         jax.ShapeDtypeStruct((tokens, matrix.rows), jnp.float32),
         memory(SLOT_WORDS, jnp.int32, 2),
-        memory(2 * tokens * (matrix.part_cols // 2 + PAGE_GAP), jnp.int32),
+        memory(2 * tokens * (matrix.columns.part_cols // 2 + PAGE_GAP), jnp.int32),
         memory(3 * tokens * SUM_STRIDE),
         memory(4 * tokens * SUM_STRIDE),
     )

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step.hopper import routing
+from pallas_kernels.decode_step.hopper import picking, routing
 from pallas_kernels.decode_step.hopper.config import PAGE_GAP, SLOT_WORDS
 from pallas_kernels.decode_step.hopper.routing import Router
 from pallas_kernels.lanes import emulated
@@ -29,16 +29,16 @@ def bf16(shape: tuple[int, ...], seed: int) -> np.ndarray:
 def scores_of(router: Router, weights: np.ndarray, x: np.ndarray, factors: np.ndarray, ctas) -> np.ndarray:
     """Scores [tokens, experts] of these CTAs' experts, NaN elsewhere; the page holds one part, in its second half."""
     tokens, packed = len(x), routing.pack_router(weights, router)
-    part_words, scores = router.part_cols // 2 + PAGE_GAP, blank(tokens, router.experts)
+    part_words, scores = router.columns.part_cols // 2 + PAGE_GAP, blank(tokens, router.experts)
     words = np.zeros((tokens, router.cols // 2), np.int32)
     words[:, : router.width // 2] = x.view(np.int32)
     for cta in ctas:
         sums = blank(router.sums(tokens))
-        for chunk in range(router.chunks):
+        for chunk in range(router.columns.chunks):
             part, inside = divmod(chunk, routing.PART_CHUNKS)
             page = np.full((2, tokens, part_words), -1, np.int32)
-            page[1, :, :-PAGE_GAP] = words.reshape(tokens, -1, router.part_cols // 2)[:, part]
-            first = tokens * part_words + inside * router.chunk_cols // 2
+            page[1, :, :-PAGE_GAP] = words.reshape(tokens, -1, router.columns.part_cols // 2)[:, part]
+            first = tokens * part_words + inside * router.columns.chunk_cols // 2
             tile = routing.multiply_router(router, tokens)
             emulated.run(tile, (packed[cta, chunk], page, sums), {"chunk": chunk, "first": first})
         emulated.run(routing.score(router, tokens), (sums, factors, scores), {"cta": cta})
@@ -57,7 +57,7 @@ def test_packed_weights_are_an_image(router):
     """Every weight is in a slot once, none is changed, and a slot of the ring has room for them."""
     weights = sample(router, 8)[0]
     packed = routing.pack_router(weights, router)
-    assert packed.shape == (router.ctas, router.chunks, router.slot_words) and router.slot_words <= SLOT_WORDS
+    assert packed.shape == (router.ctas, router.columns.chunks, router.slot_words) and router.slot_words <= SLOT_WORDS
     np.testing.assert_array_equal(routing.unpack_router(packed, router), weights)
     assert np.count_nonzero(packed) == np.count_nonzero(weights)
     np.testing.assert_array_equal(routing.pack_router(jnp.asarray(weights), router), packed)
@@ -191,8 +191,8 @@ def pick(logits: np.ndarray, ctas: int) -> tuple[np.ndarray, np.ndarray]:
     candidates, best, values = np.full((ctas, 2, tokens), -1, np.int32), np.full(tokens, -1, np.int32), blank(tokens)
     for cta in range(ctas):
         scalars = {"cta": cta, "first": cta * vocab // ctas, "last": (cta + 1) * vocab // ctas}
-        emulated.run(routing.pick_part(vocab, tokens), (logits, candidates), scalars)
-    emulated.run(routing.pick_all(ctas, tokens), (candidates, best, values))
+        emulated.run(picking.pick_part(vocab, tokens), (logits, candidates), scalars)
+    emulated.run(picking.pick_all(ctas, tokens), (candidates, best, values))
     return best, values
 
 
@@ -215,7 +215,7 @@ def test_the_largest_logit_is_picked(vocab, ctas, tokens):
 
 def tile_of(name: str, tokens: int) -> tuple:
     """A tile at Pro's sizes, where its memories are and their words, its scalars."""
-    sums, pairs, page = PRO.sums(tokens), tokens * 8, 2 * tokens * (PRO.part_cols // 2 + PAGE_GAP)
+    sums, pairs, page = PRO.sums(tokens), tokens * 8, 2 * tokens * (PRO.columns.part_cols // 2 + PAGE_GAP)
     lists = [(SHARED, pairs), (SHARED, 1), (SHARED, pairs * tokens)]
     scores, candidates = (GLOBAL, tokens * 384), (GLOBAL, 132 * 2 * tokens)
     return {
@@ -237,11 +237,11 @@ def tile_of(name: str, tokens: int) -> tuple:
         ),
         "count_experts": (routing.count_experts(384, 8, tokens), [*lists, (GLOBAL, 384)], ["counts_first"]),
         "pick_part": (
-            routing.pick_part(19072, tokens),
+            picking.pick_part(19072, tokens),
             [(GLOBAL, tokens * 19072), candidates],
             ["cta", "first", "last"],
         ),
-        "pick_all": (routing.pick_all(132, tokens), [candidates, (GLOBAL, tokens), (GLOBAL, tokens)], []),
+        "pick_all": (picking.pick_all(132, tokens), [candidates, (GLOBAL, tokens), (GLOBAL, tokens)], []),
     }[name]
 
 

@@ -37,7 +37,7 @@ def test_the_layout_is_a_bijection(matrix):
     given = random_weights(matrix, matrix.rows, matrix.cols)
     words = weights.pack(matrix, *given)
     assert words.dtype == np.int32
-    assert words.shape == (2, matrix.row_blocks, matrix.chunks, matrix.slot_words)
+    assert words.shape == (2, matrix.row_blocks, matrix.columns.chunks, matrix.slot_words)
     assert matrix.slot_words <= SLOT_WORDS
     assert words.nbytes == sum(x.nbytes for x in given if x is not None)
     for before, after in zip(given, weights.unpack(matrix, words)):

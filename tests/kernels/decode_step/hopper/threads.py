@@ -169,7 +169,6 @@ class Machine:
         self.peers = list(range(plan.devices))
         self.teams = threading.Barrier(CONSUMERS)
         self.random = random.Random(world.seed * 1000 + cta * 10 + rank)
-        self.plan = plan
 
     def call(self, tile, refs, scalars, state=None):
         lanes = emulated.Emulated()
