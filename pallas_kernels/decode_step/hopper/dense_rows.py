@@ -146,5 +146,5 @@ class DenseRows(Cta):
         m, b = self.machine, self.buffers
         tile = picking.pick_all(self.plan.ctas, self.plan.columns)
         self.of_one_team(team, lambda: m.call(tile, (b.candidates, b.best, b.best_logits), {}))
-        self.of_one_team(team, lambda: m.count_round(b.counts, EPOCH, self.epoch + 1))
+        self.of_one_team(team, lambda: m.count_round(b.counts, EPOCH))
         return turns

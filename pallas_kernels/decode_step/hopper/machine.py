@@ -50,8 +50,8 @@ class Machine(Protocol):
 
     def wait(self, barrier: Any) -> None: ...
 
-    def count_round(self, counts: Any, place: int, epoch: Any) -> None:
-        """Stores the number of the next round."""
+    def count_round(self, counts: Any, place: int) -> None:
+        """Adds one, once, though all threads of a team call it."""
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +93,11 @@ class Buffers:
     best_logits: Any
     counts: Any
     fault: Any
+    times: Any = None  # int32 [CTAs, rows, len(ROLES), len(STAMPS)], if they are asked for
+
+
+ROLES = ("consume", "weights", "fetch", "send")
+STAMPS = ("begun", "ready", "done")  # of a role's row: before its wait, after it, after all; nanoseconds mod 2**32
 
 
 @jax.tree_util.register_dataclass

@@ -15,18 +15,17 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.decode_step.hopper import roles, sync
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_WORDS
-from pallas_kernels.decode_step.hopper.machine import Buffers, Shared, Weights
+from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS, StepPlan
 from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
 from pallas_kernels.decode_step.hopper.program import Program
-from pallas_kernels.decode_step.hopper.roles import Queue, Ring
+from pallas_kernels.decode_step.hopper.roles import Queue, Ring, Row
 from pallas_kernels.decode_step.hopper.routing import list_scratch
 from pallas_kernels.decode_step.hopper.sync import Unit
 from pallas_kernels.lanes import emitted
 
 MESH_AXIS = "tensor"
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-ROLES = ("consume", "weights", "fetch", "send")
 
 
 class Mosaic:
@@ -86,8 +85,8 @@ class Mosaic:
     def wait(self, barrier: Any) -> None:
         plgpu.barrier_wait(barrier)
 
-    def count_round(self, counts: Any, place: int, epoch: Any) -> None:
-        counts[place] = epoch
+    def count_round(self, counts: Any, place: int) -> None:
+        sync.add_one(counts.at[place])
 
 
 def launch(
@@ -166,19 +165,41 @@ def _run(program: Program, table: Any) -> None:
     rows = (partial(roles.read, table, program.machine.cta), program.first, program.last)
     counters = sync.GpuCounters(program.buffers.counts, program.buffers.fault, program.machine.cta)
 
+    def walk(name: str, handlers: Any, carry: Any, wait: Any = None, signal: Any = None) -> Any:
+        """A role's rows; if times are asked for, with a stamp before and after waits, and after all."""
+        role, times = ROLES.index(name), program.buffers.times
+
+        def stamp(row: Row, what: str) -> None:
+            if times is not None:
+                at = times.at[program.machine.cta, row.number, role, STAMPS.index(what)]
+                sync.stamp(at, Unit.CONSUMERS if name == "consume" else Unit.WARP)
+
+        def before(row: Row) -> None:
+            stamp(row, "begun")
+            if wait is not None:
+                wait(row)
+            stamp(row, "ready")
+
+        def after(row: Row) -> None:
+            if signal is not None:
+                signal(row)
+            stamp(row, "done")
+
+        return roles.walk(*rows, handlers, carry, before, after)
+
     def consume(team: Any) -> None:
         own = counters.by(Unit.CONSUMERS, ROLES.index("consume"))
-        ends = (partial(program.await_row, own), partial(program.signal_row, own))
-        roles.walk(*rows, program.consume(team), (jnp.int32(0), jnp.int32(0)), *ends)
+        ends = partial(program.await_row, own), partial(program.signal_row, own)
+        walk("consume", program.consume(team), (jnp.int32(0), jnp.int32(0)), *ends)
 
     def weights() -> None:
-        program.ring.drain(roles.walk(*rows, program.load(), jnp.int32(0)))
+        program.ring.drain(walk("weights", program.load(), jnp.int32(0)))
 
     def fetch() -> None:
-        before = partial(program.await_fetch, counters.by(Unit.WARP, ROLES.index("fetch")))
-        program.pages.drain(roles.walk(*rows, program.fetch(), jnp.int32(0), before))
+        wait = partial(program.await_fetch, counters.by(Unit.WARP, ROLES.index("fetch")))
+        program.pages.drain(walk("fetch", program.fetch(), jnp.int32(0), wait))
 
     def send() -> None:
-        roles.walk(*rows, program.send(counters.by(Unit.WARP, ROLES.index("send"))), jnp.int32(0))
+        walk("send", program.send(counters.by(Unit.WARP, ROLES.index("send"))), jnp.int32(0))
 
     roles.run(consume, [weights, fetch, send], CONSUMERS, as_warps=True)

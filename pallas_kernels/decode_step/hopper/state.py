@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels.decode_step.hopper.attention import KEYS
 from pallas_kernels.decode_step.hopper.config import ROWS, tile_words
-from pallas_kernels.decode_step.hopper.machine import Buffers, Weights
+from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Weights
 from pallas_kernels.decode_step.hopper.plan import StepPlan
 from pallas_kernels.decode_step.hopper.sync import FAULT
 from pallas_kernels.decode_step.schedule import Kind
@@ -80,6 +80,11 @@ def buffer_shapes(plan: StepPlan, counters: int) -> Buffers:
         counts=_shape(WORDS, counters),
         fault=_shape(WORDS, len(FAULT)),
     )
+
+
+def times_shape(table: np.ndarray) -> Any:
+    """That of `Buffers.times` for a table's rows."""
+    return _shape(WORDS, *table.shape[:2], len(ROLES), len(STAMPS))
 
 
 def zeros(shapes: Any) -> Any:

@@ -172,6 +172,29 @@ def meet() -> None:
     plgpu.inline_mgpu()(lambda _: _barrier(Unit.CONSUMERS))()
 
 
+def add_one(place: Any) -> None:
+    """To an int32 in global memory; by the first of all consumers."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def inline(_, place):
+        with _first_thread(Unit.CONSUMERS):
+            _asm("red.relaxed.gpu.global.add.u32 [$0], 1;", [utils.memref_ptr(place)], "l")
+
+    inline(place)
+
+
+def stamp(place: Any, unit: Unit) -> None:
+    """Stores the time, nanoseconds mod 2**32, into an int32 in global memory; by the unit's first thread."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def inline(_, place):
+        with _first_thread(unit):
+            now = _asm("mov.u32 $0, %globaltimer_lo;", (), "=r", _int(32))
+            llvm.store(now, utils.memref_ptr(place), alignment=4)
+
+    inline(place)
+
+
 def _barrier(unit: Unit) -> None:
     if unit == Unit.CONSUMERS:
         _asm(f"bar.sync {CONSUMERS_BARRIER}, {unit.value};")

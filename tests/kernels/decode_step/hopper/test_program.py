@@ -80,7 +80,7 @@ class Run:
     def blank(self, counters: int):
         shapes = state.buffer_shapes(self.plan, counters)
         zeros = {"stream", "attended", "hidden", "caches", "counts", "fault"}
-        buffers = {f.name: getattr(shapes, f.name) for f in dataclasses.fields(shapes)}
+        buffers = {f.name: getattr(shapes, f.name) for f in dataclasses.fields(shapes) if f.name != "times"}
 
         def fill(name, shape):
             if name in zeros:

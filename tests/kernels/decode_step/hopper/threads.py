@@ -236,8 +236,8 @@ class Machine:
     def wait(self, barrier) -> None:
         barrier.wait()
 
-    def count_round(self, counts, place, epoch) -> None:
-        counts.array[place] = epoch
+    def count_round(self, counts, place) -> None:
+        counts.array[place] += 1
 
 
 def walk(table, cta, first, last, handlers, carry, before=lambda row: None, after=lambda row: None):
