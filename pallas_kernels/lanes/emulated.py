@@ -157,7 +157,8 @@ class Emulated(Lanes):
         a_wRK = _gather(a, kind, np.zeros((4, 16, 16), np.float64), _places_a)
         b_wNK = _gather(b, kind, np.zeros((4, 8, 16), np.float64), _places_b)
         thread, lane = np.arange(WARPGROUP), np.arange(WARPGROUP) % WARP
-        found = a_wRK @ b_wNK.transpose(0, 2, 1)
+        with np.errstate(all="ignore"):
+            found = a_wRK @ b_wNK.transpose(0, 2, 1)
         return [
             self._new(F32, (found[thread // WARP, lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2] + sums[i].held))
             for i in range(4)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from pallas_kernels.expert_matmul.hopper_layout import STEP
 from pallas_kernels.lanes import WARPGROUP
 
 ROWS = 16  # of a row block: M of the tensor core's instruction
 WARPS = 4  # of a warpgroup, which works on one slot at a time
 CONSUMERS = 4  # warpgroups
 CONSUMER_THREADS = CONSUMERS * WARPGROUP
+SLOT_COPIES = 2  # that a slot has room for: of one piece, or of two experts
 SLOT_WORDS = 3264  # 13,056 bytes: 16 x 1536 of MXFP4, 16 x 768 of FP8, each with their scales
 PART_COLS = (1536, 1024, 512)  # the first that divides a matrix' columns is its part
 COLUMN_UNIT = PART_COLS[-1]
@@ -63,6 +65,33 @@ class Columns:
     @property
     def chunks(self) -> int:
         return self.parts * self.part_chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Down:
+    """How experts' down is multiplied: a slot has one or two experts, whose columns several warps share."""
+
+    features: int
+    tiles: int  # row blocks of a CTA, at most
+
+    @property
+    def tile_words(self) -> int:
+        return tile_words("mxfp4", self.features)
+
+    @property
+    def unit_words(self) -> int:
+        """Of an expert in a slot."""
+        return self.tiles * self.tile_words
+
+    @property
+    def units(self) -> int:
+        """Experts in a slot."""
+        return SLOT_COPIES if SLOT_COPIES * self.unit_words <= SLOT_WORDS else 1
+
+    @property
+    def splits(self) -> int:
+        """Warps that share an expert's columns."""
+        return next(ways for ways in (WARPS // self.units, 2, 1) if self.features % (ways * STEP) == 0)
 
 
 @dataclasses.dataclass(frozen=True)

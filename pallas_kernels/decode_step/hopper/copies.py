@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pallas_kernels.decode_step.hopper import attention, products
+from pallas_kernels.decode_step.hopper import attention
 from pallas_kernels.decode_step.hopper.attention import Attention
 from pallas_kernels.decode_step.hopper.attention_rows import AttentionRows
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, PAGE_GAP, ROWS, Matrix
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, PAGE_GAP, ROWS, SLOT_COPIES, Matrix
 from pallas_kernels.decode_step.hopper.expert_rows import ExpertRows
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.roles import Row
@@ -41,29 +41,42 @@ class Copies(ExpertRows, AttentionRows):
             found[Op.EXPERT_GATE_UP,] = self.load_experts
         return found
 
-    def fill(self, turn: Any, team: Any, source: Any, words: int) -> None:
+    def fill(self, turn: Any, team: Any, *sources: Any) -> None:
+        """One or two copies, of pieces that lie side by side in the slot."""
         m = self.machine
-        self.ring.fill(turn, team, lambda slot, barrier: m.copy(source, m.part(slot, 0, words), barrier))
+
+        def copy(slot: Any, barrier: Any) -> None:
+            for number, source in enumerate(sources):
+                words = source.shape[0]
+                m.copy(source, m.part(slot, number * self.plan.down.unit_words, words), barrier)
+            for _ in range(len(sources), SLOT_COPIES):
+                m.arrive_alone(barrier)
+
+        self.ring.fill(turn, team, copy)
 
     def load_matrix(self, kind: Kind, row: Row, turn: Any) -> Any:
         m, matrix = self.machine, self.plan.matrix(kind)
         layer = 0 if kind == Kind.HEAD else row.layer
         items, words = row.last - row.first, self.weights.matrices[kind]
+        if kind != Kind.HEAD:  # which is larger than the cache
+            # What the ring has no room for is under way while memory would have nothing to do.
+            m.loop(row.first, row.last, lambda block, _: m.prefetch(words.at[layer, block]))
 
         def one(number: Any, turn: Any) -> Any:
             chunk, block = m.div(number, items), row.first + m.rem(number, items)
             team = m.rem(block + chunk, CONSUMERS)
-            self.fill(turn, team, words.at[layer, block, chunk], matrix.slot_words)
+            self.fill(turn, team, words.at[layer, block, chunk])
             return turn + 1
 
         return m.loop(0, items * matrix.columns.chunks, one, turn)
 
     def load_router(self, row: Row, turn: Any) -> Any:
         m, router = self.machine, self.plan.router
+        m.prefetch(self.weights.router.at[row.layer, m.cta])
 
         def one(chunk: Any, turn: Any) -> Any:
             source = self.weights.router.at[row.layer, m.cta, chunk]
-            self.fill(turn, m.rem(chunk, CONSUMERS), source, router.slot_words)
+            self.fill(turn, m.rem(chunk, CONSUMERS), source)
             return turn + 1
 
         return m.loop(0, router.columns.chunks, one, turn)
@@ -78,33 +91,42 @@ class Copies(ExpertRows, AttentionRows):
             chunk, item = m.div(number, items), m.rem(number, items)
             expert = row.layer * self.plan.target.experts + self.shared.active[m.div(first + item, blocks)]
             source = stack.at[expert, m.rem(first + item, blocks), chunk]
-            self.fill(turn, m.rem(item, CONSUMERS), source, matrix.slot_words)
+            self.fill(turn, m.rem(item, CONSUMERS), source)
             return turn + 1
 
         return m.loop(0, items * matrix.columns.chunks, one, turn)
 
     def load_down(self, row: Row, turn: Any) -> Any:
         """Of each active expert the row blocks of the CTA's own columns, side by side; one in vain, if it owns none."""
-        m, words = self.machine, products.tile_words("mxfp4", self.plan.target.expert_features)
-        tiles, blocks = row.last - row.first, self.plan.target.width // ROWS
-        least, most = blocks // self.plan.ctas, -(-blocks // self.plan.ctas)
+        m, plan = self.machine, self.plan
+        least = plan.target.width // ROWS // plan.ctas
 
-        def one(unit: Any, turn: Any) -> Any:
-            stack = self.weights.expert_down.at[row.layer * self.plan.target.experts + self.shared.active[unit]]
-            for count in sorted({least, most}):
-                first = row.first * words if count else 0
-                source = m.part(stack, first, max(count, 1) * words)
-                run = partial(self.fill, turn, m.rem(unit, CONSUMERS), source, max(count, 1) * words)
-                m.when(tiles == count, run)
+        def one(number: Any, turn: Any) -> Any:
+            for tiles in sorted({least, plan.down.tiles}):
+                m.when(row.last - row.first == tiles, partial(self.fill_down, row, turn, number, tiles))
             return turn + 1
 
-        return m.loop(0, self.shared.count[0], one, turn)
+        return m.loop(0, self.down_slots(), one, turn)
+
+    def fill_down(self, row: Row, turn: Any, number: Any, tiles: int) -> None:
+        m, down, units = self.machine, self.plan.down, self.shared.count[0]
+        first, words = (row.first if tiles else 0) * down.tile_words, max(tiles, 1) * down.tile_words
+        team = m.rem(number, CONSUMERS)
+
+        def piece(unit: Any) -> Any:
+            expert = row.layer * self.plan.target.experts + self.shared.active[unit]
+            return m.part(self.weights.expert_down.at[expert], first, words)
+
+        if down.units == 1:
+            self.fill(turn, team, piece(number))
+        else:  # of an odd number the last one twice
+            self.fill(turn, team, *(piece(m.smaller(2 * number + half, units - 1)) for half in range(2)))
 
     def load_block(self, config: Attention, row: Row, head: Any, block: Any, turn: Any, team: Any) -> None:
         cache = self.buffers.caches[config.window is not None]
         blocks = config.cache_rows // attention.KEYS
         number = (row.layer * config.kv_heads + head) * blocks + attention.place_of(config, block)
-        self.fill(turn, team, cache.at[number], config.slot_words)
+        self.fill(turn, team, cache.at[number])
 
     def load_window(self, row: Row, turn: Any) -> Any:
         m, config = self.machine, self.plan.attention(True)

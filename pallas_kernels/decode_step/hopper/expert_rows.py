@@ -94,20 +94,26 @@ class ExpertRows(DenseRows):
         """The products of all pairs for the CTA's own columns, each expert's by one team; then each token's sum."""
         m, plan, shared = self.machine, self.plan, self.shared
         slot_turn, page_turn = turns
-        tile = products.multiply_expert_down(plan.target.expert_features, plan.columns)
+        tile = products.multiply_expert_down(plan.down, plan.target.chosen, plan.columns)
         for part in range(PAGE_PARTS):
             self.pages.before_read(page_turn + part)
-        tiles, units = row.last - row.first, shared.count[0]
+        tiles, slots = row.last - row.first, self.down_slots()
 
-        def one(unit: Any) -> None:
-            refs, scalars = (shared.page, shared.sums, shared.pairs), {"unit": unit, "tiles": tiles}
-            self.with_slot(slot_turn + unit, team, lambda slot: m.call(tile, (slot, *refs), scalars))
+        def one(number: Any) -> None:
+            refs = (shared.page, shared.sums, shared.pairs)
+            scalars = {"number": number, "units": shared.count[0], "tiles": tiles}
+            self.with_slot(slot_turn + number, team, lambda slot: m.call(tile, (slot, *refs), scalars))
 
-        self.each_item(team, units, one)
+        self.each_item(team, slots, one)
         for part in range(PAGE_PARTS):
             self.pages.freed(page_turn + part)
         m.meet()
-        combine = products.combine(plan.target.chosen, plan.columns)
+        combine = products.combine(plan.target.chosen, plan.columns, plan.down.splits)
         m.call(combine, (shared.routes, shared.sums, shared.own), {"tiles": tiles, "team": team})
         self.stage()
-        return slot_turn + units, page_turn + PAGE_PARTS
+        return slot_turn + slots, page_turn + PAGE_PARTS
+
+    def down_slots(self) -> Any:
+        """That the active experts' row blocks take."""
+        units = self.plan.down.units
+        return self.machine.div(self.shared.count[0] + units - 1, units)

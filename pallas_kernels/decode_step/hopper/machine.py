@@ -40,6 +40,9 @@ class Machine(Protocol):
     def copy(self, source: Any, place: Any, barrier: Any) -> None:
         """Into shared memory, in bulk."""
 
+    def prefetch(self, source: Any) -> None:
+        """Into the L2 cache, all of a contiguous ref; nobody waits for it."""
+
     def push(self, source: Any, ref: Any, first: Any, size: int) -> None:
         """From shared memory to each device's `ref`, in bulk."""
 
@@ -47,6 +50,9 @@ class Machine(Protocol):
         """All consumers of the CTA."""
 
     def arrive(self, barrier: Any) -> None: ...
+
+    def arrive_alone(self, barrier: Any) -> None:
+        """Of a role's warp, which has nothing to show for it: in place of a copy."""
 
     def wait(self, barrier: Any) -> None: ...
 

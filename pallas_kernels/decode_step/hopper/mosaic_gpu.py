@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.decode_step.hopper import roles, sync
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
 from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS, StepPlan
 from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
@@ -71,6 +71,9 @@ class Mosaic:
     def copy(self, source: Any, place: Any, barrier: Any) -> None:
         plgpu.copy_gmem_to_smem(source, place, barrier, oob_mode=IN_BOUNDS)
 
+    def prefetch(self, source: Any) -> None:
+        sync.prefetch(source)
+
     def push(self, source: Any, ref: Any, first: Any, size: int) -> None:
         for peer in self.peers:
             plgpu.copy_smem_to_gmem(source, plgpu.remote_ref(ref, peer).at[pl.ds(first, size)])
@@ -80,6 +83,9 @@ class Mosaic:
 
     def arrive(self, barrier: Any) -> None:
         plgpu.commit_smem()
+        plgpu.barrier_arrive(barrier)
+
+    def arrive_alone(self, barrier: Any) -> None:
         plgpu.barrier_arrive(barrier)
 
     def wait(self, barrier: Any) -> None:
@@ -156,7 +162,7 @@ def scratch(plan: StepPlan) -> tuple[Shared, tuple, tuple]:
         listed=plgpu.Barrier(),
         staged=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
-    full, empty = Ring.barriers(plan.slots)
+    full, empty = Ring.barriers(plan.slots, fills=SLOT_COPIES)
     pages = Queue.barriers(PAGE_PARTS, columns, CONSUMERS)
     return shared, (words((plan.slots, SLOT_WORDS)), full, empty), pages
 

@@ -17,6 +17,7 @@ from pallas_kernels.decode_step.hopper.config import (
     SLOT_WORDS,
     SUM_STRIDE,
     WARPS,
+    Down,
     Matrix,
     padded,
 )
@@ -125,6 +126,10 @@ class StepPlan:
         has = {layer.has_experts for layer in self.target.layers}
         dense = (Kind.GATE_UP, Kind.DOWN) if False in has else ()
         return (Kind.QKV, Kind.OUTPUT, *dense, *((Kind.EXPERT_GATE_UP,) if True in has else ()), Kind.HEAD)
+
+    @property
+    def down(self) -> Down:
+        return Down(self.target.expert_features, -(-self.target.width // ROWS // self.ctas))
 
     def items(self, kind: Kind) -> int:
         """The most row blocks that are a CTA's share."""
@@ -237,7 +242,7 @@ class StepPlan:
         """Sums of each item, of each warpgroup that works on it; or the products of a CTA's columns for all pairs."""
         token = self.columns * SUM_STRIDE
         experts = self.items(Kind.EXPERT_GATE_UP) if Kind.EXPERT_GATE_UP in self.products else 0
-        return max(self.dense_items * CONSUMERS * token, experts * token, self.pairs * OWN_COLUMNS)
+        return max(self.dense_items * CONSUMERS * token, experts * token, self.down.splits * self.pairs * OWN_COLUMNS)
 
     @property
     def scratch_words(self) -> int:

@@ -28,6 +28,7 @@ from pallas_kernels.decode_step.hopper.config import (
     ROWS,
     SUM_STRIDE,
     WARPS,
+    Down,
     Matrix,
     code_words,
     tile_words,
@@ -69,7 +70,9 @@ def multiply_chunk(matrix: Matrix, tokens: int) -> Tile:
         row, quad = lanes.lane // 4, lanes.lane % 4
         inputs = scalars["first"] + lanes.warp * (matrix.warp_cols // 2) + row * token_words + quad * 4
         groups = [inputs + first * token_words for first in range(0, tokens, TOKENS)]
-        operands = _Operands(lanes, matrix.warp_cols, slot, lanes.warp * matrix.tile_words, page, groups)
+        codes = lanes.warp * matrix.tile_words + lanes.lane * 4
+        scales = lanes.warp * matrix.tile_words + (row * 2 + code_words(matrix.format, matrix.warp_cols))
+        operands = _Operands(lanes, matrix.warp_cols, slot, codes, scales, page, groups)
         products = _PRODUCTS[matrix.format](operands)
         _add_up(lanes, products, sums, scratch, scalars["item"], scalars["is_first"])
 
@@ -89,7 +92,7 @@ def add_teams(tokens: int, ways: int, items: int) -> Tile:
         own = scalars["item"] * size + lanes.thread * count
         teams = [(scalars["team"] + way) % CONSUMERS for way in range(ways)]
         parts = [lanes.load(sums, own + team * (items * size), F32, count) for team in teams]
-        lanes.store([functools.reduce(operator.add, column) for column in zip(*parts)], sums, own)
+        lanes.store([_sum(column) for column in zip(*parts)], sums, own)
 
     return tile
 
@@ -148,41 +151,50 @@ def store_activated(stride: int, tokens: int, kind: str, is_routed: bool) -> Til
     return tile
 
 
-def multiply_expert_down(features: int, tokens: int) -> Tile:
-    """Up to three of an expert's row blocks of down times its tokens' hidden rows, a row block for each warp.
+def multiply_expert_down(down: Down, chosen: int, tokens: int) -> Tile:
+    """A slot's experts' row blocks of down times their tokens' hidden rows; a warp has a part of an expert's columns.
 
-    Memories: slot int32 [3 * tile_words], tiles of 16 rows by all features; page int32, a pair's hidden row of bf16
-    every features/2 + PAGE_GAP words; products float32 [pairs, OWN_COLUMNS]; pairs int32 [units * tokens], -1 for none.
-    Scalars: unit; tiles, 1 to 3.
+    Memories: slot int32 [units, tiles, tile_words], tiles of 16 rows by all features; page int32, a pair's hidden row
+    of bf16 every features/2 + PAGE_GAP words; products float32 [splits, pairs, OWN_COLUMNS]; pairs int32
+    [experts * tokens], -1 for none. Scalars: number, of the slot; units, of all slots; tiles that there are.
     """
-    token_words, words = features // 2 + PAGE_GAP, tile_words("mxfp4", features)
+    token_words, cols = down.features // 2 + PAGE_GAP, down.features // down.splits
+    size = tokens * chosen * OWN_COLUMNS
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         slot, page, products, pairs = memories
         row, quad = lanes.lane // 4, lanes.lane % 4
-        firsts = [scalars["unit"] * tokens + first for first in range(0, tokens, TOKENS)]
-        with lanes.when(lanes.warp < scalars["tiles"]):
+        within, part = lanes.warp // down.splits, lanes.warp % down.splits
+        unit = scalars["number"] * down.units + within
+        with lanes.when((within < down.units) & (unit < scalars["units"])):
+            firsts = [unit * tokens + first for first in range(0, tokens, TOKENS)]
             read = [lanes.load_one(pairs, first + row, I32).maximum(0) for first in firsts]
-            inputs = [pair * token_words + quad * 4 for pair in read]
-            found = _mxfp4(_Operands(lanes, features, slot, lanes.warp * words, page, inputs))
-            for first, sums in zip(firsts, found):
-                written = lanes.load(pairs, first + quad * 2, I32, 2)
-                for index, value in enumerate(sums):
-                    pair = written[index % 2]
-                    with lanes.when(pair >= 0):
-                        column = lanes.warp * ROWS + row + index // 2 * 8
-                        lanes.store([value], products, pair * OWN_COLUMNS + column)
+            inputs = [pair * token_words + (part * (cols // 2) + quad * 4) for pair in read]
+            codes = within * down.unit_words + (part * (2 * cols) + lanes.lane * 4)
+            scales = within * down.unit_words + (part * (cols // 8) + row * 2 + code_words("mxfp4", down.features))
+            firsts_of = [number * down.tile_words for number in range(down.tiles)]
+            tiles = [_Operands(lanes, cols, slot, codes + at, scales + at, page, inputs) for at in firsts_of]
+            for number, found in enumerate(_mxfp4(tiles, chains=1)):
+                with lanes.when(scalars["tiles"] > number):
+                    for first, sums in zip(firsts, found):
+                        written = lanes.load(pairs, first + quad * 2, I32, 2)
+                        for index, value in enumerate(sums):
+                            pair = written[index % 2]
+                            with lanes.when(pair >= 0):
+                                column = pair * OWN_COLUMNS + (number * ROWS + row + index // 2 * 8)
+                                lanes.store([value], products, part * size + column)
 
     return tile
 
 
-def combine(chosen: int, tokens: int) -> Tile:
+def combine(chosen: int, tokens: int, splits: int) -> Tile:
     """A CTA's columns of the experts' output: the token's choices weighed, and added in their order.
 
     Memories: weights float32 [tokens, chosen], 0 where there is no pair, and then the product may be anything; products
-    float32 [tokens * chosen, OWN_COLUMNS]; own float32 [tokens, OWN_COLUMNS]. Scalars: tiles, of 16 columns, 1 to 3;
-    team, for the four consumers share it, after a barrier for all of them.
+    float32 [splits, tokens * chosen, OWN_COLUMNS], parts to be added; own float32 [tokens, OWN_COLUMNS]. Scalars:
+    tiles, of 16 columns, 1 to 3; team, for the four consumers share it, after a barrier for all of them.
     """
+    size = tokens * chosen * OWN_COLUMNS
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         weights, products, own = memories
@@ -194,7 +206,8 @@ def combine(chosen: int, tokens: int) -> Tile:
                 for choice in range(chosen):
                     pair = token * chosen + choice
                     weight = lanes.load_one(weights, pair)
-                    product = lanes.load_one(products, pair * OWN_COLUMNS + column)
+                    at = pair * OWN_COLUMNS + column
+                    product = _sum([lanes.load_one(products, at + part * size) for part in range(splits)])
                     product = lanes.select(weight.equals(0.0), lanes.constant(0.0, F32), product)
                     total = lanes.fma(weight, product, total)
                 lanes.store([total], own, number)
@@ -210,22 +223,22 @@ def place(token: Any, row: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Operands:
-    """A warp's tile of `cols` columns at word `first` of the slot, and where the page has the thread's first inputs."""
+    """A warp's `cols` columns of a tile: where the slot has the thread's first codes and scales, the page its inputs."""
 
     lanes: Lanes
     cols: int
     slot: Memory
-    first: Value
+    first_codes: Value
+    first_scales: Value
     page: Memory
     tokens: Sequence[Value]  # of each group of eight
 
     def codes(self, offset: int) -> list[Value]:
-        return self.lanes.load(self.slot, self.first + self.lanes.lane * 4 + offset, I32, 4)
+        return self.lanes.load(self.slot, self.first_codes + offset, I32, 4)
 
-    def scales(self, format: str, step: int, kind: str) -> list[Value]:
+    def scales(self, step: int, kind: str) -> list[Value]:
         """The two words of rows g and g + 8."""
-        at = self.first + self.lanes.lane // 4 * 2 + (code_words(format, self.cols) + step * ROWS)
-        return self.lanes.load(self.slot, at, kind, 2)
+        return self.lanes.load(self.slot, self.first_scales + step * ROWS, kind, 2)
 
     def inputs(self, block: int) -> list[list[Value]]:
         """The B operands of a block's two instructions, for each eight tokens."""
@@ -240,27 +253,29 @@ class _Operands:
         return [self.lanes.mma(a, b, c, kind) for b, c in zip(halves, sums)]
 
 
-def _mxfp4(operands: _Operands) -> Sums:
-    lanes = operands.lanes
-    # Two chains, for even and odd instructions: one would wait for its own latency.
-    chains = [operands.zeros(), operands.zeros()]
-    for step in range(operands.cols // STEP):
-        stored = operands.scales("mxfp4", step, I32)
-        words = operands.codes(step * 256) + operands.codes(step * 256 + 128)
+def _mxfp4(tiles: Sequence[_Operands], chains: int) -> list[Sums]:
+    """Of several tiles with the same inputs. One chain of instructions would wait for its own latency."""
+    lanes = tiles[0].lanes
+    sums = [[operands.zeros() for _ in range(chains)] for operands in tiles]
+    for step in range(tiles[0].cols // STEP):
+        stored = [operands.scales(step, I32) for operands in tiles]
+        words = [operands.codes(step * 256) + operands.codes(step * 256 + 128) for operands in tiles]
         for block in range(STEP // BLOCK):
-            scales = _scale_pair(lanes, stored[block // 2], block % 2)
-            inputs = operands.inputs(step * (STEP // BLOCK) + block)
-            for which in range(2):
-                a = lanes.asm(_DECODE_MXFP4, [words[2 * block + which], scales], [I32] * 4, _decode_mxfp4)
-                chains[which] = operands.multiply(a, inputs, which, chains[which], "bf16")
-    return _added(*chains)
+            inputs = tiles[0].inputs(step * (STEP // BLOCK) + block)
+            for operands, own_scales, own_words, own in zip(tiles, stored, words, sums):
+                scales = _scale_pair(lanes, own_scales[block // 2], block % 2)
+                for which in range(2):
+                    word, chain = own_words[2 * block + which], which % chains
+                    a = lanes.asm(_DECODE_MXFP4, [word, scales], [I32] * 4, _decode_mxfp4)
+                    own[chain] = operands.multiply(a, inputs, which, own[chain], "bf16")
+    return [functools.reduce(_added, own) for own in sums]
 
 
 def _fp8(operands: _Operands) -> Sums:
     """Each segment is a chain of its own, for its scale."""
     lanes, sums = operands.lanes, operands.zeros()
     for segment in range(operands.cols // FP8_SEGMENT):
-        scales, parts = operands.scales("fp8", segment, F32), operands.zeros()
+        scales, parts = operands.scales(segment, F32), operands.zeros()
         for block in (2 * segment, 2 * segment + 1):
             words, inputs = operands.codes(block * 128), operands.inputs(block)
             for which in range(2):
@@ -280,7 +295,11 @@ def _bf16(operands: _Operands) -> Sums:
     return _added(*chains)
 
 
-_PRODUCTS = {"mxfp4": _mxfp4, "fp8": _fp8, "bf16": _bf16}
+_PRODUCTS = {"mxfp4": lambda operands: _mxfp4([operands], chains=2)[0], "fp8": _fp8, "bf16": _bf16}
+
+
+def _sum(values: Sequence[Value]) -> Value:
+    return functools.reduce(operator.add, values)
 
 
 def _added(first: Sums, second: Sums) -> Sums:
@@ -298,7 +317,7 @@ def _add_up(lanes: Lanes, products: Sums, sums: Memory, scratch: Memory, item: V
     parts = [lanes.load(scratch, own + warp * size, F32, count) for warp in range(WARPS)]
     before = lanes.load(sums, item * size + own, F32, count)
     zero, begins = lanes.constant(0.0, F32), is_first.equals(1)
-    totals = [functools.reduce(operator.add, column) for column in zip(*parts)]
+    totals = [_sum(column) for column in zip(*parts)]
     after = [lanes.select(begins, zero, old) + total for old, total in zip(before, totals)]
     lanes.store(after, sums, item * size + own)
 

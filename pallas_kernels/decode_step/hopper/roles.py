@@ -196,13 +196,13 @@ class Ring(_Places):
     teams: int = CONSUMERS
 
     @staticmethod
-    def barriers(places: int, teams: int = CONSUMERS) -> tuple[tuple[plgpu.Barrier, ...], plgpu.Barrier]:
-        """`full`, each of several teams, and `empty`, as scratch."""
+    def barriers(places: int, teams: int = CONSUMERS, fills: int = 1) -> tuple[tuple[plgpu.Barrier, ...], plgpu.Barrier]:
+        """`full`, each of several teams, and `empty`, as scratch: a place takes so many copies."""
         together = min(teams, MAX_BARRIERS // places)
-        return (_barrier(together * places),) * -(-teams // together), _barrier(places)
+        return (_barrier(together * places, fills),) * -(-teams // together), _barrier(places)
 
     def fill(self, turn: Turn, team: Any, copy: Callable[[Any, Any], None]) -> None:
-        """`copy(slot, barrier)` begins one copy into a slot."""
+        """`copy(slot, barrier)` begins all copies into a slot."""
         self.before_fill(turn)
         self._each_full(turn, team, lambda barrier: copy(self.slots.at[self.place(turn)], barrier))
 

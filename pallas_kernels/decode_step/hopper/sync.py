@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -170,6 +171,18 @@ def _poll(address: Any, wanted: Any, scope: Scope, watchdog: _Watchdog) -> None:
 def meet() -> None:
     """All consumers of the CTA have come so far, and see what the others have stored."""
     plgpu.inline_mgpu()(lambda _: _barrier(Unit.CONSUMERS))()
+
+
+def prefetch(source: Any) -> None:
+    """Into the L2 cache, by one thread of a warp. `source` is contiguous and int32, in whole 16 bytes."""
+    size = 4 * math.prod(source.shape)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def inline(_, source):
+        with _first_thread(Unit.WARP):
+            _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [utils.memref_ptr(source), _i32(size)], "l,r")
+
+    inline(source)
 
 
 def add_one(place: Any) -> None:

@@ -15,7 +15,7 @@ from tests.kernels.decode_step.hopper.test_attention import (  # noqa: F401
 )
 from tests.kernels.decode_step.hopper.test_products import (  # noqa: F401
     test_choices_add_in_their_order,
-    test_down_of_an_expert_and_the_sum_of_choices,
+    test_down_of_experts_and_the_sum_of_choices,
     test_e4m3_decodes_as_ml_dtypes_does,
     test_every_code_is_its_number,
     test_gate_and_up_become_hidden_features,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.decode_step.hopper import roles
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.program import Program
 from pallas_kernels.decode_step.hopper.sync import Unit
@@ -122,7 +122,7 @@ class Ring(Queue):
 
     def __init__(self, world: World, places: int) -> None:
         super().__init__(world, places, 1, 1)
-        self.full = [[Barrier(world, 1) for _ in range(places)] for _ in range(CONSUMERS)]
+        self.full = [[Barrier(world, SLOT_COPIES) for _ in range(places)] for _ in range(CONSUMERS)]
         self.slots = Ref(np.full((places, SLOT_WORDS), -1, np.int32))
 
     def fill(self, turn: int, team: int, copy) -> None:
@@ -219,6 +219,9 @@ class Machine:
         else:
             act()
 
+    def prefetch(self, source) -> None:
+        pass
+
     def push(self, source, ref, first, size) -> None:
         parts = next(f.name for f in fields(type(self.devices[0])) if getattr(self.devices[self.rank], f.name) is ref)
         for device in self.peers:
@@ -231,6 +234,9 @@ class Machine:
             raise Stuck from None
 
     def arrive(self, barrier) -> None:
+        barrier.arrive()
+
+    def arrive_alone(self, barrier) -> None:
         barrier.arrive()
 
     def wait(self, barrier) -> None:
