@@ -17,14 +17,15 @@ from typing import Any
 
 from jax import lax
 
-from pallas_kernels.decode_step.hopper.config import CONSUMER_THREADS, LOG2_E, ROWS, padded
+from pallas_kernels.decode_step.hopper.config import CONSUMER_THREADS, LOG2_E, ROWS, Inputs, padded
 from pallas_kernels.lanes import WARP, WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import I32
 
 KEYS = 16  # of a block: what one slot of the ring holds, and K of the instruction that multiplies with values
 GAP = 8  # numbers after each row of a cache, so that eight rows' 16 bytes lie in different banks
 MASKED = -1e30  # finite: what is subtracted from it has to be a number
-AHEAD = 2  # loads from global memory that a thread has under way at a time
+AHEAD = 2  # items whose loads from global memory a thread has under way at a time
+PARTS_AHEAD = 4  # the same of parts
 Scalars = dict[str, Value]
 
 
@@ -48,7 +49,7 @@ class Attention:
     value_scale: float
     has_sink: bool
     qkv_stride: int  # floats between tokens of QKV, even
-    attended_stride: int  # words between tokens of what comes out
+    attended: Inputs  # where what comes out is read, H * V columns
     split: int = 1  # warps that share a tile of queries: each has its columns of the values, and all of the scores
 
     @property
@@ -248,7 +249,7 @@ def store_part(config: Attention) -> Callable[..., list[Value]]:
 
 
 def merge(config: Attention, ways: int) -> Callable[..., None]:
-    """Attention from its parts, bf16 in words [T, attended_stride] of which each head has V / 2.
+    """Attention from its parts, as bf16 where the next product's inputs are: V columns of each head.
 
     Four columns of a query are the work of `ways` threads, which take parts in turn and are then merged two by two: an
     order that only the parts' numbers set. 1 for the four parts of a sliding layer, 16 for a global layer's.
@@ -272,7 +273,7 @@ def merge(config: Attention, ways: int) -> Callable[..., None]:
                 found = _joined(lanes, found, [sink * LOG2_E, lanes.value(1.0, "f32")])
             inverse = lanes.reciprocal(found[1].maximum(1e-30))  # no key at all: zero, not NaN
             head = scalars["head"] * config.group + query % config.group
-            at = query // config.group * config.attended_stride + head * (config.value_dim // 2) + col // 2
+            at = config.attended.place(query // config.group, head * config.value_dim + col)
             is_mine = is_real & (lanes.lane < width) & (query < config.query_rows)
             for i in range(2):
                 with lanes.when(is_mine & (col + 2 * i < config.value_dim)):
@@ -298,11 +299,11 @@ def _merged(config, lanes: Lanes, parts: Memory, scalars: Scalars, place: tuple[
 
     def visit(first: Value, *before: Value) -> list[Value]:
         total = list(before)
-        for found in [load(first + lanes.lane // (WARP // ways) + i * ways) for i in range(AHEAD)]:
+        for found in [load(first + lanes.lane // (WARP // ways) + i * ways) for i in range(PARTS_AHEAD)]:
             total = _joined(lanes, total, found)
         return total
 
-    total, by = lanes.loop(0, scalars["parts"], AHEAD * ways, visit, neutral), WARP // ways
+    total, by = lanes.loop(0, scalars["parts"], PARTS_AHEAD * ways, visit, neutral), WARP // ways
     while by < WARP:
         total = _joined(lanes, total, [lanes.shuffle(number, by) for number in total])
         by *= 2

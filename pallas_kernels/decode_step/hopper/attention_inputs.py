@@ -21,16 +21,17 @@ def prepare(config: Attention) -> Callable[..., None]:
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: Scalars) -> None:
         qkv, table, queries, keys, values = memories
-        width, count = max(config.key_words, config.value_words), scalars["tiles"] * ROWS
+        together, count = words_together(config), scalars["tiles"] * ROWS
+        groups = max(config.key_words, config.value_words) // together
         key_row, value_row = count, count + config.tokens
 
         def find(item: Value) -> list[Value]:
-            row, word = item // width, item % width
+            row, word = item // groups, item % groups * together
             source = _source(config, lanes, scalars, row)
-            return [_word(config, lanes, (qkv, table), scalars["length"], source, word)]
+            return _words(config, lanes, (qkv, table), scalars["length"], source, word)
 
         def keep(found: Sequence[Value], item: Value) -> None:
-            row, word = item // width, item % width
+            row, word = item // groups, item % groups * together
             for memory, first, last, words in (
                 (queries, 0, key_row, config.key_words),
                 (keys, key_row, value_row, config.key_words),
@@ -39,9 +40,15 @@ def prepare(config: Attention) -> Callable[..., None]:
                 with lanes.when((row >= first) & (row < last) & (word < words)):
                     lanes.store(found, memory, (row - first) * words + word)
 
-        _deal(lanes, scalars["team"], (count + 2 * config.tokens) * width, find, keep)
+        _deal(lanes, scalars["team"], (count + 2 * config.tokens) * groups, find, keep)
 
     return tile
+
+
+def words_together(config: Attention) -> int:
+    """Of a row, that a thread prepares at a time: all rotated or none, all inside of the row or none."""
+    sizes = config.head_dim, config.value_dim, config.rotary // 2, config.qkv_stride
+    return next(words for words in (4, 2, 1) if all(size % (2 * words) == 0 for size in sizes) or words == 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +79,33 @@ def _source(config: Attention, lanes: Lanes, scalars: Scalars, row: Value) -> _S
     return _Source(token * config.qkv_stride + chunk * chunk_rows + of_row, token, is_real, is_value)
 
 
-def _word(
+def _words(
     config: Attention, lanes: Lanes, memories: Sequence[Memory], length: Value, source: _Source, word: Value
-) -> Value:
-    """Numbers 2 `word` and the next of a row; zeros after its end."""
+) -> list[Value]:
+    """Numbers from 2 `word` on of a row; zeros after its end."""
     qkv, table = memories
-    half, dim = config.rotary // 2, word * 2
+    half, dim, numbers = config.rotary // 2, word * 2, 2 * words_together(config)
     zero, rotary = (lanes.value(number, I32) for number in (0, config.rotary))
     is_rotated, is_first = dim < lanes.select(source.is_value, zero, rotary), dim < half
     width = lanes.select(source.is_value, lanes.value(config.value_dim, I32), lanes.value(config.head_dim, I32))
-    is_inside, dim = source.is_real & (dim < width), dim.minimum(width - 2)
+    is_inside, dim = source.is_real & (dim < width), dim.minimum(width - numbers)
     angle = lanes.select(is_first, dim, dim - half)
     partner = lanes.select(is_rotated, lanes.select(is_first, dim + half, angle), dim)
-    own, other = (lanes.load(qkv, source.start + at, count=2) for at in (dim, partner))
+    own, other = (_numbers(lanes, qkv, source.start + at, numbers) for at in (dim, partner))
     position = (length + source.token).minimum(config.positions - 1)  # padding may go beyond the end
     angle = position * half + lanes.select(is_rotated, angle, zero)
-    cos, sin = (lanes.load(table, angle + start, count=2) for start in (0, config.positions * half))
+    cos, sin = (_numbers(lanes, table, angle + start, numbers) for start in (0, config.positions * half))
     sign = lanes.select(is_first, lanes.value(-1.0, "f32"), lanes.value(1.0, "f32"))
     scale = lanes.select(source.is_value, lanes.value(config.value_scale, "f32"), lanes.value(1.0, "f32"))
-    found = [lanes.select(is_rotated, own[i] * cos[i] + sign * (other[i] * sin[i]), own[i] * scale) for i in range(2)]
-    low, high = (lanes.select(is_inside, number, lanes.value(0.0, "f32")) for number in found)
-    return lanes.pack(low, high)
+    rotated = [own[i] * cos[i] + sign * (other[i] * sin[i]) for i in range(numbers)]
+    found = [lanes.select(is_rotated, new, old * scale) for new, old in zip(rotated, own)]
+    found = [lanes.select(is_inside, number, lanes.value(0.0, "f32")) for number in found]
+    return [lanes.pack(*found[i : i + 2]) for i in range(0, numbers, 2)]
+
+
+def _numbers(lanes: Lanes, memory: Memory, index: Value, count: int) -> list[Value]:
+    """So many neighbours, at most four at a time."""
+    return [number for at in range(0, count, 4) for number in lanes.load(memory, index + at, count=min(4, count))]
 
 
 def _deal(lanes: Lanes, team: Value, items: Value, find: Callable[..., list[Value]], keep: Callable[..., None]) -> None:

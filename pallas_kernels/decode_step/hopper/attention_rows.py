@@ -121,11 +121,13 @@ class AttentionRows(Cta):
         """Query after query."""
         m, config = self.machine, self.plan.attention(False)
         parts, rows = self.plan.key_parts * self.plan.blocks_at_once, config.tiles * ROWS
+        # Parts beyond the blocks have no keys: they would change no bit.
+        used = m.smaller(parts, attention.blocks_of(config, self.length, self.count, 0, 1)[1])
 
         def one(unit: Any, _: None) -> None:
             head, query = m.div(unit, config.query_rows), m.rem(unit, config.query_rows)
             base = head * parts * rows + query
-            self.merge_rows(config, team, row, self.buffers.partial, head, query, 1, base, rows, parts, 16)
+            self.merge_rows(config, team, row, self.buffers.partial, head, query, 1, base, rows, used, 16)
 
         m.loop(row.first, row.last, one)
         return turns

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from pallas_kernels.expert_matmul.hopper_layout import STEP
 from pallas_kernels.lanes import WARPGROUP
@@ -25,6 +26,7 @@ CHUNKS_PER_PART = {"mxfp4": 1, "fp8": 2, "bf16": 4}
 PAGE_GAP = 16
 SUM_STRIDE = 20  # floats between tokens in a buffer of sums: 16 rows, and a bank for each thread of a warp
 FP8_SEGMENT = 64  # columns that share a scale, half of a published block: what a warp has of a chunk begins anywhere
+LINE_WORDS = 32  # 128 bytes: copies into shared memory are whole lines
 INPUT_SHIFT = 6  # inputs of FP8 products are float16, times 2^-6
 LOG2_E = math.log2(math.e)  # for exp2, which is what the hardware has
 
@@ -65,6 +67,32 @@ class Columns:
     @property
     def chunks(self) -> int:
         return self.parts * self.part_chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """How a product's inputs lie in global memory: part after part, each as a page of shared memory will have it."""
+
+    columns: Columns
+    tokens: int
+
+    @property
+    def token_words(self) -> int:
+        """Two columns each, and the gap."""
+        return self.columns.part_cols // 2 + PAGE_GAP
+
+    @property
+    def part_words(self) -> int:
+        return self.tokens * self.token_words
+
+    @property
+    def words(self) -> int:
+        return self.columns.parts * self.part_words
+
+    def place(self, token: Any, column: Any) -> Any:
+        """The word of an even column, and of the one after it."""
+        within = column % self.columns.part_cols // 2
+        return column // self.columns.part_cols * self.part_words + token * self.token_words + within
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from pallas_kernels.decode_step.hopper import attention
 from pallas_kernels.decode_step.hopper.attention import Attention
 from pallas_kernels.decode_step.hopper.attention_rows import AttentionRows
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, PAGE_GAP, ROWS, SLOT_COPIES, Matrix
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, LINE_WORDS, ROWS, SLOT_COPIES, Inputs, padded
 from pallas_kernels.decode_step.hopper.expert_rows import ExpertRows
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.roles import Row
@@ -28,7 +28,7 @@ class Copies(ExpertRows, AttentionRows):
     def load(self) -> Handlers:
         """Handlers of the warp that fills the ring."""
         plan = self.plan
-        found: Handlers = {}
+        found: Handlers = {(Op.REDUCE,): self.prefetch_gains}
         for kind in plan.products:
             if kind != Kind.EXPERT_GATE_UP:
                 found[Op(kind),] = partial(self.load_matrix, kind)
@@ -54,6 +54,26 @@ class Copies(ExpertRows, AttentionRows):
 
         self.ring.fill(turn, team, copy)
 
+    def prefetch_gains(self, row: Row, turn: Any) -> Any:
+        blocks = self.plan.target.width // ROWS
+        first, every = row.layer * blocks + row.first, blocks // self.plan.ctas  # that every CTA has
+        self.prefetch_floats(self.weights.gains, first, ROWS, every)
+        return turn
+
+    def prefetch_floats(self, source: Any, first: Any, size: int, count: int) -> None:
+        """Rows of so many floats; what may not begin at 16 bytes is left out, for all that it changes is time."""
+        m = self.machine
+        if count and size % 4 == 0:
+            m.prefetch(m.part(source, first * size, count * size))
+
+    def prefetch_angles(self, is_sliding: bool) -> None:
+        """Of the new tokens' positions."""
+        m, half = self.machine, self.plan.target.rotary // 2
+        positions, count = self.plan.capacity, self.plan.tokens
+        first = m.smaller(self.length, positions - count)
+        for start in (0, positions):
+            self.prefetch_floats(self.weights.rotary[is_sliding], start + first, half, count)
+
     def load_matrix(self, kind: Kind, row: Row, turn: Any) -> Any:
         m, matrix = self.machine, self.plan.matrix(kind)
         layer = 0 if kind == Kind.HEAD else row.layer
@@ -73,6 +93,7 @@ class Copies(ExpertRows, AttentionRows):
     def load_router(self, row: Row, turn: Any) -> Any:
         m, router = self.machine, self.plan.router
         m.prefetch(self.weights.router.at[row.layer, m.cta])
+        self.prefetch_floats(self.weights.router_bias, row.layer, self.plan.target.experts, 1)
 
         def one(chunk: Any, turn: Any) -> Any:
             source = self.weights.router.at[row.layer, m.cta, chunk]
@@ -91,7 +112,8 @@ class Copies(ExpertRows, AttentionRows):
             chunk, item = m.div(number, items), m.rem(number, items)
             expert = row.layer * self.plan.target.experts + self.shared.active[m.div(first + item, blocks)]
             source = stack.at[expert, m.rem(first + item, blocks), chunk]
-            self.fill(turn, m.rem(item, CONSUMERS), source)
+            team = m.rem(item + chunk if self.plan.splits_experts else item, CONSUMERS)
+            self.fill(turn, team, source)
             return turn + 1
 
         return m.loop(0, items * matrix.columns.chunks, one, turn)
@@ -130,6 +152,7 @@ class Copies(ExpertRows, AttentionRows):
 
     def load_window(self, row: Row, turn: Any) -> Any:
         m, config = self.machine, self.plan.attention(True)
+        self.prefetch_angles(True)
         lowest, blocks = attention.blocks_of(config, self.length, self.count, 0, 1)
 
         def one_unit(unit: Any, turn: Any) -> Any:
@@ -147,6 +170,7 @@ class Copies(ExpertRows, AttentionRows):
         m, plan, config = self.machine, self.plan, self.plan.attention(False)
         groups, at_once = plan.query_groups, plan.blocks_at_once
         parts = plan.key_parts * at_once
+        self.prefetch_angles(False)
 
         def one_unit(unit: Any, turn: Any) -> Any:
             head, part = m.div(unit, plan.key_parts), m.rem(unit, plan.key_parts) * at_once
@@ -164,10 +188,10 @@ class Copies(ExpertRows, AttentionRows):
     def fetch(self) -> Handlers:
         """Handlers of the warp that brings inputs into pages, each of which begins with `await_fetch`."""
         plan, b = self.plan, self.buffers
-        found: Handlers = {STREAM_READERS: partial(self.fetch_parts, plan.matrix(Kind.QKV), b.stream)}
-        found[Op.OUTPUT,] = partial(self.fetch_parts, plan.matrix(Kind.OUTPUT), b.attended)
+        found: Handlers = {STREAM_READERS: partial(self.fetch_parts, plan.inputs(Kind.QKV), b.stream)}
+        found[Op.OUTPUT,] = partial(self.fetch_parts, plan.inputs(Kind.OUTPUT), b.attended)
         if Kind.DOWN in plan.products:
-            found[Op.DOWN,] = partial(self.fetch_parts, plan.matrix(Kind.DOWN), b.hidden)
+            found[Op.DOWN,] = partial(self.fetch_parts, plan.inputs(Kind.DOWN), b.hidden)
         if Kind.EXPERT_GATE_UP in plan.products:
             found[Op.EXPERT_DOWN,] = self.fetch_hidden
         return found
@@ -177,38 +201,32 @@ class Copies(ExpertRows, AttentionRows):
         is_fetched = functools.reduce(operator.or_, [row.kind == op for op in ops])
         self.machine.when(is_fetched, lambda: self.await_row(counters, row, reads="copies"))
 
-    def fetch_parts(self, matrix: Matrix, source: Any, row: Row, turn: Any) -> Any:
-        """Token by token: each arrives at the page's barrier."""
-        m, words = self.machine, matrix.columns.part_cols // 2
-        stride = words + PAGE_GAP
+    def fetch_parts(self, inputs: Inputs, source: Any, row: Row, turn: Any) -> Any:
+        """Of the tokens that there can be."""
+        words = padded(self.plan.tokens * inputs.token_words, LINE_WORDS)
 
-        def one_part(part: Any, turn: Any) -> Any:
-            self.pages.before_fill(turn)
-            place = self.pages.place(turn)
-
-            def one(token: Any, _: None) -> None:
-                at = m.part(self.shared.page, place * self.plan.page_words + token * stride, words)
-                m.copy(m.part(source, token * (matrix.cols // 2) + part * words, words), at, self.pages.full.at[place])
-
-            m.loop(0, self.plan.columns, one)
+        def one(part: Any, turn: Any) -> Any:
+            at = self.pages.place(turn) * self.plan.page_words
+            self.fetch_page(turn, at, source, part * inputs.part_words, words)
             return turn + 1
 
-        return m.loop(0, matrix.columns.parts, one_part, turn)
+        return self.machine.loop(0, inputs.columns.parts, one, turn)
 
     def fetch_hidden(self, row: Row, turn: Any) -> Any:
-        """All pairs' rows, across both places of the page."""
-        m, plan = self.machine, self.plan
-        words = plan.hidden_rows * plan.hidden_stride // (PAGE_PARTS * plan.columns)
-        for part in range(PAGE_PARTS):
-            self.pages.before_fill(turn + part)
+        """All pairs' rows, across both places of the page, wherever they begin."""
+        words = self.plan.hidden_rows * self.plan.hidden_stride // PAGE_PARTS
 
-        def one(number: Any, _: None) -> None:
-            barrier = self.pages.full.at[self.pages.place(turn + m.div(number, plan.columns))]
-            source, at = (m.part(ref, number * words, words) for ref in (self.buffers.hidden, self.shared.page))
-            m.copy(source, at, barrier)
+        def one(part: Any, turn: Any) -> Any:
+            self.fetch_page(turn, part * words, self.buffers.hidden, part * words, words)
+            return turn + 1
 
-        m.loop(0, PAGE_PARTS * plan.columns, one)
-        return turn + PAGE_PARTS
+        return self.machine.loop(0, PAGE_PARTS, one, turn)
+
+    def fetch_page(self, turn: Any, at: Any, source: Any, first: Any, words: int) -> None:
+        m = self.machine
+        self.pages.before_fill(turn)
+        place = m.part(self.shared.page, at, words)
+        m.copy(m.part(source, first, words), place, self.pages.full.at[self.pages.place(turn)])
 
     def send(self, counters: Any) -> Handlers:
         """Handlers of the warp that sends own columns to all devices."""

@@ -46,11 +46,15 @@ class DenseRows(Cta):
 
     def multiply(self, kind: Kind, team: Any, row: Row, turns: Turns) -> Turns:
         """A dense matrix: of few row blocks each team does every fourth chunk, and then the teams' sums are added."""
-        m, plan, matrix = self.machine, self.plan, self.plan.matrix(kind)
-        items, most = row.last - row.first, plan.dense_items
+        return self.multiply_split(self.plan.matrix(kind), team, row.first, row.last - row.first, turns)
+
+    def multiply_split(self, matrix: Matrix, team: Any, start: Any, items: Any, turns: Turns) -> Turns:
+        """Item i of chunk c is the work of team (start + i + c) % 4."""
+        m, plan = self.machine, self.plan
+        most = plan.dense_items
 
         def one_chunk(chunk: Any, first: Any, turn: Any) -> Any:
-            own = m.rem(team + CONSUMERS - m.rem(row.first + chunk, CONSUMERS), CONSUMERS)
+            own = m.rem(team + CONSUMERS - m.rem(start + chunk, CONSUMERS), CONSUMERS)
             is_first = m.integer(chunk < CONSUMERS)
 
             def one_item(number: Any, _: None) -> None:
@@ -66,7 +70,7 @@ class DenseRows(Cta):
         tile = products.add_teams(plan.columns, min(CONSUMERS, matrix.columns.chunks), most)
 
         def add(item: Any) -> None:
-            m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(row.first + item, CONSUMERS)})
+            m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(start + item, CONSUMERS)})
 
         self.each_item(team, items, add)
         return turns
@@ -95,8 +99,8 @@ class DenseRows(Cta):
         self.each_item(team, row.last - row.first, store)
 
     def store_activated(self, team: Any, row: Row) -> None:
-        plan, stride = self.plan, self.plan.matrix(Kind.DOWN).cols // 2
-        tile = products.store_activated(stride, plan.columns, plan.inputs_of(Kind.DOWN), False)
+        plan = self.plan
+        tile = products.store_activated(plan.inputs(Kind.DOWN).place, plan.columns, plan.inputs_of(Kind.DOWN), False)
         refs = (self.shared.sums, self.buffers.hidden, self.shared.factors)
 
         def store(item: Any) -> None:

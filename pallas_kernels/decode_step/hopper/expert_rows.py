@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pallas_kernels.decode_step.hopper import products, routing
-from pallas_kernels.decode_step.hopper.config import CONSUMERS
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, Matrix
 from pallas_kernels.decode_step.hopper.cta import Turns
 from pallas_kernels.decode_step.hopper.dense_rows import DenseRows
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
@@ -67,6 +67,21 @@ class ExpertRows(DenseRows):
         m, plan, matrix = self.machine, self.plan, self.plan.matrix(Kind.EXPERT_GATE_UP)
         first, last, blocks = self.expert_blocks(row)
         self.factors(team)
+        whole = self.multiply_split if plan.splits_experts else self.multiply_whole
+        turns = whole(matrix, team, 0, last - first, turns)
+        tile = products.store_activated(plan.hidden_place, plan.columns, "bf16", True)
+        refs = (self.shared.sums, self.buffers.hidden, self.shared.factors, self.shared.pairs)
+
+        def store(item: Any) -> None:
+            unit, block = m.div(first + item, blocks), m.rem(first + item, blocks)
+            m.call(tile, refs, {"item": item, "block": block, "unit": unit})
+
+        self.each_item(team, last - first, store)
+        return turns
+
+    def multiply_whole(self, matrix: Matrix, team: Any, start: Any, items: Any, turns: Turns) -> Turns:
+        """Each item is the work of one team."""
+        m = self.machine
 
         def one_chunk(chunk: Any, page: Any, turn: Any) -> Any:
             is_first = m.integer(chunk == 0)
@@ -75,19 +90,11 @@ class ExpertRows(DenseRows):
                 scalars = {"item": item, "first": page, "is_first": is_first}
                 self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
 
-            self.each_item(team, last - first, one_item)
-            return turn + (last - first)
+            self.each_item(team, items, one_item)
+            return turn + items
 
         turns = self.by_parts(matrix.columns, turns, one_chunk)
         m.meet()
-        tile = products.store_activated(plan.hidden_stride, plan.columns, "bf16", True)
-        refs = (self.shared.sums, self.buffers.hidden, self.shared.factors, self.shared.pairs)
-
-        def store(item: Any) -> None:
-            unit, block = m.div(first + item, blocks), m.rem(first + item, blocks)
-            m.call(tile, refs, {"item": item, "block": block, "unit": unit})
-
-        self.each_item(team, last - first, store)
         return turns
 
     def expert_down(self, team: Any, row: Row, turns: Turns) -> Turns:

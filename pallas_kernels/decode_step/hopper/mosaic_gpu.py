@@ -163,7 +163,7 @@ def scratch(plan: StepPlan) -> tuple[Shared, tuple, tuple]:
         staged=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
     full, empty = Ring.barriers(plan.slots, fills=SLOT_COPIES)
-    pages = Queue.barriers(PAGE_PARTS, columns, CONSUMERS)
+    pages = Queue.barriers(PAGE_PARTS, 1, CONSUMERS)
     return shared, (words((plan.slots, SLOT_WORDS)), full, empty), pages
 
 

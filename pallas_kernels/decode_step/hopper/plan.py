@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from pallas_kernels.decode_step.assigned import CTAS
 from pallas_kernels.decode_step.geometry import Target
@@ -18,6 +19,7 @@ from pallas_kernels.decode_step.hopper.config import (
     SUM_STRIDE,
     WARPS,
     Down,
+    Inputs,
     Matrix,
     padded,
 )
@@ -120,6 +122,10 @@ class StepPlan:
         }[kind]
         return Matrix(rows, padded(cols, COLUMN_UNIT), self.formats[kind])
 
+    def inputs(self, kind: Kind) -> Inputs:
+        """Of a product's rows."""
+        return Inputs(self.matrix(kind).columns, self.columns)
+
     @property
     def products(self) -> tuple[Kind, ...]:
         """Kinds that multiply row blocks of a `Matrix`."""
@@ -140,13 +146,18 @@ class StepPlan:
     def dense_items(self) -> int:
         return max(self.items(kind) for kind in self.products if kind != Kind.EXPERT_GATE_UP)
 
+    @property
+    def splits_experts(self) -> bool:
+        """Whether teams share an item of gate and up, there being few; sums keep their order."""
+        kind = Kind.EXPERT_GATE_UP
+        return self.items(kind) <= self.dense_items and self.matrix(kind).columns.chunks <= CONSUMERS
+
     # Shared memory, in words.
 
     @property
     def page_words(self) -> int:
         """Of a part of an input."""
-        widest = max(self.matrix(kind).columns.part_cols for kind in self.products)
-        return self.columns * (widest // 2 + PAGE_GAP)
+        return max(self.inputs(kind).part_words for kind in self.products)
 
     @property
     def page_area(self) -> int:
@@ -160,8 +171,12 @@ class StepPlan:
 
     @property
     def hidden_rows(self) -> int:
-        """Rows that are copied, so many that a sixteenth of them is whole lines of 128 bytes."""
-        return padded(self.pairs, 32)
+        """Of real tokens, so many that each page's share of them is whole lines of 128 bytes."""
+        return padded(self.tokens * self.target.chosen, 32)
+
+    def hidden_place(self, row: Any, feature: Any) -> Any:
+        """The word of two features of what experts hand on."""
+        return row * self.hidden_stride + feature // 2
 
     def attention(self, is_sliding: bool) -> Attention:
         """One kind of layer."""
@@ -181,7 +196,7 @@ class StepPlan:
             value_scale=t.value_scale,
             has_sink=self.has_sinks[is_sliding],
             qkv_stride=self.qkv_rows,
-            attended_stride=self.matrix(Kind.OUTPUT).cols // 2,
+            attended=self.inputs(Kind.OUTPUT),
         )
         # Half of Pro's outputs leave registers for the rest of the kernel; a single tile has all warps.
         most = WARPS if is_sliding or config.tiles == 1 else 2
@@ -274,4 +289,4 @@ class StepPlan:
 
     @property
     def stream(self) -> Stream:
-        return Stream(self.columns, self.target.width, self.width, OWN_COLUMNS)
+        return Stream(self.columns, self.target.width, self.matrix(Kind.QKV).columns, OWN_COLUMNS)

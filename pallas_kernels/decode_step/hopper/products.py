@@ -29,9 +29,9 @@ from pallas_kernels.decode_step.hopper.config import (
     SUM_STRIDE,
     WARPS,
     Down,
+    Inputs,
     Matrix,
     code_words,
-    tile_words,
 )
 from pallas_kernels.expert_matmul import hopper_layout
 from pallas_kernels.expert_matmul.hopper_layout import STEP
@@ -63,7 +63,7 @@ def multiply_chunk(matrix: Matrix, tokens: int) -> Tile:
     [4 * tokens * SUM_STRIDE] of the warpgroup. Scalars: item; first, the page's word with the chunk's first column of
     token 0; is_first, 1 if the sums begin with this chunk. When it returns, all warps have read slot and page.
     """
-    token_words = matrix.columns.part_cols // 2 + PAGE_GAP
+    token_words = Inputs(matrix.columns, tokens).token_words
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         slot, page, sums, scratch = memories
@@ -125,12 +125,12 @@ def store_own(columns: int, tokens: int) -> Tile:
     return tile
 
 
-def store_activated(stride: int, tokens: int, kind: str, is_routed: bool) -> Tile:
+def store_activated(place_of: Callable[[Value, Value], Value], tokens: int, kind: str, is_routed: bool) -> Tile:
     """silu(gate) * up of a row block of gate and up, which alternate by eights: eight features.
 
-    Memories: sums; hidden int32 [rows, stride], two features a word; factors float32 [tokens], of gate and up; pairs
-    int32 [units * tokens], if routed. A token's row is its own number, or its pair's, -1 for none. `kind` is what the
-    next product reads: "bf16", or "f16", then times 2**-INPUT_SHIFT. Scalars: item, block; unit, if routed.
+    Memories: sums; hidden int32, two features a word, at `place_of(row, feature)`; factors float32 [tokens], of gate
+    and up; pairs int32 [units * tokens], if routed. A token's row is its own number, or its pair's, -1 for none. `kind`
+    is what the next product reads: "bf16", or "f16", then times 2**-INPUT_SHIFT. Scalars: item, block; unit, if routed.
     """
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
@@ -145,7 +145,7 @@ def store_activated(stride: int, tokens: int, kind: str, is_routed: bool) -> Til
                 _activated(lanes, sums, first, token, word * 2 + feature, factor, kind == "f16") for feature in range(2)
             )
             with lanes.when(row >= 0):
-                at = row * stride + scalars["block"] * 4 + word
+                at = place_of(row, scalars["block"] * 8 + word * 2)
                 lanes.store([lanes.pack(low, high, kind)], hidden, at)
 
     return tile
@@ -223,7 +223,7 @@ def place(token: Any, row: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Operands:
-    """A warp's `cols` columns of a tile: where the slot has the thread's first codes and scales, the page its inputs."""
+    """A warp's `cols` columns of a tile: where slot and page have the thread's first codes, scales and inputs."""
 
     lanes: Lanes
     cols: int

@@ -196,7 +196,9 @@ class Ring(_Places):
     teams: int = CONSUMERS
 
     @staticmethod
-    def barriers(places: int, teams: int = CONSUMERS, fills: int = 1) -> tuple[tuple[plgpu.Barrier, ...], plgpu.Barrier]:
+    def barriers(
+        places: int, teams: int = CONSUMERS, fills: int = 1
+    ) -> tuple[tuple[plgpu.Barrier, ...], plgpu.Barrier]:
         """`full`, each of several teams, and `empty`, as scratch: a place takes so many copies."""
         together = min(teams, MAX_BARRIERS // places)
         return (_barrier(together * places, fills),) * -(-teams // together), _barrier(places)

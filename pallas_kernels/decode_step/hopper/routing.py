@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_step.hopper.config import COLUMN_UNIT, LOG2_E, PAGE_GAP, WARPS, Columns, padded
+from pallas_kernels.decode_step.hopper.config import COLUMN_UNIT, LOG2_E, WARPS, Columns, Inputs, padded
 from pallas_kernels.decode_step.hopper.picking import LEAST, ordered_key
 from pallas_kernels.decode_step.hopper.products import Tile
 from pallas_kernels.lanes import WARP, WARPGROUP, Lanes, Memory, Value
@@ -92,7 +92,7 @@ def multiply_router(router: Router, tokens: int) -> Tile:
     token 0.
     """
     columns = router.columns
-    own, token_words = tokens // HALVES, columns.part_cols // 2 + PAGE_GAP
+    own, token_words = tokens // HALVES, Inputs(columns, tokens).token_words
     half_cols = columns.chunk_cols // HALVES
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:

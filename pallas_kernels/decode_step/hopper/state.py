@@ -57,15 +57,15 @@ def buffer_shapes(plan: StepPlan, counters: int) -> Buffers:
     """`counters` is how many the table counts on."""
     t, columns = plan.target, plan.columns
     layers, experts = _layers(plan), sum(layer.has_experts for layer in t.layers)
-    dense_hidden = columns * plan.matrix(Kind.DOWN).cols // 2 if Kind.DOWN in plan.products else 0
+    dense_hidden = plan.inputs(Kind.DOWN).words if Kind.DOWN in plan.products else 0
     partial = [kind for kind in plan.kinds if not kind]
     return Buffers(
         x=_shape(FLOATS, columns * t.width),
-        stream=_shape(WORDS, columns * plan.width // 2),
+        stream=_shape(WORDS, plan.inputs(Kind.QKV).words),
         squares=_shape(FLOATS, plan.ctas * columns),
         qkv=_shape(FLOATS, columns * plan.qkv_rows),
         partial=_shape(FLOATS, plan.partial_words if partial else 1),
-        attended=_shape(WORDS, columns * plan.matrix(Kind.OUTPUT).cols // 2),
+        attended=_shape(WORDS, plan.inputs(Kind.OUTPUT).words),
         scores=_shape(FLOATS, columns * t.experts),
         hidden=_shape(WORDS, max(dense_hidden, plan.hidden_rows * plan.hidden_stride)),
         parts=_shape(FLOATS, 2 * plan.ctas * plan.devices * plan.own_words if plan.devices > 1 else 1),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, ROWS
+from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, ROWS, Columns, Inputs
 from pallas_kernels.decode_step.hopper.products import Tile
 from pallas_kernels.lanes import Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
@@ -27,8 +27,12 @@ class Stream:
 
     tokens: int  # padded, 8 or 16
     width: int
-    cols: int  # between tokens of the inputs: the width, padded
+    columns: Columns  # of the inputs: the width, padded
     own: int  # the most columns that a CTA owns
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.columns, self.tokens)
 
 
 def embed(stream: Stream, vocab: int) -> Tile:
@@ -53,7 +57,7 @@ def reduce(stream: Stream, devices: int, taps: int = 0, aux: str = F32) -> Tile:
     """Adds the devices' parts to the stream, in the order of the devices.
 
     Memories: parts float32 [devices, tokens, own], the CTA's columns; gain float32; x float32 [tokens, width]; inputs
-    int32 [tokens, cols / 2], pairs of x * gain; squares float32 [ctas, tokens], of each CTA's columns; and where there
+    int32, pairs of x * gain, see `Inputs`; squares float32 [ctas, tokens], of each CTA's columns; and where there
     are `taps`, a copy of x: float32 [tokens, taps, width], or pairs of bf16 if `aux` is "bf16". Scalars: first, size,
     cta; count of real tokens; gain_first, the gain's element for column 0; is_f16, 1 if the next product is FP8, which
     reads float16 times 2**-INPUT_SHIFT and not bf16; with `taps` also tap, negative for none.
@@ -171,7 +175,7 @@ class _Own:
             scaled = (low * a * scale, high * b * scale)
             word = lanes.select(is_f16, *(lanes.pack(*scaled, kind) for kind in ("f16", "bf16")))
             with lanes.when(exists):
-                lanes.store([word], inputs, (self.token * stream.cols + column) // 2)
+                lanes.store([word], inputs, stream.inputs.place(self.token, column))
         total = lanes.sum_over(_sum([value * value for pair in kept for value in pair]), THREADS)
         with lanes.when((lanes.thread % THREADS).equals(0)):
             lanes.store([total], squares, self.scalars["cta"] * stream.tokens + self.token)

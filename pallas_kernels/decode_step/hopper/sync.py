@@ -174,7 +174,7 @@ def meet() -> None:
 
 
 def prefetch(source: Any) -> None:
-    """Into the L2 cache, by one thread of a warp. `source` is contiguous and int32, in whole 16 bytes."""
+    """Into the L2 cache, by one thread of a warp: a contiguous ref of whole 16 bytes, which begins at such."""
     size = 4 * math.prod(source.shape)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))

@@ -16,7 +16,16 @@ from mimo_jax.modeling.layers import rotary_table
 from pallas_kernels import sass, topology
 from pallas_kernels.decode_step.hopper import attention, attention_inputs
 from pallas_kernels.decode_step.hopper.attention import KEYS, Attention
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.config import (
+    COLUMN_UNIT,
+    CONSUMERS,
+    PAGE_GAP,
+    ROWS,
+    SLOT_WORDS,
+    Columns,
+    Inputs,
+    padded,
+)
 from pallas_kernels.hardware import GPUS
 from pallas_kernels.lanes import emitted, emulated
 from tests.kernels.triton_tools import needs_compiler
@@ -25,6 +34,7 @@ BF16 = ml_dtypes.bfloat16
 LAYERS, LAYER = 2, 1
 pytestmark = pytest.mark.usefixtures("unchecked")  # a tile is many thousand calls
 THETA = 10_000.0
+SPARE = 8  # floats of a token's QKV that nobody reads
 JUNK = 300.0  # what rows of a cache hold that nobody has written: a key that a query must not see would show
 
 
@@ -32,9 +42,10 @@ def sizes(tokens: int, window: int | None = None, **changes) -> Attention:
     """Of the small models: heads that are no multiple of 16 wide."""
     found: dict = dict(heads=4, kv_heads=2, chunks=1, head_dim=36, value_dim=24, rotary=12)
     found |= dict(cache_rows=96 if window is None else 48, window=window, value_scale=0.6, has_sink=True) | changes
-    config = Attention(tokens=tokens, **found, positions=120, qkv_stride=0, attended_stride=0)
+    attended = Inputs(Columns(padded(found["heads"] * found["value_dim"], COLUMN_UNIT), 1), tokens)
+    config = Attention(tokens=tokens, **found, positions=120, qkv_stride=0, attended=attended)
     rows = config.heads * config.head_dim + config.kv_heads * (config.head_dim + config.value_dim)
-    return dataclasses.replace(config, qkv_stride=rows + 2, attended_stride=config.heads * config.value_dim // 2 + 3)
+    return dataclasses.replace(config, qkv_stride=rows + SPARE)
 
 
 class Sequence:
@@ -64,8 +75,8 @@ class Sequence:
             run.write(run.prepare(0, 1)[1:])
 
     def step(self, config: Attention, length: int, count: int, parts: int = 3, write_first=False, padding=1.0):
-        """Words [count, attended_stride] for `count` tokens after `length`, whose rows are in the cache afterwards."""
-        out = np.full((config.tokens, config.attended_stride), -1, np.int32)
+        """Words of `count` tokens after `length`, whose rows are in the cache afterwards."""
+        out = np.full(config.attended.words, -1, np.int32)
         attend = attend_globally if config.window is None else attend_in_window
         for head in range(config.kv_heads):
             run = self.run(config, head, length, count, padding)
@@ -75,7 +86,9 @@ class Sequence:
             attend(run, out, parts)
             if not write_first:
                 run.write(new)
-        return out[:count]
+        pages = out.reshape(config.attended.columns.parts, config.tokens, -1)
+        assert (pages[:, :, -PAGE_GAP:] == -1).all()
+        return pages[:, :count, :-PAGE_GAP].swapaxes(0, 1).reshape(count, -1)
 
 
 @dataclasses.dataclass
@@ -159,7 +172,7 @@ def heads_of(config: Attention, qkv: np.ndarray, first: int) -> list[np.ndarray]
 
     The rotation is a multiplication of complex numbers.
     """
-    chunks, rows = config.chunks, config.qkv_stride - 2
+    chunks, rows = config.chunks, config.qkv_stride - SPARE
     counts = config.heads // chunks, config.kv_heads // chunks, config.kv_heads // chunks
     dims = config.head_dim, config.head_dim, config.value_dim
     ends = np.cumsum([count * dim for count, dim in zip(counts, dims)])
@@ -311,12 +324,12 @@ def test_parts_without_keys_are_neutral():
     np.testing.assert_array_equal(*found)
     sequence = Sequence(config)
     buffer = np.zeros((2 * ROWS, config.part_stride), np.float32)
-    out = np.full((config.tokens, config.attended_stride), -1, np.int32)
+    out = np.full(config.attended.words, -1, np.int32)
     run = Run(dataclasses.replace(config, has_sink=False), sequence, sequence.qkv, 0, 0, 1)
     for part in range(2):
         run.store(buffer, config.first_state(), first=0, tiles=1, base=part * ROWS)
     run.merge(buffer, out, 16, first_row=0, rows=ROWS, base=0, step=ROWS, parts=2)
-    assert (out[:, : config.group * config.value_dim // 2] == 0).all()
+    assert (out.reshape(config.tokens, -1)[:, : config.group * config.value_dim // 2] == 0).all()
 
 
 @pytest.mark.parametrize("split", [2, 4])
@@ -397,7 +410,7 @@ def layer_kernel(config: Attention, first: int, tiles: int, parts: int):
     shapes = {
         "cache": (LAYERS * config.cache_rows // KEYS * config.slot_words, jnp.int32),
         "buffer": (parts * config.tiles * ROWS * config.part_stride, jnp.float32),
-        "out": (config.tokens * config.attended_stride, jnp.int32),
+        "out": (config.attended.words, jnp.int32),
     }
     words = [(tiles * ROWS * config.key_words,), (config.tokens * config.key_words,)]
     words += [(config.tokens * config.value_words,), (4, SLOT_WORDS)]
@@ -424,7 +437,7 @@ def test_a_layer_keeps_its_registers(window, tokens, tmp_path, monkeypatch):
     Five warpgroups start with 96 registers a thread at most; four of them then have 112.
     """
     config = sizes(tokens, window=window, heads=16, kv_heads=1, head_dim=192, value_dim=128, rotary=64)
-    config = dataclasses.replace(config, cache_rows=4096 if window is None else 144, attended_stride=1024)
+    config = dataclasses.replace(config, cache_rows=4096 if window is None else 144)
     kernel = layer_kernel(config, 0, 1 if window else config.tiles, 4 if window else 132)
     sharding = SingleDeviceSharding(topology.devices(GPUS["h200"], 1)[0])
     arguments = {

@@ -1,4 +1,4 @@
-"""What emulation cannot show: tiles and whole rounds on the GPU, held to the promises of their emulation (`make gpu`)."""
+"""What emulation cannot show: tiles and whole rounds on the GPU, held to what their emulation is (`make gpu`)."""
 
 import pytest
 

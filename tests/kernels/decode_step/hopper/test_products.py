@@ -295,7 +295,11 @@ def test_gate_and_up_become_hidden_features(tokens, kind, is_routed):
     hidden = np.full((rows, 20), 7, np.int32)  # 32 features, and a gap
     scalars = {"item": 1, "block": 2} | ({"unit": unit} if is_routed else {})
     memories = [sums_of(x_TO, 2), hidden, factors, *([pairs] if is_routed else [])]
-    emulated.run(products.store_activated(20, tokens, kind, is_routed), memories, scalars)
+    emulated.run(
+        products.store_activated(lambda row, feature: row * 20 + feature // 2, tokens, kind, is_routed),
+        memories,
+        scalars,
+    )
 
     scaled = x_TO.astype(np.float64) * factors[:, None]
     gate, up = scaled[:, :8], scaled[:, 8:]
@@ -434,7 +438,8 @@ def other_tiles(tokens: int, is_routed: bool):
     """Everything but chunks, in one kernel."""
     pairs, chosen, features = tokens * 8, 8, 256
     kind = "bf16" if is_routed else "f16"
-    activate = products.store_activated(features // 2, tokens, kind, is_routed)
+    place_of = lambda row, feature: row * (features // 2) + feature // 2  # noqa: E731
+    activate = products.store_activated(place_of, tokens, kind, is_routed)
     down = products.multiply_expert_down(Down(features, 3), chosen, tokens)
 
     def body(counts, hidden, slot, page, sums, factors, products_, routes, weights_, own):

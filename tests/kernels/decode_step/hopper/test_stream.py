@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.hopper import stream
-from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, ROWS
+from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, PAGE_GAP, ROWS, Columns
 from pallas_kernels.decode_step.hopper.stream import Stream
 from pallas_kernels.lanes import emulated
 from tests.kernels.decode_step.hopper.tile_tools import GLOBAL, MOST_REGISTERS, SHARED, machine_code
@@ -38,13 +38,13 @@ class Run:
 
     def __init__(self, tokens: int, count: int, inputs: str = "bf16", ctas: int = 13, devices: int = 3) -> None:
         rng = np.random.default_rng(5)
-        self.stream, self.count, self.shares = Stream(tokens, WIDTH, WIDTH, OWN), count, shares(ctas)
+        self.stream, self.count, self.shares = Stream(tokens, WIDTH, Columns(WIDTH, 1), OWN), count, shares(ctas)
         self.is_f16 = int(inputs == "f16")
         self.gain = rng.uniform(0.5, 2, (LAYERS, WIDTH)).astype(np.float32)
         self.x = rng.standard_normal((16, WIDTH)).astype(np.float32)[:tokens]
         self.sent = rng.standard_normal((devices, 16, WIDTH)).astype(np.float32)[:, :tokens]
         self.x[count:], self.sent[:, count:] = GARBAGE, GARBAGE
-        self.inputs = np.full((tokens, WIDTH // 2), -1, np.int32)
+        self.inputs = np.full((tokens, WIDTH // 2 + PAGE_GAP), -1, np.int32)
         self.squares, self.factors, self.aux = blank(ctas, tokens), blank(tokens), blank(tokens, TAPS, WIDTH)
         self.hidden = blank(tokens, WIDTH)
 
@@ -85,7 +85,7 @@ def test_the_stream_is_summed_and_scaled(tokens, count, ctas, inputs):
     run.reduce()
     np.testing.assert_array_equal(run.x, expected)
     scaled = expected * run.gain[2] * np.float32(2.0**-INPUT_SHIFT if inputs == "f16" else 1)
-    np.testing.assert_array_equal(run.inputs, pairs(scaled, inputs))
+    np.testing.assert_array_equal(run.inputs[:, :-PAGE_GAP], pairs(scaled, inputs))
     sizes = [expected[:, first : first + size].astype(np.float64) ** 2 for first, size in run.shares]
     np.testing.assert_allclose(run.squares, [part.sum(axis=1) for part in sizes], rtol=5e-7)
     assert np.isnan(run.aux).all()
@@ -122,7 +122,7 @@ def test_embedding(tokens, count):
     expected = table.astype(np.float32)[np.clip(ids, 0, VOCAB - 1)]
     expected[count:] = 0
     np.testing.assert_array_equal(run.x, expected)
-    np.testing.assert_array_equal(run.inputs, pairs(expected * run.gain[2], "bf16"))
+    np.testing.assert_array_equal(run.inputs[:, :-PAGE_GAP], pairs(expected * run.gain[2], "bf16"))
     np.testing.assert_allclose(run.squares.sum(axis=0), (expected.astype(np.float64) ** 2).sum(axis=1), rtol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_factors(ctas):
 
     def tile(lanes, memories, scalars):
         """And every thread reads at once what another one has written."""
-        stream.factors(Stream(16, 6144, 6144, OWN), ctas, EPS)(lanes, memories[:2], scalars)
+        stream.factors(Stream(16, 6144, Columns(6144, 1), OWN), ctas, EPS)(lanes, memories[:2], scalars)
         lanes.store([lanes.load_one(memories[1], lanes.thread % 16)], memories[2], lanes.thread)
 
     emulated.run(tile, (squares, found, seen))
@@ -159,8 +159,8 @@ def test_the_final_norm(kind):
 
 def tile_of(name: str, tokens: int) -> tuple:
     """A tile at Pro's sizes on eight devices, where its memories are and their words."""
-    config, factors, gain = Stream(tokens, 6144, 6144, OWN), (SHARED, tokens), (GLOBAL, 6144)
-    x, words, squares = (GLOBAL, tokens * 6144), (GLOBAL, tokens * 3072), (GLOBAL, 132 * tokens)
+    config, factors, gain = Stream(tokens, 6144, Columns(6144, 1), OWN), (SHARED, tokens), (GLOBAL, 6144)
+    x, words, squares = (GLOBAL, tokens * 6144), (GLOBAL, tokens * 3136), (GLOBAL, 132 * tokens)
     ids, table, parts = (GLOBAL, tokens), (GLOBAL, VOCAB * 3072), (GLOBAL, 8 * tokens * OWN)
     return {
         "embed": (stream.embed(config, VOCAB), [ids, table, gain, x, words, squares]),

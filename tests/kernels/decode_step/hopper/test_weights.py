@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.hopper import weights
-from pallas_kernels.decode_step.hopper.config import SLOT_WORDS, Matrix
+from pallas_kernels.decode_step.hopper.config import PAGE_GAP, SLOT_WORDS, Columns, Inputs, Matrix
 
 MATRICES = [
     Matrix(rows, cols, format)
@@ -98,3 +98,15 @@ def test_a_word_of_bf16_is_a_register_of_the_operand():
         row = lane // 4 + 8 * (register % 2)
         column = chunk * 384 + warp * 96 + block * 32 + lane % 4 * 8 + s * 4 + register // 2 * 2
         assert (word & 65535, word >> 16) == (numbers[row, column], numbers[row, column + 1])
+
+
+@pytest.mark.parametrize("cols", [512, 1024, 2048, 6144])
+def test_inputs_lie_as_pages_have_them(cols):
+    """Each pair of columns of each token at a word of its own, where a page of its part has it; the gaps are free."""
+    inputs = Inputs(Columns(cols, 1), 8)
+    token, pair = np.mgrid[:8, : cols // 2]
+    words = np.full(inputs.words, -1)
+    words[inputs.place(token, 2 * pair)] = token * cols + pair
+    pages = words.reshape(-1, 8, inputs.token_words)
+    np.testing.assert_array_equal(pages[:, :, :-PAGE_GAP].swapaxes(0, 1).reshape(8, -1), token * cols + pair)
+    assert (pages[:, :, -PAGE_GAP:] == -1).all()

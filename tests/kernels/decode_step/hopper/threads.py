@@ -283,7 +283,7 @@ def run(plan, table, step, tokens, weights, devices, seed=0, delay=0.0) -> None:
     for rank in range(plan.devices):
         for cta in range(plan.ctas):
             machine = Machine(world, plan, cta, rank, held)
-            ring, pages = Ring(world, SLOTS), Queue(world, PAGE_PARTS, plan.columns, CONSUMERS)
+            ring, pages = Ring(world, SLOTS), Queue(world, PAGE_PARTS, 1, CONSUMERS)
             shared = shared_memory(world, plan)
             program = Program(plan, machine, step, Ref(tokens), given[rank], held[rank], shared, ring, pages)
             threads += [threading.Thread(target=role) for role in _roles(world, program, machine, table)]
