@@ -3,10 +3,10 @@
 Not among the names of `decode_step`, whose users do without Mosaic, which takes a second to import.
 """
 
-from pallas_kernels.decode_step.hopper.config import FP8_SEGMENT, Matrix, code_words, tile_words
+from pallas_kernels.decode_step.hopper.config import FORMATS, FP8_SEGMENT, Matrix, code_words, tile_words
 from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Weights
 from pallas_kernels.decode_step.hopper.mosaic_gpu import launch
-from pallas_kernels.decode_step.hopper.plan import StepPlan
+from pallas_kernels.decode_step.hopper.plan import MOST_TOKENS, StepPlan
 from pallas_kernels.decode_step.hopper.routing import pack_router
 from pallas_kernels.decode_step.hopper.state import buffer_shapes, times_shape, weight_shapes, zeros
 from pallas_kernels.decode_step.hopper.sync import FAULT
@@ -16,7 +16,9 @@ from pallas_kernels.decode_step.schedule import Kind
 
 __all__ = [
     "FAULT",
+    "FORMATS",
     "FP8_SEGMENT",
+    "MOST_TOKENS",
     "ROLES",
     "STAMPS",
     "Buffers",

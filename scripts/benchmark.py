@@ -6,6 +6,8 @@ scripts/benchmark.py random --out DIR      # a checkpoint of 105 M random weight
 scripts/benchmark.py step                  # the native step: batches, block sizes, and how near to the memory's speed
 scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
 scripts/benchmark.py slice --layers 2         # one device's share of the full model, random weights
+scripts/benchmark.py round                    # the same by the persistent kernel, and each kind of its rows (Hopper)
+scripts/benchmark.py soak                     # 10,000 rounds of it, each compared with the first
 scripts/benchmark.py streaming             # a streamed text beside one made in one visit
 scripts/benchmark.py profile --trace DIR   # where a decode step's time goes
 """
@@ -161,6 +163,30 @@ def slice_command(args: argparse.Namespace) -> dict:
     return {**about, "rows": rows}
 
 
+def round_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation.persistent_speed import measure
+
+    measured = measure(args.preset, args.tp, args.layers, args.tokens, args.context, args.rounds, args.repeats)
+    about, rows = next(measured), []
+    for row in measured:
+        rows.append(row)
+        print(
+            "{tokens} tokens at {context:>7}: {milliseconds:7.3f} ms ({lowest:.3f} to {highest:.3f}), "
+            "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of an H200's bandwidth".format_map(row)
+        )
+        for kind, spent in row["kinds"].items():
+            print("  {:<16}{rows:>4} rows {us:9.1f} us, each {us_each:6.2f}".format(kind, **spent), flush=True)
+    return {**about, "rows": rows}
+
+
+def soak_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation.persistent_speed import soak
+
+    found = soak(args.rounds)
+    print("{rounds} rounds on {device}, {with_other_bits} of them with other bits than the first".format(**found))
+    return found
+
+
 def profile_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.speed import profile
     from mimo_jax.loading import BUNDLED, load
@@ -198,6 +224,18 @@ def parser() -> Parser:
     share.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
     share.add_argument("--repeats", type=whole(1), default=5)
     share.set_defaults(command=slice_command)
+    step_round = commands.add_parser("round", help="the persistent kernel on one device's share: a round, and its rows")
+    step_round.add_argument("--preset", default="mimo-v2.5-pro")
+    step_round.add_argument("--tp", type=whole(1), default=8, help="tensor-parallel devices of the whole")
+    step_round.add_argument("--layers", type=whole(1), help="only the first layers, for smaller devices")
+    step_round.add_argument("--tokens", type=whole(1, 8), nargs="+", default=[8, 1])
+    step_round.add_argument("--context", type=whole(9), nargs="+", default=[1024, 131_072])
+    step_round.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
+    step_round.add_argument("--repeats", type=whole(1), default=5)
+    step_round.set_defaults(command=round_command)
+    soak = commands.add_parser("soak", help="the persistent kernel again and again: does any round give other bits?")
+    soak.add_argument("--rounds", type=whole(1), default=10_000)
+    soak.set_defaults(command=soak_command)
     random = commands.add_parser("random", help="writes a checkpoint of 105 M random weights, larger than the bundled")
     random.add_argument("--out", type=new_folder, required=True, help="folder of the checkpoint, which must not exist")
     random.add_argument("--seed", type=whole(0, SEED), default=0)

@@ -19,11 +19,14 @@ from mimo_jax.decode.geometry import target_of
 from mimo_jax.errors import UserError
 from mimo_jax.evaluation.slice import share, streaming_read
 from mimo_jax.evaluation.speed import spread
-from mimo_jax.layouts.persistent import rotary_table
+from mimo_jax.layouts.persistent import PERSISTENT, plan_of, rotary_tables
+from mimo_jax.loading import load
 from pallas_kernels import persistent
 from pallas_kernels.hardware import GPUS
 from pallas_kernels.persistent import FAULT, ROLES, STAMPS, Buffers, Kind, Op, StepPlan, Table, Weights
 
+POISONED = ("x", "squares", "qkv", "partial", "scores", "logits", "last")  # floats that a round writes before it reads
+AT_ONCE = 500  # rounds of one program
 PUBLISHED = {
     Kind.QKV: "fp8",
     Kind.OUTPUT: "bf16",
@@ -75,13 +78,20 @@ def random_weights(config: ModelConfig, plan: StepPlan) -> Weights:
     return Weights(
         embed=hashed(shapes.embed.shape, 0x807F807F, 0x3F803F80),
         gains=jnp.ones(shapes.gains.shape, jnp.float32),
-        sinks=tuple(jnp.zeros(held.shape, jnp.float32) for held in shapes.sinks),
-        rotary=tuple(jnp.asarray(rotary_table(config, kind, plan.capacity)) for kind in (0, 1)),
+        sinks=persistent.zeros(shapes.sinks),
+        rotary=rotary_tables(config, plan.capacity),
         matrices={kind: matrix(kind, shape) for kind, shape in shapes.matrices.items()},
         expert_down=with_scales(down, tile, codes, scales["mxfp4"]),
         router=hashed(shapes.router.shape, 0x807FFFFF, 0x3C000000),
         router_bias=jnp.zeros(shapes.router_bias.shape, jnp.float32),
     )
+
+
+def _check(buffers: Buffers) -> None:
+    """UserError, naming the row, if a wait has given up."""
+    fault = dict(zip(FAULT, np.asarray(buffers.fault).tolist()))
+    if fault["stuck"]:
+        raise UserError(f"the persistent kernel: a wait took too long: {fault}")
 
 
 class Slice:
@@ -107,12 +117,6 @@ class Slice:
     def launch(self, step: jax.Array) -> None:
         self.buffers: Buffers = self.run(self.rows, step, self.ids, self.weights, self.buffers)
 
-    def check(self) -> None:
-        """UserError, naming the row, if a wait has given up."""
-        fault = dict(zip(FAULT, np.asarray(self.buffers.fault).tolist()))
-        if fault["stuck"]:
-            raise UserError(f"the persistent kernel: a wait took too long: {fault}")
-
     def seconds(self, rounds: int, repeats: int) -> list[float]:
         """Of a round, launched one after the other."""
         found = []
@@ -122,7 +126,7 @@ class Slice:
                 self.launch(self.step())
             jax.block_until_ready(self.buffers)
             found.append((time.perf_counter() - started) / rounds)
-            self.check()
+            _check(self.buffers)
         return found[1:]
 
     def timeline(self) -> np.ndarray:
@@ -133,7 +137,7 @@ class Slice:
             self.launch(self.step())
         found = np.asarray(self.buffers.times).view(np.uint32)
         self.buffers = dataclasses.replace(self.buffers, times=None)
-        self.check()
+        _check(self.buffers)
         return (found - found[:, 0, 0, 0].min()).astype(np.int64)
 
     def bytes(self) -> int:
@@ -161,6 +165,42 @@ def by_kind(slice_: Slice, timeline: np.ndarray) -> Record:
     return found
 
 
+def soak(rounds: int, seed: int = 0) -> Record:
+    """One block of the bundled model again and again, over poisoned buffers: how many rounds gave other bits."""
+    model = load(layout="persistent", draft=False)
+    step: Any = model.decoder.step
+    weights, capacity, length = model.params[PERSISTENT], 256, 100
+    row = step.init_cache(1, capacity)
+    plan = plan_of(model.config, dict(step.formats), persistent.MOST_TOKENS, capacity)
+    weights = dataclasses.replace(weights, rotary=row.rotary)
+    table = persistent.table_of(plan)
+    buffers = dataclasses.replace(row.rows[0].buffers, counts=jnp.zeros(table.counters, jnp.int32))
+    ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, plan.columns, np.int32)
+    numbers = jnp.array([length, plan.columns, 0, table.rows.shape[1]], jnp.int32)
+
+    def once(buffers: Buffers) -> Buffers:
+        nothing: Any = {name: jnp.full_like(getattr(buffers, name), jnp.nan) for name in POISONED}
+        poisoned = dataclasses.replace(buffers, **nothing)
+        return persistent.launch(plan, jnp.asarray(table.rows), numbers, jnp.asarray(ids), weights, poisoned)
+
+    @partial(jax.jit, donate_argnums=0)
+    def several(buffers: Buffers, wanted: jax.Array) -> tuple[Buffers, jax.Array]:
+        def body(_: Any, carry: tuple) -> tuple:
+            buffers = once(carry[0])
+            return buffers, carry[1] + jnp.any(buffers.logits.view(jnp.int32) != wanted)
+
+        return jax.lax.fori_loop(0, AT_ONCE, body, (buffers, jnp.int32(0)))
+
+    buffers, others = jax.jit(once, donate_argnums=0)(buffers), 0
+    wanted = jnp.copy(buffers.logits).view(jnp.int32)
+    for _ in range(0, rounds, AT_ONCE):
+        buffers, found = several(buffers, wanted)
+        others += int(found)
+        _check(buffers)
+    finite = bool(jnp.isfinite(buffers.logits).all())
+    return {"device": jax.devices()[0].device_kind, "rounds": rounds, "with_other_bits": others, "finite": finite}
+
+
 def measure(
     name: str, ways: int, layers: int | None, tokens: list[int], contexts: list[int], rounds: int, repeats: int
 ) -> Iterator[Record]:
@@ -173,7 +213,7 @@ def measure(
     for context in contexts:
         for count in tokens:
             slice_ = Slice(config, count, context, weights)
-            rotary = tuple(jnp.asarray(rotary_table(config, kind, context)) for kind in (0, 1))
+            rotary = rotary_tables(config, context)
             slice_.weights = weights = dataclasses.replace(slice_.weights, rotary=rotary)
             found = slice_.seconds(rounds, repeats)
             median, read = statistics.median(found), slice_.bytes()

@@ -6,22 +6,73 @@ and the routers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from mimo_jax.config.model import GLOBAL, SLIDING, ModelConfig
+from mimo_jax.decode.geometry import target_of
+from mimo_jax.layouts import packed
 from mimo_jax.modeling.layers import rotary_frequencies
 from mimo_jax.weights import BlockFp8Tensor, MxTensor, Params
+from mimo_jax.weights.params import STACKS, is_moe
 from pallas_kernels import persistent
 from pallas_kernels.decode_step import stored_fp8
-from pallas_kernels.expert_matmul import alternate
+from pallas_kernels.expert_matmul import alternate, unfit_scales
 from pallas_kernels.fp8_matmul import BLOCK
 from pallas_kernels.persistent import FP8_SEGMENT, Kind, Matrix, StepPlan, Weights
 
+PERSISTENT = "persistent"  # the parameter that all others are in
+SHARED = ("embed", "head")  # and those that drafters read, once more
+UNBOUND = 16  # rows of a cache where none is meant
 KEPT = {MxTensor: "mxfp4", BlockFp8Tensor: "fp8"}
+
+
+def plan_of(
+    config: ModelConfig,
+    formats: Mapping[Kind, str],
+    tokens: int,
+    capacity: int = UNBOUND,
+    aux_layers: tuple[int, ...] = (),
+    **options: int,
+) -> StepPlan:
+    """The kernel's for a model whose weights are stored in these formats."""
+    has_sinks = config.has_sink(GLOBAL), config.has_sink(SLIDING)
+    return StepPlan(target_of(config), formats, tokens, capacity, aux_layers, has_sinks, **options)
+
+
+def reason_against(config: ModelConfig, params: Params) -> str | None:
+    """What keeps the kernel from serving these parameters on one device."""
+    for node in filter(is_moe, jax.tree.leaves(params, is_leaf=is_moe)):
+        for name in STACKS:
+            if isinstance(node[name], MxTensor) and (reason := unfit_scales(name, node[name].scales)):
+                return reason
+    return plan_of(config, formats_of(params), persistent.MOST_TOKENS).unsupported()
+
+
+def for_device(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """Parameters of the step, and what drafters read beside them. Layers that predict ahead (MTP) are left out."""
+    own = pack(config, params, plan_of(config, formats_of(params), persistent.MOST_TOKENS))
+    shared = packed.pack(config, {name: params[name] for name in SHARED})[1]
+    return config, {PERSISTENT: jax.tree.map(jnp.asarray, own), **shared}
+
+
+def formats_in(config: ModelConfig, params: Params) -> tuple[tuple[Kind, str], ...]:
+    """How each kind of product of this layout is stored, by the shapes."""
+
+    def shape(kind: Kind, format: str) -> tuple[int, int]:
+        matrix = plan_of(config, {kind: format}, 1).matrix(kind)
+        return matrix.columns.chunks, matrix.slot_words
+
+    matrices = params[PERSISTENT].matrices
+    return tuple(
+        (kind, next(format for format in persistent.FORMATS if shape(kind, format) == held.shape[2:]))
+        for kind, held in matrices.items()
+    )
 
 
 def formats_of(params: Params) -> dict[Kind, str]:
@@ -76,6 +127,11 @@ def pack(config: ModelConfig, params: Params, plan: StepPlan, rank: int = 0) -> 
     )
 
 
+def rotary_tables(config: ModelConfig, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Of global and of sliding layers, on the device."""
+    return jnp.asarray(rotary_table(config, GLOBAL, capacity)), jnp.asarray(rotary_table(config, SLIDING, capacity))
+
+
 def rotary_table(config: ModelConfig, kind: int, capacity: int) -> np.ndarray:
     """Cosines of all positions, then sines: float32 [2 * capacity * rotary / 2]. Angles are formed in float32."""
     angles = np.arange(capacity, dtype=np.float32)[:, None] * rotary_frequencies(config.rotary_dim, config.theta(kind))
@@ -126,8 +182,8 @@ class _Share:
     def stack(self, kind: Kind, parts: Iterable[Parts]) -> np.ndarray:
         """int32 [stack, row blocks, chunks, words]; matrices of fewer rows end in zeros."""
         matrix: Matrix = self.plan.matrix(kind)
-        packed = [persistent.pack(matrix, *each) for each in parts]
-        return np.concatenate([one.reshape(-1, *one.shape[-3:]) for one in packed])
+        stacks = [persistent.pack(matrix, *each) for each in parts]
+        return np.concatenate([one.reshape(-1, *one.shape[-3:]) for one in stacks])
 
     def qkv(self, attention: Params) -> Parts:
         """Chunks of a fused projection, or of three, are dealt out to devices."""

@@ -8,6 +8,7 @@ from pallas_kernels.expert_matmul.hopper_layout import (
     from_hopper,
     to_hopper,
     unfit,
+    unfit_scales,
 )
 from pallas_kernels.expert_matmul.reference import DECODE_TOKENS, ffn_of
 
@@ -22,4 +23,5 @@ __all__ = [
     "from_hopper",
     "to_hopper",
     "unfit",
+    "unfit_scales",
 ]

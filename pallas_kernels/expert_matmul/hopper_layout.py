@@ -147,13 +147,18 @@ def unfit(hidden: int, features: int, scales: Mapping[str, Array | np.ndarray] =
             f"down of {hidden} x {features} has no Hopper layout: columns must be a multiple of {DOWN_SPAN}, rows of "
             f"{ROWS * down.stage_items}"
         )
-    for name, stack in scales.items():
-        if (largest := int(stack.max())) > LARGEST_SCALE:
-            return (
-                f"{name}: scale byte {largest} is above {LARGEST_SCALE} (a scale of 2), which backend 'mosaic_gpu' "
-                "cannot serve; 'reference' and 'triton' can"
-            )
-    return None
+    reasons = (unfit_scales(name, stack) for name, stack in scales.items())
+    return next(filter(None, reasons), None)
+
+
+def unfit_scales(name: str, stack: Array | np.ndarray) -> str | None:
+    """The same of E8M0 scales alone."""
+    if (largest := int(stack.max())) <= LARGEST_SCALE:
+        return None
+    return (
+        f"{name}: scale byte {largest} is above {LARGEST_SCALE} (a scale of 2), which backend 'mosaic_gpu' "
+        "cannot serve; 'reference' and 'triton' can"
+    )
 
 
 def to_hopper(experts: PackedExperts) -> HopperExperts:

@@ -100,7 +100,7 @@ def _words(
     rotated = [own[i] * cos[i] + sign * (other[i] * sin[i]) for i in range(numbers)]
     found = [lanes.select(is_rotated, new, old * scale) for new, old in zip(rotated, own)]
     found = [lanes.select(is_inside, number, lanes.value(0.0, "f32")) for number in found]
-    return [lanes.pack(*found[i : i + 2]) for i in range(0, numbers, 2)]
+    return [lanes.pack(low, high) for low, high in zip(found[::2], found[1::2])]
 
 
 def _numbers(lanes: Lanes, memory: Memory, index: Value, count: int) -> list[Value]:

@@ -22,6 +22,7 @@ SLOT_WORDS = 3264  # 13,056 bytes: 16 x 1536 of MXFP4, 16 x 768 of FP8, each wit
 PART_COLS = (1536, 1024, 512)  # the first that divides a matrix' columns is its part
 COLUMN_UNIT = PART_COLS[-1]
 CHUNKS_PER_PART = {"mxfp4": 1, "fp8": 2, "bf16": 4}
+FORMATS = tuple(CHUNKS_PER_PART)
 # Words between tokens in a page beyond their columns: eight threads that read 16 bytes of two tokens hit all banks.
 PAGE_GAP = 16
 SUM_STRIDE = 20  # floats between tokens in a buffer of sums: 16 rows, and a bank for each thread of a warp
@@ -119,7 +120,7 @@ class Down:
     @property
     def splits(self) -> int:
         """Warps that share an expert's columns."""
-        return next(ways for ways in (WARPS // self.units, 2, 1) if self.features % (ways * STEP) == 0)
+        return next((ways for ways in (WARPS // self.units, 2) if self.features % (ways * STEP) == 0), 1)
 
 
 @dataclasses.dataclass(frozen=True)

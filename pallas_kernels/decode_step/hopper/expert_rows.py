@@ -8,7 +8,6 @@ from pallas_kernels.decode_step.hopper import products, routing
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, Matrix
 from pallas_kernels.decode_step.hopper.cta import Turns
 from pallas_kernels.decode_step.hopper.dense_rows import DenseRows
-from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.roles import Row
 from pallas_kernels.decode_step.schedule import Kind
 
@@ -102,7 +101,7 @@ class ExpertRows(DenseRows):
         m, plan, shared = self.machine, self.plan, self.shared
         slot_turn, page_turn = turns
         tile = products.multiply_expert_down(plan.down, plan.target.chosen, plan.columns)
-        for part in range(PAGE_PARTS):
+        for part in range(plan.pages):
             self.pages.before_read(page_turn + part)
         tiles, slots = row.last - row.first, self.down_slots()
 
@@ -112,13 +111,13 @@ class ExpertRows(DenseRows):
             self.with_slot(slot_turn + number, team, lambda slot: m.call(tile, (slot, *refs), scalars))
 
         self.each_item(team, slots, one)
-        for part in range(PAGE_PARTS):
+        for part in range(plan.pages):
             self.pages.freed(page_turn + part)
         m.meet()
         combine = products.combine(plan.target.chosen, plan.columns, plan.down.splits)
         m.call(combine, (shared.routes, shared.sums, shared.own), {"tiles": tiles, "team": team})
         self.stage()
-        return slot_turn + slots, page_turn + PAGE_PARTS
+        return slot_turn + slots, page_turn + plan.pages
 
     def down_slots(self) -> Any:
         """That the active experts' row blocks take."""

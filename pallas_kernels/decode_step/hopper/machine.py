@@ -40,8 +40,8 @@ class Machine(Protocol):
     def copy(self, source: Any, place: Any, barrier: Any) -> None:
         """Into shared memory, in bulk."""
 
-    def prefetch(self, source: Any) -> None:
-        """Into the L2 cache, all of a contiguous ref; nobody waits for it."""
+    def prefetch(self, source: Any, count: Any = 1) -> None:
+        """Into the L2 cache, a contiguous ref and what follows, so many times its size; nobody waits for it."""
 
     def push(self, source: Any, ref: Any, first: Any, size: int) -> None:
         """From shared memory to each device's `ref`, in bulk."""

@@ -13,6 +13,7 @@ from pallas_kernels.decode_step.hopper.attention import KEYS, Attention
 from pallas_kernels.decode_step.hopper.config import (
     COLUMN_UNIT,
     CONSUMERS,
+    LINE_WORDS,
     PAGE_GAP,
     ROWS,
     SLOT_WORDS,
@@ -33,7 +34,8 @@ from pallas_kernels.hardware import GPUS
 BARRIER_BYTES = 1024  # of shared memory, kept free
 SHARED_BYTES = GPUS["h200"].shared_memory_per_block - BARRIER_BYTES
 EXPERT_LINE = 256  # features of an expert's down whose bytes are whole lines, which single copies need
-PAGE_PARTS = 2  # of an input that shared memory holds at a time
+PAGES = 2  # parts of an input that shared memory holds at a time, those of all tokens
+PAGES_OF_FEW, FEW = 4, 2  # parts of so few tokens
 MOST_TOKENS = 8  # N of the tensor core's instruction; 16 would leave the ring no room beside their pages and sums
 MOST_SLOTS = MAX_BARRIERS // CONSUMERS  # each has a barrier for each warpgroup
 
@@ -155,14 +157,20 @@ class StepPlan:
     # Shared memory, in words.
 
     @property
+    def pages(self) -> int:
+        return PAGES_OF_FEW if self.tokens <= FEW else PAGES
+
+    @property
     def page_words(self) -> int:
-        """Of a part of an input."""
-        return max(self.inputs(kind).part_words for kind in self.products)
+        """From page to page: of a part of the real tokens' inputs; what lies behind them is taken for the others'."""
+        return padded(self.tokens * max(self.inputs(kind).token_words for kind in self.products), LINE_WORDS)
 
     @property
     def page_area(self) -> int:
         """Parts of an input; or the hidden rows of all pairs; or attention's queries and new keys and values."""
-        return max(PAGE_PARTS * self.page_words, self.hidden_rows * self.hidden_stride, self.attention_words)
+        last = max(self.inputs(kind).part_words for kind in self.products)
+        pages = (self.pages - 1) * self.page_words + last
+        return max(pages, self.hidden_rows * self.hidden_stride, self.attention_words)
 
     @property
     def hidden_stride(self) -> int:

@@ -173,16 +173,17 @@ def meet() -> None:
     plgpu.inline_mgpu()(lambda _: _barrier(Unit.CONSUMERS))()
 
 
-def prefetch(source: Any) -> None:
-    """Into the L2 cache, by one thread of a warp: a contiguous ref of whole 16 bytes, which begins at such."""
+def prefetch(source: Any, count: Any) -> None:
+    """Into the L2 cache, by one thread of a warp: `count` times a contiguous ref of whole 16 bytes, at such a place."""
     size = 4 * math.prod(source.shape)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def inline(_, source):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT))
+    def inline(_, source, count):
         with _first_thread(Unit.WARP):
-            _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [utils.memref_ptr(source), _i32(size)], "l,r")
+            nbytes = arith.muli(_scalar(count), _i32(size))
+            _asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [utils.memref_ptr(source), nbytes], "l,r")
 
-    inline(source)
+    inline(source, count)
 
 
 def add_one(place: Any) -> None:
