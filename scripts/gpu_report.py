@@ -29,7 +29,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jax-cuda13-plugin", "jax-cuda13-p
 NO_TESTS = 5  # pytest's exit code when nothing was selected
 # The plug-in for benchmarks, where somebody has installed it, warns of several processes, and warnings are errors.
 STEPS = {
-    "tests": ("-m", "pytest", "-q", "-m", "gpu", "-n", "8", "-p", "no:benchmark"),
+    "tests": ("-m", "pytest", "-q", "-m", "gpu", "-n", "auto", "-p", "no:benchmark"),
     "soak": ("scripts/benchmark.py", "soak"),
     "round": ("scripts/benchmark.py", "round"),
     "slice": ("scripts/benchmark.py", "slice", "--context", "1024"),

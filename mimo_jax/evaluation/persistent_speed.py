@@ -154,14 +154,25 @@ class Slice:
 
 
 def by_kind(slice_: Slice, timeline: np.ndarray) -> Record:
-    """Microseconds of all rows of a kind: a row's are from the end of the one before to its own, of the last CTA."""
-    ends = np.maximum.accumulate(timeline[:, :, ROLES.index("consume"), STAMPS.index("done")].max(axis=0))
-    took = np.diff(ends, prepend=0) / 1e3
-    kinds = slice_.table.rows[:, :, 0].max(axis=0)
-    found = {}
+    """Microseconds of all rows of a kind: a row's are from the end of the one before to its own, of the last CTA.
+
+    `begins` is when half of its CTAs have seen the signals that it waits for.
+    """
+    consume = timeline[:, :, ROLES.index("consume")] / 1e3
+    has_share = slice_.table.rows[:, :, 0] > 0
+    ready = np.where(has_share, consume[:, :, STAMPS.index("ready")], np.nan)
+    ends = np.maximum.accumulate(consume[:, :, STAMPS.index("done")].max(axis=0))
+    before = np.concatenate([[0], ends[:-1]])
+    kinds, found = slice_.table.rows[:, :, 0].max(axis=0), {}
     for kind in np.unique(kinds):
-        own = took[kinds == kind]
-        found[Op(kind).name.lower()] = {"rows": len(own), "us": float(own.sum()), "us_each": float(np.median(own))}
+        own = kinds == kind
+        took, begins = (ends - before)[own], np.nanmedian(ready[:, own], axis=0) - before[own]
+        found[Op(kind).name.lower()] = {
+            "rows": len(took),
+            "us": float(took.sum()),
+            "us_each": float(np.median(took)),
+            "begins": float(np.median(begins)),
+        }
     return found
 
 

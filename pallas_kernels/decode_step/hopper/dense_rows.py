@@ -60,7 +60,7 @@ class DenseRows(Cta):
             def one_item(number: Any, _: None) -> None:
                 item = own + number * CONSUMERS
                 scalars = {"item": team * most + item, "first": first, "is_first": is_first}
-                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
+                self.multiply_slot(matrix, team, turn + item, scalars)
 
             m.loop(0, m.div(items - own + CONSUMERS - 1, CONSUMERS), one_item)
             return turn + items
@@ -75,10 +75,15 @@ class DenseRows(Cta):
         self.each_item(team, items, add)
         return turns
 
-    def multiply_slot(self, matrix: Matrix, team: Any, slot: Any, scalars: dict[str, Any]) -> None:
-        tile = products.multiply_chunk(matrix, self.plan.columns)
-        refs = (slot, self.shared.page, self.shared.sums, self.scratch(team))
-        self.machine.call(tile, refs, scalars)
+    def multiply_slot(self, matrix: Matrix, team: Any, turn: Any, scalars: dict[str, Any]) -> None:
+        words = self.held(turn, team, products.load_chunk(matrix), products.words_held(matrix.format, matrix.warp_cols))
+        refs = (self.shared.page, self.shared.sums, self.scratch(team))
+        self.machine.call(products.multiply_chunk(matrix, self.plan.columns), refs, scalars, words)
+
+    def held(self, turn: Any, team: Any, tile: Any, count: int) -> Any:
+        """A slot's words in registers. The slot is free at once: it is time, not room, that the ring is short of."""
+        m = self.machine
+        return self.with_slot(turn, team, lambda slot: m.call(tile, (slot,), {}, m.first_state([0.0] * count)))
 
     def widen(self, team: Any, row: Row, turns: Turns) -> Turns:
         """QKV, and gate and up of dense layers: the same product of the stream up to their ends."""

@@ -87,7 +87,7 @@ class ExpertRows(DenseRows):
 
             def one_item(item: Any) -> None:
                 scalars = {"item": item, "first": page, "is_first": is_first}
-                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
+                self.multiply_slot(matrix, team, turn + item, scalars)
 
             self.each_item(team, items, one_item)
             return turn + items
@@ -100,15 +100,17 @@ class ExpertRows(DenseRows):
         """The products of all pairs for the CTA's own columns, each expert's by one team; then each token's sum."""
         m, plan, shared = self.machine, self.plan, self.shared
         slot_turn, page_turn = turns
-        tile = products.multiply_expert_down(plan.down, plan.target.chosen, plan.columns)
+        down = plan.down
+        tile = products.multiply_expert_down(down, plan.target.chosen, plan.columns)
+        count = down.tiles * products.words_held("mxfp4", down.features // down.splits)
         for part in range(plan.pages):
             self.pages.before_read(page_turn + part)
         tiles, slots = row.last - row.first, self.down_slots()
 
         def one(number: Any) -> None:
+            words = self.held(slot_turn + number, team, products.load_expert_down(down), count)
             refs = (shared.page, shared.sums, shared.pairs)
-            scalars = {"number": number, "units": shared.count[0], "tiles": tiles}
-            self.with_slot(slot_turn + number, team, lambda slot: m.call(tile, (slot, *refs), scalars))
+            m.call(tile, refs, {"number": number, "units": shared.count[0], "tiles": tiles}, words)
 
         self.each_item(team, slots, one)
         for part in range(plan.pages):
