@@ -20,7 +20,7 @@ from mimo_jax.config.model import MASTERS, ModelConfig
 from mimo_jax.decode.drafter import PLAIN, Drafter, Weights
 from mimo_jax.decode.loop import Decoder
 from mimo_jax.decode.sampling import Greedy, Strategy, strategy_of
-from mimo_jax.decode.step import FlaxStep, FusedStep, Step
+from mimo_jax.decode.step import FlaxStep, FusedStep
 from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
 from mimo_jax.errors import UserError
@@ -54,19 +54,14 @@ class Model:
         if self.layout == "native":
             return Decoder(FusedStep(self.config, aux_layers), self.drafter, self.rule)
         if self.layout == "persistent":
-            return Decoder(_persistent_step(self.config, self.params, aux_layers), self.drafter, self.rule)
+            from mimo_jax.decode import persistent_step  # which imports Mosaic, and takes a second for it
+
+            return Decoder(persistent_step.step_of(self.config, self.params, aux_layers), self.drafter, self.rule)
         return Decoder(FlaxStep(self.config, aux_layers, self.mesh), self.drafter, self.rule)
 
     @property
     def weights(self) -> Weights:
         return Weights(self.params, self.draft_params)
-
-
-def _persistent_step(config: ModelConfig, params: Params, aux_layers: tuple[int, ...]) -> Step:
-    from mimo_jax.decode.persistent_step import PersistentStep  # which imports Mosaic, and takes a second for it
-    from mimo_jax.layouts.persistent import formats_in
-
-    return PersistentStep(config, formats_in(config, params), aux_layers)
 
 
 def load(

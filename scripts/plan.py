@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if not args.json:
         print(report.text_of(record))
     if simulated:
-        record["timeline"] = timeline.record_of(simulated, args.tokens)
+        record["timeline"] = timeline.record_of(simulated, args.tokens, target)
         timeline.draw(simulated, args.timeline)
         if not args.json:
             print(timeline.text_of(record["timeline"]))

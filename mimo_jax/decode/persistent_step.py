@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.decode.step import Shown
-from mimo_jax.layouts.persistent import PERSISTENT, plan_of, rotary_tables
+from mimo_jax.layouts.persistent import PERSISTENT, formats_in, plan_of, rotary_tables
 from mimo_jax.modeling.backbone import Features
 from mimo_jax.weights import Params
 from pallas_kernels import persistent
@@ -120,6 +120,11 @@ class PersistentStep:
                 parts.append(aux_BTZ[..., place * width : (place + 1) * width])
                 place += 1
         return jnp.concatenate(parts, axis=-1) if parts else aux_BTZ[..., :0]
+
+
+def step_of(config: ModelConfig, params: Params, aux_layers: tuple[int, ...] = ()) -> PersistentStep:
+    """The step for parameters of the layout."""
+    return PersistentStep(config, formats_in(config, params), aux_layers)
 
 
 def _empty_row(plans: dict[int, StepPlan]) -> Row:

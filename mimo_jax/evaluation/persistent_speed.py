@@ -22,6 +22,7 @@ from mimo_jax.evaluation.speed import spread
 from mimo_jax.layouts.persistent import PERSISTENT, plan_of, rotary_tables
 from mimo_jax.loading import load
 from pallas_kernels import persistent
+from pallas_kernels.devices import on_hopper
 from pallas_kernels.hardware import GPUS
 from pallas_kernels.persistent import FAULT, ROLES, STAMPS, Buffers, Kind, Op, StepPlan, Table, Weights
 
@@ -176,8 +177,16 @@ def by_kind(slice_: Slice, timeline: np.ndarray) -> Record:
     return found
 
 
+def need_hopper() -> None:
+    """UserError, if the kernel does not run here."""
+    if not on_hopper():
+        kind = jax.devices()[0].device_kind
+        raise UserError(f"the persistent kernel runs on Hopper GPUs (H100, H200); JAX's default device is {kind!r}")
+
+
 def soak(rounds: int, seed: int = 0) -> Record:
     """One block of the bundled model again and again, over poisoned buffers: how many rounds gave other bits."""
+    need_hopper()
     model = load(layout="persistent", draft=False)
     step: Any = model.decoder.step
     weights, capacity, length = model.params[PERSISTENT], 256, 100
@@ -216,6 +225,7 @@ def measure(
     name: str, ways: int, layers: int | None, tokens: list[int], contexts: list[int], rounds: int, repeats: int
 ) -> Iterator[Record]:
     """A record for each number of tokens and context; the first says what was measured on."""
+    need_hopper()
     config = share(preset(name), ways, layers)
     if reason := StepPlan(target_of(config), PUBLISHED, max(tokens), max(contexts)).unsupported():
         raise UserError(f"the persistent kernel cannot serve this: {reason}")

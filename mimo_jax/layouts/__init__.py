@@ -39,8 +39,6 @@ def choose(mesh: Mesh | None, backend: str | None) -> str:
     """The layout for JAX's default device, or for a named backend of the experts."""
     if backend is not None and backend not in BACKENDS:
         raise UserError(f"experts: backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
-    if backend is None and mesh is None and on_hopper():
-        return "persistent"
     if backend == hopper.KERNEL or (backend is None and on_hopper()):
         return "hopper"
     if backend is None and mesh is None and jax.default_backend() == "cpu":
@@ -66,10 +64,6 @@ def for_device(
         raise UserError(f"layout {name!r} is unknown; known: {', '.join(LAYOUTS)}")
     if name == "persistent" and mesh is not None:
         raise UserError("layout 'persistent' is for one device; on a mesh 'hopper' serves")
-    if name == "persistent" and (reason := _reason_against_persistent(config, params)):
-        if layout:
-            raise UserError(f"layout 'persistent' cannot serve this model: {reason}")
-        name = "hopper"
     if name == "hopper" and (reason := hopper.reason_against(config, params, mesh)):
         if layout or backend:
             raise UserError(f"experts: backend {hopper.KERNEL!r} cannot serve this model: {reason}")
@@ -83,7 +77,7 @@ def for_device(
         name = "dense"
     packers = {
         "packed": partial(packed.pack, backend=backend),
-        "persistent": _pack_persistent,
+        "persistent": _persistent,
         "hopper": partial(hopper.pack, backend=backend, mesh=mesh, consume=consume),
         "native": native.pack,
         "dense": dense.pack,
@@ -91,15 +85,11 @@ def for_device(
     return name, *packers[name](config, params)
 
 
-def _reason_against_persistent(config: ModelConfig, params: Params) -> str | None:
+def _persistent(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     from mimo_jax.layouts import persistent  # which imports Mosaic, and takes a second for it
 
-    return persistent.reason_against(config, params)
-
-
-def _pack_persistent(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    from mimo_jax.layouts import persistent
-
+    if reason := persistent.reason_against(config, params):
+        raise UserError(f"layout 'persistent' cannot serve this model: {reason}")
     return persistent.for_device(config, params)
 
 

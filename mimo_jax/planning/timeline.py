@@ -1,6 +1,6 @@
-"""The persistent decode step as a table of work, at assumed costs: how long a round takes, and what it waits for.
+"""The persistent decode step as a table of work: how long a round takes, and what it waits for.
 
-Projected throughout: `pallas_kernels.decode_step` says what each row is assumed to cost.
+Projected throughout, from what rows took on one H200: `pallas_kernels.decode_step.simulate` says how much.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from mimo_jax.planning.traffic import Plan
 from pallas_kernels.decode_step import (
     END,
     HOPPER,
+    Costs,
     Timeline,
     assigned_rows,
     layer_of,
+    sensitivity,
     shard_of,
     step_phases,
     timeline_of,
@@ -41,24 +43,34 @@ def step_timeline(plan: Plan, target: Target, tokens: int) -> Timeline:
     if plan.shape.expert > 1:
         raise UserError(f"plan: --timeline has no experts in groups; --expert-parallel {plan.shape.expert} must be 1")
     rows = assigned_rows(step_phases(shard_of(target_of(plan.config), devices), tokens), min(devices, 2), gpu.sms)
-    return timeline_of(rows, dataclasses.replace(HOPPER, bandwidth=gpu.bandwidth / 1e6 / gpu.sms))
+    return timeline_of(rows, costs_of(target))
 
 
-def record_of(timeline: Timeline, tokens: int) -> dict[str, Any]:
-    """Microseconds, all projected."""
+def costs_of(target: Target) -> Costs:
+    """Those of an H200's SMs, at the target's bandwidth."""
+    return dataclasses.replace(HOPPER, bandwidth=target.gpu.bandwidth / 1e6 / target.gpu.sms)
+
+
+def record_of(timeline: Timeline, tokens: int, target: Target) -> dict[str, Any]:
+    """Microseconds, all projected; `saved` is by how much a round would be shorter if something were better."""
     layers = {str(layer): parts for layer, parts in sorted(timeline.exposed().items()) if layer != END}
     layers["end"] = timeline.exposed()[END]
-    return {"tokens": tokens, "round": timeline.round, "share_of_roofline": timeline.share, "chain": layers}
+    saved = sensitivity(timeline.rows, costs_of(target))
+    found = {"tokens": tokens, "round": timeline.round, "share_of_roofline": timeline.share}
+    return {**found, "chain": layers, "saved": saved}
 
 
 def text_of(record: dict[str, Any]) -> str:
     """The record for people; layers that are alike share a line."""
     lines = [
-        f"the persistent step at assumed costs (projected, not measured): {record['tokens']} tokens in "
+        f"the persistent step at an H200's costs (projected, not measured): {record['tokens']} tokens in "
         f"{record['round'] / 1e3:.2f} ms, {record['share_of_roofline']:.0%} of the weights' roofline",
         "what a layer takes, in us along the chain that the round's length is made of:",
     ]
-    return "\n".join(lines + [f"  {name:<14}{parts}" for name, parts in _alike(record["chain"])])
+    lines += [f"  {name:<14}{parts}" for name, parts in _alike(record["chain"])]
+    lines += ["what a round would save, in us:"]
+    lines += [f"  {saved:7.1f}  {name}" for name, saved in sorted(record["saved"].items(), key=lambda one: -one[1])]
+    return "\n".join(lines)
 
 
 def _alike(chain: dict[str, dict[str, float]]) -> Iterator[tuple[str, str]]:
@@ -93,6 +105,6 @@ def draw(timeline: Timeline, out: Path) -> None:
     axes.set(
         xlabel="us of the round (projected)",
         ylabel="SM",
-        title=f"Layers {DRAWN_LAYERS[0]} to {DRAWN_LAYERS[-1]} of the persistent step, at assumed costs",
+        title=f"Layers {DRAWN_LAYERS[0]} to {DRAWN_LAYERS[-1]} of the persistent step, at an H200's costs",
     )
     save_figure(figure, out)

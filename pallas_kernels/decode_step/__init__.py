@@ -28,7 +28,7 @@ from pallas_kernels.decode_step.native.layout import (
     stored_fp8,
 )
 from pallas_kernels.decode_step.schedule import step_phases
-from pallas_kernels.decode_step.simulate import END, HOPPER, Timeline, layer_of
+from pallas_kernels.decode_step.simulate import END, HOPPER, Costs, Timeline, layer_of, sensitivity
 from pallas_kernels.decode_step.simulate import simulate as timeline_of
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "NORMALLY",
     "TOP_SLOTS",
     "Blob",
+    "Costs",
     "DraftCache",
     "Drafter",
     "Layer",
@@ -57,6 +58,7 @@ __all__ = [
     "joined",
     "layer_of",
     "read_stream",
+    "sensitivity",
     "shard_of",
     "step",
     "step_phases",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import no_type_check
 
 from pallas_kernels.decode_step.schedule import Kind, Row
@@ -46,24 +46,37 @@ class Costs:
     threads: int = 0  # that claim rows without a worker
 
 
-# An SM of an H200 at 8 tokens and a short context. Assumed: none of these was measured.
+# An SM of an H200 at a short context, as rows of the kernel took there on one device with an eighth of V2.5-Pro
+# (docs/results/nvidia-h200-2026-11-26.json); a round's length comes out within 3 %. Between devices nothing was
+# measured: `hop` and SEND are assumed.
 HOPPER = Costs(
     bandwidth=4.8e6 / 132,
-    efficiency=0.9,
+    efficiency=0.87,  # of the head, which does nothing but stream
     bytes_per_weight=PUBLISHED_BYTES,
-    speedup=dict.fromkeys(PUBLISHED_BYTES, 3.0) | {Kind.EXPERT_GATE_UP: 1.25, Kind.EXPERT_DOWN: 1.25},
+    speedup=dict.fromkeys(PUBLISHED_BYTES, 1.15) | {Kind.ROUTER: 2.0, Kind.EXPERT_GATE_UP: 1.0, Kind.EXPERT_DOWN: 0.85},
     fixed={
-        Kind.LOAD: 0.8,  # from asking to the first byte
-        Kind.FETCH: 0.6,  # of the first quarter; the others arrive behind products
-        Kind.REDUCE: 0.4,
-        Kind.ATTEND: 2.0,
-        Kind.MERGE: 1.0,
-        Kind.TOP_K: 0.8,
+        Kind.LOAD: 1.0,  # from asking to the first byte
+        Kind.FETCH: 1.2,  # of the first part; the others arrive behind products
+        Kind.EMBED: 6.3,
+        Kind.REDUCE: 2.9,
+        Kind.ATTEND: 7.4,
+        Kind.MERGE: 3.7,
+        Kind.TOP_K: 3.4,
         Kind.SEND: 0.2,
+        Kind.PICK: 1.5,
+        # Of products: the first slot's way through the warps, sums over teams, stores and what a signal waits for.
+        Kind.QKV: 2.9,
+        Kind.OUTPUT: 0.7,
+        Kind.GATE_UP: 2.9,
+        Kind.DOWN: 0.7,
+        Kind.ROUTER: 2.3,
+        Kind.EXPERT_GATE_UP: 4.0,
+        Kind.EXPERT_DOWN: 1.5,
+        Kind.HEAD: 2.0,
     },
     overhead=0.1,
     local=0.05,
-    signal=1.0,
+    signal=0.42,
     hop=1.5,
     ring=104e3,  # eight slots
 )
@@ -81,6 +94,39 @@ CPU = Costs(
     products=65_536.0,
     threads=2,
 )
+
+
+def _halved(*kinds: Kind) -> Callable[[Costs], Costs]:
+    def change(costs: Costs) -> Costs:
+        own = {kind: costs.fixed[kind] / 2 for kind in kinds if kind in costs.fixed}
+        return dataclasses.replace(costs, fixed={**costs.fixed, **own})
+
+    return change
+
+
+# What might be better, and the costs then: a round's sensitivity to each.
+EASED: dict[str, Callable[[Costs], Costs]] = {
+    "a tenth more of the bandwidth": lambda costs: dataclasses.replace(costs, efficiency=1.1 * costs.efficiency),
+    "experts' weights used 1.25 times as fast": lambda costs: dataclasses.replace(
+        costs,
+        speedup={kind: 1.25 if kind in _EXPERTS else speed for kind, speed in costs.speedup.items()},
+    ),
+    "signals in half the time": lambda costs: dataclasses.replace(costs, signal=costs.signal / 2),
+    "hops in half the time": lambda costs: dataclasses.replace(costs, hop=costs.hop / 2),
+    "half of fetching": _halved(Kind.FETCH),
+    "half of what dense products take beside weights": _halved(Kind.QKV, Kind.OUTPUT, Kind.GATE_UP, Kind.DOWN),
+    "half of attention": _halved(Kind.ATTEND, Kind.MERGE),
+    "half of adding to the stream": _halved(Kind.REDUCE),
+    "half of routing": _halved(Kind.ROUTER, Kind.TOP_K),
+    "half of what experts take beside weights": _halved(Kind.EXPERT_GATE_UP, Kind.EXPERT_DOWN),
+}
+_EXPERTS = (Kind.EXPERT_GATE_UP, Kind.EXPERT_DOWN)
+
+
+def sensitivity(rows: list[Row], costs: Costs) -> dict[str, float]:
+    """By how many microseconds each of `EASED` would shorten a round."""
+    now = simulate(rows, costs).round
+    return {name: now - simulate(rows, ease(costs)).round for name, ease in EASED.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mimo_jax.decode import persistent_step
-from mimo_jax.decode.persistent_step import PersistentStep
+from mimo_jax.decode.persistent_step import step_of
 from mimo_jax.decode.step import FlaxStep
 from mimo_jax.errors import UserError
 from mimo_jax.layouts import for_device, persistent
@@ -49,7 +49,7 @@ def step(monkeypatch):
         monkeypatch.setattr(module, "plan_of", small)
     name, config, packed = for_device(CONFIG, params(), layout="persistent")
     assert name == "persistent"
-    return PersistentStep(config, persistent.formats_in(config, packed), AUX), packed
+    return step_of(config, packed, AUX), packed
 
 
 def test_two_rows_in_pieces(step):

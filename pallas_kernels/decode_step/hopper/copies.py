@@ -13,6 +13,7 @@ from pallas_kernels.decode_step.hopper.attention import Attention
 from pallas_kernels.decode_step.hopper.attention_rows import AttentionRows
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, LINE_WORDS, ROWS, SLOT_COPIES, Inputs, padded
 from pallas_kernels.decode_step.hopper.expert_rows import ExpertRows
+from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.roles import Row
 from pallas_kernels.decode_step.hopper.table import Op
 from pallas_kernels.decode_step.schedule import Kind
@@ -73,75 +74,60 @@ class Copies(ExpertRows, AttentionRows):
         for start in (0, positions):
             self.prefetch_floats(self.weights.rotary[is_sliding], start + first, half, count)
 
-    def fill_row(self, turn: Any, chunks: int, items: Any, team_of: Any, source_of: Any, then: Any = None) -> Any:
-        """Every item of a chunk, chunk after chunk. `then` is called once, when a slot was free for the first.
-
-        Two loops, as dividing would take longer than all the rest.
-        """
-        m = self.machine
-
-        def one_chunk(chunk: Any, turn: Any) -> Any:
-            def one_item(item: Any, _: None) -> None:
-                self.fill(turn + item, m.rem(team_of(item, chunk), CONSUMERS), source_of(item, chunk))
-                if then is not None:
-                    m.when(chunk + item == 0, then)
-
-            m.loop(0, items, one_item)
-            return turn + items
-
-        return m.loop(0, chunks, one_chunk, turn)
-
     def load_matrix(self, kind: Kind, row: Row, turn: Any) -> Any:
         m, matrix = self.machine, self.plan.matrix(kind)
         layer = 0 if kind == Kind.HEAD else row.layer
         items, words = row.last - row.first, self.weights.matrices[kind]
-
-        def prefetch() -> None:  # what the ring has no room for, while memory would have nothing to do
+        if kind != Kind.HEAD:  # which is larger than the cache
+            # What the ring has no room for is under way while memory would have nothing to do.
             m.prefetch(words.at[layer, row.first], items)
 
-        return self.fill_row(
-            turn,
-            matrix.columns.chunks,
-            items,
-            lambda item, chunk: row.first + item + chunk,
-            lambda item, chunk: words.at[layer, row.first + item, chunk],
-            None if kind == Kind.HEAD else prefetch,  # which is larger than the cache
-        )
+        def one(number: Any, turn: Any) -> Any:
+            chunk, block = m.div(number, items), row.first + m.rem(number, items)
+            team = m.rem(block + chunk, CONSUMERS)
+            self.fill(turn, team, words.at[layer, block, chunk])
+            return turn + 1
+
+        return m.loop(0, items * matrix.columns.chunks, one, turn)
 
     def load_router(self, row: Row, turn: Any) -> Any:
-        m, words = self.machine, self.weights.router
+        m, router = self.machine, self.plan.router
+        m.prefetch(self.weights.router.at[row.layer, m.cta])
+        self.prefetch_floats(self.weights.router_bias, row.layer, self.plan.target.experts, 1)
 
-        def prefetch() -> None:
-            m.prefetch(words.at[row.layer, m.cta])
-            self.prefetch_floats(self.weights.router_bias, row.layer, self.plan.target.experts, 1)
+        def one(chunk: Any, turn: Any) -> Any:
+            source = self.weights.router.at[row.layer, m.cta, chunk]
+            self.fill(turn, m.rem(chunk, CONSUMERS), source)
+            return turn + 1
 
-        chunks = self.plan.router.columns.chunks
-        source_of = lambda item, chunk: words.at[row.layer, m.cta, chunk]  # noqa: E731
-        return self.fill_row(turn, chunks, 1, lambda item, chunk: chunk, source_of, prefetch)
+        return m.loop(0, router.columns.chunks, one, turn)
 
     def load_experts(self, row: Row, turn: Any) -> Any:
-        m, plan, matrix = self.machine, self.plan, self.plan.matrix(Kind.EXPERT_GATE_UP)
+        m, matrix = self.machine, self.plan.matrix(Kind.EXPERT_GATE_UP)
         m.wait(self.shared.listed)
         first, last, blocks = self.expert_blocks(row)
-        stack = self.weights.matrices[Kind.EXPERT_GATE_UP]
+        items, stack = last - first, self.weights.matrices[Kind.EXPERT_GATE_UP]
 
-        def source_of(item: Any, chunk: Any) -> Any:
-            expert = row.layer * plan.target.experts + self.shared.active[m.div(first + item, blocks)]
-            return stack.at[expert, m.rem(first + item, blocks), chunk]
+        def one(number: Any, turn: Any) -> Any:
+            chunk, item = m.div(number, items), m.rem(number, items)
+            expert = row.layer * self.plan.target.experts + self.shared.active[m.div(first + item, blocks)]
+            source = stack.at[expert, m.rem(first + item, blocks), chunk]
+            self.fill(turn, m.rem(item, CONSUMERS), source)
+            return turn + 1
 
-        team_of = lambda item, chunk: item + chunk if plan.splits_experts else item  # noqa: E731
-        return self.fill_row(turn, matrix.columns.chunks, last - first, team_of, source_of)
+        return m.loop(0, items * matrix.columns.chunks, one, turn)
 
     def load_down(self, row: Row, turn: Any) -> Any:
         """Of each active expert the row blocks of the CTA's own columns, side by side; one in vain, if it owns none."""
-        m, plan, slots = self.machine, self.plan, self.down_slots()
+        m, plan = self.machine, self.plan
+        least = plan.target.width // ROWS // plan.ctas
 
-        def fill_all(tiles: int) -> None:
-            m.loop(0, slots, lambda number, _: self.fill_down(row, turn + number, number, tiles))
+        def one(number: Any, turn: Any) -> Any:
+            for tiles in sorted({least, plan.down.tiles}):
+                m.when(row.last - row.first == tiles, partial(self.fill_down, row, turn, number, tiles))
+            return turn + 1
 
-        for tiles in sorted({plan.target.width // ROWS // plan.ctas, plan.down.tiles}):
-            m.when(row.last - row.first == tiles, partial(fill_all, tiles))
-        return turn + slots
+        return m.loop(0, self.down_slots(), one, turn)
 
     def fill_down(self, row: Row, turn: Any, number: Any, tiles: int) -> None:
         m, down, units = self.machine, self.plan.down, self.shared.count[0]
@@ -226,14 +212,14 @@ class Copies(ExpertRows, AttentionRows):
         return self.machine.loop(0, inputs.columns.parts, one, turn)
 
     def fetch_hidden(self, row: Row, turn: Any) -> Any:
-        """All pairs' rows, across all pages, wherever those begin."""
-        words = self.plan.hidden_rows * self.plan.hidden_stride // self.plan.pages
+        """All pairs' rows, across both places of the page, wherever they begin."""
+        words = self.plan.hidden_rows * self.plan.hidden_stride // PAGE_PARTS
 
         def one(part: Any, turn: Any) -> Any:
             self.fetch_page(turn, part * words, self.buffers.hidden, part * words, words)
             return turn + 1
 
-        return self.machine.loop(0, self.plan.pages, one, turn)
+        return self.machine.loop(0, PAGE_PARTS, one, turn)
 
     def fetch_page(self, turn: Any, at: Any, source: Any, first: Any, words: int) -> None:
         m = self.machine

@@ -46,21 +46,17 @@ class DenseRows(Cta):
 
     def multiply(self, kind: Kind, team: Any, row: Row, turns: Turns) -> Turns:
         """A dense matrix: of few row blocks each team does every fourth chunk, and then the teams' sums are added."""
-        return self.multiply_split(self.plan.matrix(kind), team, row.first, row.last - row.first, turns)
-
-    def multiply_split(self, matrix: Matrix, team: Any, start: Any, items: Any, turns: Turns) -> Turns:
-        """Item i of chunk c is the work of team (start + i + c) % 4."""
-        m, plan = self.machine, self.plan
-        most = plan.dense_items
+        m, plan, matrix = self.machine, self.plan, self.plan.matrix(kind)
+        items, most = row.last - row.first, plan.dense_items
 
         def one_chunk(chunk: Any, first: Any, turn: Any) -> Any:
-            own = m.rem(team + CONSUMERS - m.rem(start + chunk, CONSUMERS), CONSUMERS)
+            own = m.rem(team + CONSUMERS - m.rem(row.first + chunk, CONSUMERS), CONSUMERS)
             is_first = m.integer(chunk < CONSUMERS)
 
             def one_item(number: Any, _: None) -> None:
                 item = own + number * CONSUMERS
                 scalars = {"item": team * most + item, "first": first, "is_first": is_first}
-                self.multiply_slot(matrix, team, turn + item, scalars)
+                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
 
             m.loop(0, m.div(items - own + CONSUMERS - 1, CONSUMERS), one_item)
             return turn + items
@@ -70,20 +66,15 @@ class DenseRows(Cta):
         tile = products.add_teams(plan.columns, min(CONSUMERS, matrix.columns.chunks), most)
 
         def add(item: Any) -> None:
-            m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(start + item, CONSUMERS)})
+            m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(row.first + item, CONSUMERS)})
 
         self.each_item(team, items, add)
         return turns
 
-    def multiply_slot(self, matrix: Matrix, team: Any, turn: Any, scalars: dict[str, Any]) -> None:
-        words = self.held(turn, team, products.load_chunk(matrix), products.words_held(matrix.format, matrix.warp_cols))
-        refs = (self.shared.page, self.shared.sums, self.scratch(team))
-        self.machine.call(products.multiply_chunk(matrix, self.plan.columns), refs, scalars, words)
-
-    def held(self, turn: Any, team: Any, tile: Any, count: int) -> Any:
-        """A slot's words in registers. The slot is free at once: it is time, not room, that the ring is short of."""
-        m = self.machine
-        return self.with_slot(turn, team, lambda slot: m.call(tile, (slot,), {}, m.first_state([0.0] * count)))
+    def multiply_slot(self, matrix: Matrix, team: Any, slot: Any, scalars: dict[str, Any]) -> None:
+        tile = products.multiply_chunk(matrix, self.plan.columns)
+        refs = (slot, self.shared.page, self.shared.sums, self.scratch(team))
+        self.machine.call(tile, refs, scalars)
 
     def widen(self, team: Any, row: Row, turns: Turns) -> Turns:
         """QKV, and gate and up of dense layers: the same product of the stream up to their ends."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pallas_kernels.decode_step.hopper import products, routing
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, Matrix
+from pallas_kernels.decode_step.hopper.config import CONSUMERS
 from pallas_kernels.decode_step.hopper.cta import Turns
 from pallas_kernels.decode_step.hopper.dense_rows import DenseRows
+from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.roles import Row
 from pallas_kernels.decode_step.schedule import Kind
 
@@ -66,8 +67,19 @@ class ExpertRows(DenseRows):
         m, plan, matrix = self.machine, self.plan, self.plan.matrix(Kind.EXPERT_GATE_UP)
         first, last, blocks = self.expert_blocks(row)
         self.factors(team)
-        whole = self.multiply_split if plan.splits_experts else self.multiply_whole
-        turns = whole(matrix, team, 0, last - first, turns)
+
+        def one_chunk(chunk: Any, page: Any, turn: Any) -> Any:
+            is_first = m.integer(chunk == 0)
+
+            def one_item(item: Any) -> None:
+                scalars = {"item": item, "first": page, "is_first": is_first}
+                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
+
+            self.each_item(team, last - first, one_item)
+            return turn + (last - first)
+
+        turns = self.by_parts(matrix.columns, turns, one_chunk)
+        m.meet()
         tile = products.store_activated(plan.hidden_place, plan.columns, "bf16", True)
         refs = (self.shared.sums, self.buffers.hidden, self.shared.factors, self.shared.pairs)
 
@@ -78,48 +90,28 @@ class ExpertRows(DenseRows):
         self.each_item(team, last - first, store)
         return turns
 
-    def multiply_whole(self, matrix: Matrix, team: Any, start: Any, items: Any, turns: Turns) -> Turns:
-        """Each item is the work of one team."""
-        m = self.machine
-
-        def one_chunk(chunk: Any, page: Any, turn: Any) -> Any:
-            is_first = m.integer(chunk == 0)
-
-            def one_item(item: Any) -> None:
-                scalars = {"item": item, "first": page, "is_first": is_first}
-                self.multiply_slot(matrix, team, turn + item, scalars)
-
-            self.each_item(team, items, one_item)
-            return turn + items
-
-        turns = self.by_parts(matrix.columns, turns, one_chunk)
-        m.meet()
-        return turns
-
     def expert_down(self, team: Any, row: Row, turns: Turns) -> Turns:
         """The products of all pairs for the CTA's own columns, each expert's by one team; then each token's sum."""
         m, plan, shared = self.machine, self.plan, self.shared
         slot_turn, page_turn = turns
-        down = plan.down
-        tile = products.multiply_expert_down(down, plan.target.chosen, plan.columns)
-        count = down.tiles * products.words_held("mxfp4", down.features // down.splits)
-        for part in range(plan.pages):
+        tile = products.multiply_expert_down(plan.down, plan.target.chosen, plan.columns)
+        for part in range(PAGE_PARTS):
             self.pages.before_read(page_turn + part)
         tiles, slots = row.last - row.first, self.down_slots()
 
         def one(number: Any) -> None:
-            words = self.held(slot_turn + number, team, products.load_expert_down(down), count)
             refs = (shared.page, shared.sums, shared.pairs)
-            m.call(tile, refs, {"number": number, "units": shared.count[0], "tiles": tiles}, words)
+            scalars = {"number": number, "units": shared.count[0], "tiles": tiles}
+            self.with_slot(slot_turn + number, team, lambda slot: m.call(tile, (slot, *refs), scalars))
 
         self.each_item(team, slots, one)
-        for part in range(plan.pages):
+        for part in range(PAGE_PARTS):
             self.pages.freed(page_turn + part)
         m.meet()
         combine = products.combine(plan.target.chosen, plan.columns, plan.down.splits)
         m.call(combine, (shared.routes, shared.sums, shared.own), {"tiles": tiles, "team": team})
         self.stage()
-        return slot_turn + slots, page_turn + plan.pages
+        return slot_turn + slots, page_turn + PAGE_PARTS
 
     def down_slots(self) -> Any:
         """That the active experts' row blocks take."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.decode_step.hopper import roles, sync
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
 from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Shared, Weights
-from pallas_kernels.decode_step.hopper.plan import StepPlan
+from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS, StepPlan
 from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
 from pallas_kernels.decode_step.hopper.program import Program
 from pallas_kernels.decode_step.hopper.roles import Queue, Ring, Row
@@ -120,7 +120,7 @@ def launch(
         def with_scratch(shared: Shared, ring: tuple, pages: tuple) -> None:
             machine = Mosaic(plan)
             slots, full, empty = ring
-            ring_, pages_ = Ring(full, empty, plan.slots, slots), Queue(pages[0], pages[1], plan.pages)
+            ring_, pages_ = Ring(full, empty, plan.slots, slots), Queue(pages[0], pages[1], PAGE_PARTS)
             _run(Program(plan, machine, step, tokens, weights, held, shared, ring_, pages_), table)
 
         pl.run_scoped(with_scratch, *scratch(plan), collective_axes=roles.THREAD_AXIS)
@@ -163,7 +163,7 @@ def scratch(plan: StepPlan) -> tuple[Shared, tuple, tuple]:
         staged=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
     full, empty = Ring.barriers(plan.slots, fills=SLOT_COPIES)
-    pages = Queue.barriers(plan.pages, 1, CONSUMERS)
+    pages = Queue.barriers(PAGE_PARTS, 1, CONSUMERS)
     return shared, (words((plan.slots, SLOT_WORDS)), full, empty), pages
 
 

@@ -13,7 +13,6 @@ from pallas_kernels.decode_step.hopper.attention import KEYS, Attention
 from pallas_kernels.decode_step.hopper.config import (
     COLUMN_UNIT,
     CONSUMERS,
-    LINE_WORDS,
     PAGE_GAP,
     ROWS,
     SLOT_WORDS,
@@ -34,8 +33,7 @@ from pallas_kernels.hardware import GPUS
 BARRIER_BYTES = 1024  # of shared memory, kept free
 SHARED_BYTES = GPUS["h200"].shared_memory_per_block - BARRIER_BYTES
 EXPERT_LINE = 256  # features of an expert's down whose bytes are whole lines, which single copies need
-PAGES = 2  # parts of an input that shared memory holds at a time, those of all tokens
-PAGES_OF_FEW, FEW = 4, 2  # parts of so few tokens
+PAGE_PARTS = 2  # of an input that shared memory holds at a time
 MOST_TOKENS = 8  # N of the tensor core's instruction; 16 would leave the ring no room beside their pages and sums
 MOST_SLOTS = MAX_BARRIERS // CONSUMERS  # each has a barrier for each warpgroup
 
@@ -148,29 +146,17 @@ class StepPlan:
     def dense_items(self) -> int:
         return max(self.items(kind) for kind in self.products if kind != Kind.EXPERT_GATE_UP)
 
-    @property
-    def splits_experts(self) -> bool:
-        """Whether teams share an item of gate and up, there being few; sums keep their order."""
-        kind = Kind.EXPERT_GATE_UP
-        return self.items(kind) <= self.dense_items and self.matrix(kind).columns.chunks <= CONSUMERS
-
     # Shared memory, in words.
 
     @property
-    def pages(self) -> int:
-        return PAGES_OF_FEW if self.tokens <= FEW else PAGES
-
-    @property
     def page_words(self) -> int:
-        """From page to page: of a part of the real tokens' inputs; what lies behind them is taken for the others'."""
-        return padded(self.tokens * max(self.inputs(kind).token_words for kind in self.products), LINE_WORDS)
+        """Of a part of an input."""
+        return max(self.inputs(kind).part_words for kind in self.products)
 
     @property
     def page_area(self) -> int:
         """Parts of an input; or the hidden rows of all pairs; or attention's queries and new keys and values."""
-        last = max(self.inputs(kind).part_words for kind in self.products)
-        pages = (self.pages - 1) * self.page_words + last
-        return max(pages, self.hidden_rows * self.hidden_stride, self.attention_words)
+        return max(PAGE_PARTS * self.page_words, self.hidden_rows * self.hidden_stride, self.attention_words)
 
     @property
     def hidden_stride(self) -> int:

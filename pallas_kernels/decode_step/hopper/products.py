@@ -36,16 +36,14 @@ from pallas_kernels.decode_step.hopper.config import (
 from pallas_kernels.expert_matmul import hopper_layout
 from pallas_kernels.expert_matmul.hopper_layout import STEP
 from pallas_kernels.expert_matmul.mosaic_tile import CODE_BITS, LAST_BITS, decode_text, scale_pair_text
-from pallas_kernels.lanes import WARP, WARPGROUP, Lanes, Memory, Value
+from pallas_kernels.lanes import WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
 
 Tile = Callable[[Lanes, Sequence[Memory], dict[str, Value]], None]
-StateTile = Callable[[Lanes, Sequence[Memory], dict[str, Value], list[Value]], list[Value]]  # state in, state out
 Sums = list[list[Value]]  # a thread's four sums of each eight tokens
 TOKENS = 8  # N of the instruction
 BLOCK = 32  # columns whose operands a thread has side by side: of two instructions
 FRAGMENT = ROWS * TOKENS  # sums of one instruction
-SCALED_COLS = {"mxfp4": STEP, "fp8": FP8_SEGMENT}  # whose scales a thread holds in two words
 OWN_COLUMNS = 3 * ROWS  # of the residual, at most those of one CTA
 
 _DECODE_MXFP4 = decode_text("$4", "$5", ("$0", "$1", "$2", "$3"))
@@ -57,37 +55,26 @@ cvt.rn.f16x2.e4m3x2 $1, hi;
 }"""
 
 
-def load_chunk(matrix: Matrix) -> StateTile:
-    """A warp's part of a slot's row block into registers: whoever has it needs the slot no more.
-
-    Memories: slot int32 [slot_words]. State: so many words of each thread as `words_held` says, as floats.
-    """
-
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value], state: list[Value]) -> list[Value]:
-        return _held(lanes, memories[0], matrix.format, matrix.warp_cols, lanes.warp * matrix.tile_words)
-
-    return tile
-
-
-def multiply_chunk(matrix: Matrix, tokens: int) -> StateTile:
+def multiply_chunk(matrix: Matrix, tokens: int) -> Tile:
     """Adds a slot's row block, times the inputs of its chunk, to an item's sums.
 
-    State: what `load_chunk` has loaded. Memories: page int32, a token's part every part_cols/2 + PAGE_GAP words, inputs
-    bf16, or float16 times 2**-INPUT_SHIFT if the matrix is FP8; sums float32 [items, tokens * SUM_STRIDE]; scratch
-    float32 [4 * tokens * SUM_STRIDE] of the warpgroup. Scalars: item; first, the page's word with the chunk's first
-    column of token 0; is_first, 1 if the sums begin with this chunk. When it returns, all warps have read the page.
+    Memories: slot int32 [slot_words]; page int32, a token's part every part_cols/2 + PAGE_GAP words, inputs bf16, or
+    float16 times 2**-INPUT_SHIFT if the matrix is FP8; sums float32 [items, tokens * SUM_STRIDE]; scratch float32
+    [4 * tokens * SUM_STRIDE] of the warpgroup. Scalars: item; first, the page's word with the chunk's first column of
+    token 0; is_first, 1 if the sums begin with this chunk. When it returns, all warps have read slot and page.
     """
     token_words = Inputs(matrix.columns, tokens).token_words
 
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value], state: list[Value]) -> list[Value]:
-        page, sums, scratch = memories
+    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
+        slot, page, sums, scratch = memories
         row, quad = lanes.lane // 4, lanes.lane % 4
         inputs = scalars["first"] + lanes.warp * (matrix.warp_cols // 2) + row * token_words + quad * 4
         groups = [inputs + first * token_words for first in range(0, tokens, TOKENS)]
-        operands = _Operands(lanes, matrix.format, matrix.warp_cols, state, page, groups)
+        codes = lanes.warp * matrix.tile_words + lanes.lane * 4
+        scales = lanes.warp * matrix.tile_words + (row * 2 + code_words(matrix.format, matrix.warp_cols))
+        operands = _Operands(lanes, matrix.warp_cols, slot, codes, scales, page, groups)
         products = _PRODUCTS[matrix.format](operands)
         _add_up(lanes, products, sums, scratch, scalars["item"], scalars["is_first"])
-        return state
 
     return tile
 
@@ -164,36 +151,18 @@ def store_activated(place_of: Callable[[Value, Value], Value], tokens: int, kind
     return tile
 
 
-def load_expert_down(down: Down) -> StateTile:
-    """As `load_chunk`, of experts' row blocks of down; a warp has a part of an expert's columns.
+def multiply_expert_down(down: Down, chosen: int, tokens: int) -> Tile:
+    """A slot's experts' row blocks of down times their tokens' hidden rows; a warp has a part of an expert's columns.
 
-    Memories: slot int32 [units, tiles, tile_words], tiles of 16 rows by all features. State: the words of all tiles.
-    """
-    cols = down.features // down.splits
-
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value], state: list[Value]) -> list[Value]:
-        within, part = (lanes.warp // down.splits).minimum(down.units - 1), lanes.warp % down.splits
-        found = []
-        for number in range(down.tiles):
-            first = within * down.unit_words + number * down.tile_words
-            found += _held(lanes, memories[0], "mxfp4", cols, first, part, down.features)
-        return found
-
-    return tile
-
-
-def multiply_expert_down(down: Down, chosen: int, tokens: int) -> StateTile:
-    """Experts' row blocks of down times their tokens' hidden rows.
-
-    State: what `load_expert_down` has loaded. Memories: page int32, a pair's hidden row of bf16 every
-    features/2 + PAGE_GAP words; products float32 [splits, pairs, OWN_COLUMNS]; pairs int32 [experts * tokens], -1 for
-    none. Scalars: number, of the slot; units, of all slots; tiles that there are.
+    Memories: slot int32 [units, tiles, tile_words], tiles of 16 rows by all features; page int32, a pair's hidden row
+    of bf16 every features/2 + PAGE_GAP words; products float32 [splits, pairs, OWN_COLUMNS]; pairs int32
+    [experts * tokens], -1 for none. Scalars: number, of the slot; units, of all slots; tiles that there are.
     """
     token_words, cols = down.features // 2 + PAGE_GAP, down.features // down.splits
-    size, held = tokens * chosen * OWN_COLUMNS, words_held("mxfp4", cols)
+    size = tokens * chosen * OWN_COLUMNS
 
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value], state: list[Value]) -> list[Value]:
-        page, products, pairs = memories
+    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
+        slot, page, products, pairs = memories
         row, quad = lanes.lane // 4, lanes.lane % 4
         within, part = lanes.warp // down.splits, lanes.warp % down.splits
         unit = scalars["number"] * down.units + within
@@ -201,8 +170,10 @@ def multiply_expert_down(down: Down, chosen: int, tokens: int) -> StateTile:
             firsts = [unit * tokens + first for first in range(0, tokens, TOKENS)]
             read = [lanes.load_one(pairs, first + row, I32).maximum(0) for first in firsts]
             inputs = [pair * token_words + (part * (cols // 2) + quad * 4) for pair in read]
-            words = [state[number * held : (number + 1) * held] for number in range(down.tiles)]
-            tiles = [_Operands(lanes, "mxfp4", cols, own, page, inputs) for own in words]
+            codes = within * down.unit_words + (part * (2 * cols) + lanes.lane * 4)
+            scales = within * down.unit_words + (part * (cols // 8) + row * 2 + code_words("mxfp4", down.features))
+            firsts_of = [number * down.tile_words for number in range(down.tiles)]
+            tiles = [_Operands(lanes, cols, slot, codes + at, scales + at, page, inputs) for at in firsts_of]
             for number, found in enumerate(_mxfp4(tiles, chains=1)):
                 with lanes.when(scalars["tiles"] > number):
                     for first, sums in zip(firsts, found):
@@ -212,7 +183,6 @@ def multiply_expert_down(down: Down, chosen: int, tokens: int) -> StateTile:
                             with lanes.when(pair >= 0):
                                 column = pair * OWN_COLUMNS + (number * ROWS + row + index // 2 * 8)
                                 lanes.store([value], products, part * size + column)
-        return state
 
     return tile
 
@@ -251,49 +221,24 @@ def place(token: Any, row: Any) -> Any:
     return token // TOKENS * FRAGMENT + thread * 4 + row // 8 * 2 + token % 2
 
 
-def words_held(format: str, cols: int) -> int:
-    """Of each thread, of 16 rows by so many columns."""
-    return code_words(format, cols) // WARP + (2 * (cols // SCALED_COLS[format]) if format in SCALED_COLS else 0)
-
-
-def _held(
-    lanes: Lanes, slot: Memory, format: str, cols: int, first: Value, part: Any = 0, of_cols: int | None = None
-) -> list[Value]:
-    """A thread's codes, then its scales (of rows g and g + 8) of each step, of a tile at word `first`.
-
-    With `of_cols` a part of the tile's columns.
-    """
-    size, words = code_words(format, cols), []
-    codes = first + lanes.lane * 4 + part * size
-    for offset in range(0, size, 4 * WARP):
-        words += lanes.load(slot, codes + offset, I32, 4)
-    if format in SCALED_COLS:
-        steps = cols // SCALED_COLS[format]
-        scales = first + lanes.lane // 4 * 2 + part * (steps * ROWS) + code_words(format, of_cols or cols)
-        for step in range(steps):
-            words += lanes.load(slot, scales + step * ROWS, I32, 2)
-    return [word.as_float() for word in words]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Operands:
-    """A warp's `cols` columns of a tile, as `_held` has loaded them, and where the page has the thread's inputs."""
+    """A warp's `cols` columns of a tile: where slot and page have the thread's first codes, scales and inputs."""
 
     lanes: Lanes
-    format: str
     cols: int
-    words: Sequence[Value]
+    slot: Memory
+    first_codes: Value
+    first_scales: Value
     page: Memory
     tokens: Sequence[Value]  # of each group of eight
 
     def codes(self, offset: int) -> list[Value]:
-        """Four words: those of the 128 words of a warp from word `offset` on."""
-        return [word.as_int() for word in self.words[offset // WARP : offset // WARP + 4]]
+        return self.lanes.load(self.slot, self.first_codes + offset, I32, 4)
 
-    def scales(self, step: int) -> list[Value]:
-        """The two words of rows g and g + 8, as floats."""
-        first = code_words(self.format, self.cols) // WARP + 2 * step
-        return list(self.words[first : first + 2])
+    def scales(self, step: int, kind: str) -> list[Value]:
+        """The two words of rows g and g + 8."""
+        return self.lanes.load(self.slot, self.first_scales + step * ROWS, kind, 2)
 
     def inputs(self, block: int) -> list[list[Value]]:
         """The B operands of a block's two instructions, for each eight tokens."""
@@ -313,7 +258,7 @@ def _mxfp4(tiles: Sequence[_Operands], chains: int) -> list[Sums]:
     lanes = tiles[0].lanes
     sums = [[operands.zeros() for _ in range(chains)] for operands in tiles]
     for step in range(tiles[0].cols // STEP):
-        stored = [[scale.as_int() for scale in operands.scales(step)] for operands in tiles]
+        stored = [operands.scales(step, I32) for operands in tiles]
         words = [operands.codes(step * 256) + operands.codes(step * 256 + 128) for operands in tiles]
         for block in range(STEP // BLOCK):
             inputs = tiles[0].inputs(step * (STEP // BLOCK) + block)
@@ -330,7 +275,7 @@ def _fp8(operands: _Operands) -> Sums:
     """Each segment is a chain of its own, for its scale."""
     lanes, sums = operands.lanes, operands.zeros()
     for segment in range(operands.cols // FP8_SEGMENT):
-        scales, parts = operands.scales(segment), operands.zeros()
+        scales, parts = operands.scales(segment, F32), operands.zeros()
         for block in (2 * segment, 2 * segment + 1):
             words, inputs = operands.codes(block * 128), operands.inputs(block)
             for which in range(2):

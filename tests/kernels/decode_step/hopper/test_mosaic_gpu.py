@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -18,10 +20,10 @@ from pallas_kernels.decode_step.assigned import CTAS, shard_of
 from pallas_kernels.decode_step.hopper import mosaic_gpu, state
 from pallas_kernels.decode_step.hopper.plan import StepPlan
 from pallas_kernels.decode_step.hopper.roles import FIELDS
-from pallas_kernels.decode_step.hopper.table import EPOCH, SHARED
+from pallas_kernels.decode_step.hopper.table import EPOCH, SHARED, table_of
 from pallas_kernels.decode_step.schedule import Kind
 from pallas_kernels.hardware import GPUS
-from tests.kernels.triton_tools import needs_compiler
+from tests.kernels.triton_tools import ROOT, needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("unchecked")]
 PUBLISHED = {
@@ -114,6 +116,41 @@ def test_a_loop_of_rounds_is_one_command_buffer(tmp_path: Path):
     (dump,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
     kinds = re.findall(r"^ *\d+: (\w+)", dump.read_text(), re.M)
     assert kinds == ["kCommandBuffer", "kWhile", "kCustomKernel", "kCustomCall"]
+
+
+RELOADED = """
+import sys
+import jax
+import jax.experimental.mosaic.gpu  # which knows what the file calls
+from jax.sharding import SingleDeviceSharding
+from pallas_kernels import topology
+from pallas_kernels.hardware import GPUS
+
+exported = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+sharding = SingleDeviceSharding(topology.devices(GPUS["h200"], 1)[0])
+arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) for aval in exported.in_avals]
+print(jax.jit(exported.call).lower(*arguments).compile().as_text().count("custom-call("))
+"""
+
+
+def test_an_exported_round_is_compiled_by_another_process(tmp_path: Path):
+    """`jax.export` writes the kernel, and a process that has none of this package's code for it reads it."""
+    pytest.importorskip("flatbuffers")  # which JAX writes with
+    plan = StepPlan(target_of(preset("mimo-tiny")), PUBLISHED, 8, 256)
+    table = table_of(plan)
+    given = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (table.rows.shape, (4,), (plan.columns,)))
+    arguments = (*given, state.weight_shapes(plan), state.buffer_shapes(plan, table.counters))
+    leaves, tree = jax.tree.flatten(arguments)
+
+    @jax.jit
+    def launch(*leaves):
+        return jax.tree.leaves(mosaic_gpu.launch(plan, *jax.tree.unflatten(tree, leaves)))
+
+    path = tmp_path / "round"
+    path.write_bytes(jax.export.export(launch, platforms=["cuda"])(*leaves).serialize())
+    command = [sys.executable, "-c", RELOADED, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == ["1"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

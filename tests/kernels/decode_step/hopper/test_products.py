@@ -52,12 +52,6 @@ def pages(words: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([parts, np.full((*parts.shape[:2], PAGE_GAP), -1, np.int32)], axis=-1)
 
 
-def words_of(matrix: Matrix, slot: np.ndarray, lanes: emulated.Emulated | None = None) -> list:
-    """A slot in registers."""
-    blank = [0.0] * products.words_held(matrix.format, matrix.warp_cols)
-    return emulated.run(products.load_chunk(matrix), [slot], {}, lanes, blank).state
-
-
 def multiply(matrix: Matrix, packed: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, emulated.Emulated]:
     """The sums of all row blocks float32 [tokens, rows], each block an item; two parts in the page at a time."""
     tokens, lanes = len(words), emulated.Emulated()
@@ -72,8 +66,7 @@ def multiply(matrix: Matrix, packed: np.ndarray, words: np.ndarray) -> tuple[np.
         first = part % 2 * parts[0].size + within // 2
         for item in range(matrix.row_blocks):
             scalars = {"item": item, "first": first, "is_first": int(chunk == 0)}
-            words = words_of(matrix, packed[item, chunk].copy(), lanes)
-            emulated.run(tile, [page, sums, scratch], scalars, lanes, words)
+            emulated.run(tile, [packed[item, chunk].copy(), page, sums, scratch], scalars, lanes)
     token, row = np.arange(tokens)[:, None], np.arange(ROWS)
     return sums[:, products.place(token, row)].swapaxes(0, 1).reshape(tokens, -1), lanes
 
@@ -167,11 +160,10 @@ def test_warps_wait_for_each_other():
 
     def tile(lanes, memories, scalars):
         slot, page, sums, scratch, out = memories
-        words = products.load_chunk(matrix)(lanes, (slot,), scalars, [])
         for is_first in (1, 0):
-            chunk(lanes, (page, sums, scratch), scalars | {"is_first": lanes.constant(is_first, "i32")}, words)
+            chunk(lanes, (slot, page, sums, scratch), scalars | {"is_first": lanes.constant(is_first, "i32")})
         rows(lanes, (sums, out), scalars)
-        chunk(lanes, (page, sums, scratch), scalars | {"is_first": lanes.constant(1, "i32")}, words)
+        chunk(lanes, (slot, page, sums, scratch), scalars | {"is_first": lanes.constant(1, "i32")})
 
     slot, page = np.zeros(matrix.slot_words, np.int32), np.zeros(tokens * (256 + PAGE_GAP), np.int32)
     sums, scratch, out = (np.zeros(words, np.float32) for words in (8 * SUM_STRIDE, 32 * SUM_STRIDE, 8 * ROWS))
@@ -246,8 +238,7 @@ def test_inline_code_does_what_its_twin_does(format):
         np.zeros(words, np.int32) for words in (8 * (256 + PAGE_GAP), 8 * SUM_STRIDE, 32 * SUM_STRIDE)
     )
     scalars = {"item": 0, "first": 0, "is_first": 1}
-    words = words_of(matrix, slot)
-    emulated.run(products.multiply_chunk(matrix, 8), [page, sums, scratch], scalars, lanes, words)
+    emulated.run(products.multiply_chunk(matrix, 8), [slot, page, sums, scratch], scalars, lanes)
 
 
 def sums_of(x_TO: np.ndarray, items: int) -> np.ndarray:
@@ -347,11 +338,9 @@ def test_down_of_experts_and_the_sum_of_choices(features, most, tokens, tiles, s
         all_weights.append(weights_OI)
     words, x_PF = input_words(rng.standard_normal((tokens * chosen, features)), "bf16")
     out = np.full((splits, tokens * chosen, products.OWN_COLUMNS), GARBAGE, np.float32)
-    blank = [0.0] * (most * products.words_held("mxfp4", features // splits))
-    held = emulated.run(products.load_expert_down(down), [slot], state=blank).state
-    memories = [pages(words, features // 2)[0], out, pairs]
+    memories = [slot, pages(words, features // 2)[0], out, pairs]
     scalars = {"number": number, "units": units, "tiles": tiles}
-    emulated.run(products.multiply_expert_down(down, chosen, tokens), memories, scalars, state=held)
+    emulated.run(products.multiply_expert_down(down, chosen, tokens), memories, scalars)
     found, written = out.sum(axis=0), np.zeros(out.shape[1:], bool)
     for expert, weights_OI in zip(experts, all_weights):
         own = pairs[expert][pairs[expert] >= 0]
@@ -389,14 +378,12 @@ def test_choices_add_in_their_order():
 def loop_kernel(matrix: Matrix, tokens: int):
     """Chunks as long as a number known at run time says, then an item's rows."""
     tile, rows = products.multiply_chunk(matrix, tokens), products.store_rows(matrix.rows, tokens, False)
-    load, blank = products.load_chunk(matrix), [0.0] * products.words_held(matrix.format, matrix.warp_cols)
 
     def body(counts, out, ring, page, sums, scratch):
         def step(index, _):
             is_first = ((index & 3) == 0).astype(jnp.int32)
             scalars = {"item": index & 1, "first": (index & 3) * (matrix.columns.chunk_cols // 2), "is_first": is_first}
-            words = emitted.call(load, (ring.at[index & 1],), {}, emitted.state_of(blank))
-            emitted.call(tile, (page, sums, scratch), scalars, words)
+            emitted.call(tile, (ring.at[index & 1], page, sums, scratch), scalars)
 
         lax.fori_loop(0, counts[0], step, None)
         emitted.call(rows, (sums, out), {"item": counts[1], "block": counts[1]})
@@ -453,9 +440,7 @@ def other_tiles(tokens: int, is_routed: bool):
     kind = "bf16" if is_routed else "f16"
     place_of = lambda row, feature: row * (features // 2) + feature // 2  # noqa: E731
     activate = products.store_activated(place_of, tokens, kind, is_routed)
-    config = Down(features, 3)
-    load, down = products.load_expert_down(config), products.multiply_expert_down(config, chosen, tokens)
-    blank = [0.0] * (3 * products.words_held("mxfp4", features // config.splits))
+    down = products.multiply_expert_down(Down(features, 3), chosen, tokens)
 
     def body(counts, hidden, slot, page, sums, factors, products_, routes, weights_, own):
         unit, tiles = {"unit": counts[0]}, {"tiles": counts[1]}
@@ -463,8 +448,7 @@ def other_tiles(tokens: int, is_routed: bool):
         rows = (sums, hidden, factors)
         emitted.call(products.add_teams(tokens, 4, 3), (sums,), {"item": counts[0], "team": counts[1]})
         emitted.call(activate, (*rows, routes) if is_routed else rows, item | unit if is_routed else item)
-        words = emitted.call(load, (slot,), {}, emitted.state_of(blank))
-        emitted.call(down, (page, products_, routes), {"number": counts[0], "units": counts[1]} | tiles, words)
+        emitted.call(down, (slot, page, products_, routes), {"number": counts[0], "units": counts[1]} | tiles)
         emitted.call(products.combine(chosen, tokens, 2), (weights_, products_, own), {"team": counts[0]} | tiles)
         emitted.call(products.store_own(48, tokens), (sums, own), {"item": counts[0]})
 

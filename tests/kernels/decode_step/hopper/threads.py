@@ -14,6 +14,7 @@ import numpy as np
 
 from pallas_kernels.decode_step.hopper import roles
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.program import Program
 from pallas_kernels.decode_step.hopper.sync import Unit
 from pallas_kernels.lanes import emulated
@@ -282,7 +283,7 @@ def run(plan, table, step, tokens, weights, devices, seed=0, delay=0.0) -> None:
     for rank in range(plan.devices):
         for cta in range(plan.ctas):
             machine = Machine(world, plan, cta, rank, held)
-            ring, pages = Ring(world, SLOTS), Queue(world, plan.pages, 1, CONSUMERS)
+            ring, pages = Ring(world, SLOTS), Queue(world, PAGE_PARTS, 1, CONSUMERS)
             shared = shared_memory(world, plan)
             program = Program(plan, machine, step, Ref(tokens), given[rank], held[rank], shared, ring, pages)
             threads += [threading.Thread(target=role) for role in _roles(world, program, machine, table)]
