@@ -1,6 +1,6 @@
 """A step that is one launch of the persistent kernel of Hopper for up to eight tokens of a row.
 
-Rows of a batch follow one another, and so do longer pieces of a row: the kernel is made for one text at a time.
+Rows of a batch follow one another, and so do longer pieces of a prompt: the kernel is made for one text at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.decode.step import Shown
+from mimo_jax.errors import UserError
 from mimo_jax.layouts.persistent import PERSISTENT, formats_in, plan_of, rotary_tables
 from mimo_jax.modeling.backbone import Features
 from mimo_jax.weights import Params
@@ -68,7 +69,9 @@ class PersistentStep:
         counts_B: Int[Array, "B"],
         logits: Shown = "all",
     ) -> tuple[Float[Array, "B _ C"], Features, PersistentCache]:
-        """See `Step`."""
+        """See `Step`. UserError where more tokens are asked for than can be taken back."""
+        if logits == "all" and tokens_BT.shape[1] > MOST_TOKENS:  # a sliding layer's ring has overwritten older keys
+            raise UserError(f"the persistent step verifies at most {MOST_TOKENS} tokens, not {tokens_BT.shape[1]}")
         weights = dataclasses.replace(params[PERSISTENT], rotary=cache.rotary)
         tokens = min(size for size in KERNELS if size >= min(tokens_BT.shape[1], MOST_TOKENS))
         launch = _launcher(self._plan(tokens, cache.capacity))

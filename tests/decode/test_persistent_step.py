@@ -77,6 +77,13 @@ def test_two_rows_in_pieces(step):
         np.testing.assert_array_equal(cache.lengths, starts)
 
 
+def test_longer_blocks_are_refused(step):
+    """They could not be taken back."""
+    ours, packed = step
+    with pytest.raises(UserError, match="verifies at most 8 tokens, not 9"):
+        ours(packed, np.zeros((1, 9), np.int32), ours.init_cache(1, 32), np.array([9]))
+
+
 def test_what_it_cannot_serve_is_named():
     """A named layout is never replaced by another one."""
     narrow = dataclasses.replace(CONFIG, moe_intermediate_size=32)
