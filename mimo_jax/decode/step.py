@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from mimo_jax.config.geometry import target_of
 from mimo_jax.config.model import MAX_BLOCK, ModelConfig
-from mimo_jax.decode.geometry import target_of
 from mimo_jax.decode.sampling import most_likely
 from mimo_jax.errors import UserError
 from mimo_jax.layouts.native import NATIVE, reason_against

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mimo_jax.config.geometry import drafter_of
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.decode.drafter import Draft, DraftContext, ReadTokens, Weights
-from mimo_jax.decode.geometry import drafter_of
 from mimo_jax.decode.sampling import Greedy
 from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.errors import UserError

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mimo_jax.config.geometry import target_of
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.presets import preset
-from mimo_jax.decode.geometry import target_of
 from mimo_jax.errors import UserError
 from mimo_jax.evaluation.slice import share, streaming_read
 from mimo_jax.evaluation.speed import spread

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Layout -> what it is, in a few words.
 LAYOUTS = {
     "packed": "packed, as in the files",
-    "persistent": "packed, rearranged for the persistent kernel of Hopper",
     "hopper": "packed, experts rearranged for the Hopper kernel",
+    "persistent": "packed, rearranged for the persistent kernel of Hopper",
     "native": "packed, rearranged for the native step of CPUs",
     "dense": "expanded to float32",
 }

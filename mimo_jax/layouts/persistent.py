@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from mimo_jax.config.geometry import target_of
 from mimo_jax.config.model import GLOBAL, SLIDING, ModelConfig
-from mimo_jax.decode.geometry import target_of
 from mimo_jax.layouts import packed
 from mimo_jax.modeling.layers import rotary_frequencies
 from mimo_jax.weights import BlockFp8Tensor, MxTensor, Params

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.cli.plots import save_figure
-from mimo_jax.decode.geometry import target_of
+from mimo_jax.config.geometry import target_of
 from mimo_jax.errors import UserError
 from mimo_jax.planning.machines import Target
 from mimo_jax.planning.traffic import Plan

@@ -11,7 +11,7 @@ import numpy as np
 
 import mimo_jax as mimo
 from mimo_jax.checkpoint.read import read
-from mimo_jax.decode.geometry import target_of
+from mimo_jax.config.geometry import target_of
 from mimo_jax.layouts import persistent
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.cache import init_cache

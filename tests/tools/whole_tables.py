@@ -6,8 +6,8 @@ python -m tests.tools.whole_tables --devices 8 --preset mimo-v2.5-pro --tokens 8
 import argparse
 import time
 
+from mimo_jax.config.geometry import target_of
 from mimo_jax.config.presets import PRESETS, preset
-from mimo_jax.decode.geometry import target_of
 from pallas_kernels.decode_step.assigned import CTAS, assigned_rows, shard_of
 from pallas_kernels.decode_step.schedule import step_phases
 from pallas_kernels.decode_step.validate import validate

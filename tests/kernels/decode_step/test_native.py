@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mimo_jax.decode.geometry import drafter_of, target_of
+from mimo_jax.config.geometry import drafter_of, target_of
 from mimo_jax.layouts import native
 from pallas_kernels.decode_step import (
     NORMALLY,

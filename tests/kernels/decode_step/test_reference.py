@@ -9,8 +9,8 @@ import pytest
 
 import mimo_jax as mimo
 from mimo_jax.checkpoint.read import read
+from mimo_jax.config.geometry import target_of
 from mimo_jax.config.model import GLOBAL, SLIDING
-from mimo_jax.decode.geometry import target_of
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.cache import init_cache
 from mimo_jax.weights import expand

@@ -6,9 +6,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mimo_jax.config.geometry import drafter_of, target_of
 from mimo_jax.config.model import PUBLISHED
 from mimo_jax.config.presets import PRESETS, drafter_preset, preset
-from mimo_jax.decode.geometry import drafter_of, target_of
 from mimo_jax.planning.traffic import Plan, distinct_experts, round_reads
 from mimo_jax.sharding import MeshShape
 from pallas_kernels.decode_step.assigned import assigned_rows, shard_of

@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 
+from mimo_jax.config.geometry import target_of
 from mimo_jax.config.presets import preset
-from mimo_jax.decode.geometry import target_of
 from pallas_kernels.decode_step.assigned import assigned_rows, shard_of
 from pallas_kernels.decode_step.schedule import Kind, Row, claimed_rows, step_phases
 from pallas_kernels.decode_step.simulate import CPU, HOPPER, Costs, simulate

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mimo_jax.config.geometry import target_of
 from mimo_jax.config.presets import preset
-from mimo_jax.decode.geometry import target_of
 from pallas_kernels import sass, topology
 from pallas_kernels.decode_step.assigned import CTAS, shard_of
 from pallas_kernels.decode_step.hopper import mosaic_gpu, state

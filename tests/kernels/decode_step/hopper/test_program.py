@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mimo_jax.decode.geometry import target_of
+from mimo_jax.config.geometry import target_of
 from mimo_jax.layouts import persistent
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.cache import init_cache
