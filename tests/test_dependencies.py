@@ -77,7 +77,7 @@ def test_generating_installs_what_it_imports(tmp_path):
     modules = done.stdout.splitlines()[-1].split()
     used = {name.lower().replace("_", "-") for module in modules for name in owners.get(module, ())}
     locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / ".ci" / "generate.lock").read_text(), re.MULTILINE))
-    # jaxtyping needs wadler-lindig to print arrays; setuptools comes with a virtual environment; JAX imports flatbuffers
-    # where it is installed, as it is for tests of exports.
+    # jaxtyping needs wadler-lindig to print arrays; setuptools comes with a virtual environment; JAX imports
+    # flatbuffers where it is installed, as it is for tests of exports.
     absent = {"mimo-ultraspeed-jax", "setuptools", "distutils-precedence", "flatbuffers"}
     assert locked - {"wadler-lindig"} == used - absent
