@@ -3,23 +3,22 @@
 Not among the names of `decode_step`, whose users do without Mosaic, which takes a second to import.
 """
 
-from pallas_kernels.decode_step.hopper.config import FORMATS, FP8_SEGMENT, Matrix, code_words, tile_words
-from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Weights
+from pallas_kernels.decode_step.hopper.config import FORMATS, FP8_SEGMENT, Matrix, code_words
+from pallas_kernels.decode_step.hopper.machine import STAMPS, Buffers, Weights
 from pallas_kernels.decode_step.hopper.mosaic_gpu import launch
-from pallas_kernels.decode_step.hopper.plan import MOST_TOKENS, StepPlan
+from pallas_kernels.decode_step.hopper.plan import MOST_TOKENS, PUBLISHED, StepPlan
 from pallas_kernels.decode_step.hopper.routing import pack_router
 from pallas_kernels.decode_step.hopper.state import buffer_shapes, times_shape, weight_shapes, zeros
-from pallas_kernels.decode_step.hopper.sync import FAULT
+from pallas_kernels.decode_step.hopper.sync import given_up
 from pallas_kernels.decode_step.hopper.table import Op, Table, table_of
 from pallas_kernels.decode_step.hopper.weights import pack, pack_down
 from pallas_kernels.decode_step.schedule import Kind
 
 __all__ = [
-    "FAULT",
     "FORMATS",
     "FP8_SEGMENT",
     "MOST_TOKENS",
-    "ROLES",
+    "PUBLISHED",
     "STAMPS",
     "Buffers",
     "Kind",
@@ -30,12 +29,12 @@ __all__ = [
     "Weights",
     "buffer_shapes",
     "code_words",
+    "given_up",
     "launch",
     "pack",
     "pack_down",
     "pack_router",
     "table_of",
-    "tile_words",
     "times_shape",
     "weight_shapes",
     "zeros",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
@@ -153,28 +154,24 @@ def slice_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.slice import measure
 
     measured = measure(args.preset, args.tp, args.layers, args.context, args.rounds, args.repeats)
-    about, rows = next(measured), []
-    for row in measured:
-        rows.append(row)
-        print(
-            "{round:<14} at {context:>7}: {milliseconds:9.2f} ms ({lowest:.2f} to {highest:.2f}), "
-            "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of an H200's bandwidth".format_map(row)
-        )
-    return {**about, "rows": rows}
+    return _printed(measured, "{round:<14} at {context:>7}: {milliseconds:9.2f} ms ({lowest:.2f} to {highest:.2f})")
 
 
 def round_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.persistent_speed import measure
 
     measured = measure(args.preset, args.tp, args.layers, args.tokens, args.context, args.rounds, args.repeats)
+    return _printed(measured, "{tokens} tokens at {context:>7}: {milliseconds:7.3f} ms ({lowest:.3f} to {highest:.3f})")
+
+
+def _printed(measured: Iterator[dict], line: str) -> dict:
+    """What was measured on, and all rounds, each printed when it is there."""
     about, rows = next(measured), []
+    share = ", {of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of an H200's bandwidth"
     for row in measured:
         rows.append(row)
-        print(
-            "{tokens} tokens at {context:>7}: {milliseconds:7.3f} ms ({lowest:.3f} to {highest:.3f}), "
-            "{of_streaming_read:.1%} of a streaming read, {of_datasheet:.1%} of an H200's bandwidth".format_map(row)
-        )
-        for kind, spent in row["kinds"].items():
+        print((line + share).format_map(row), flush=True)
+        for kind, spent in row.get("kinds", {}).items():
             print("  {:<16}{rows:>4} rows {us:9.1f} us, each {us_each:6.2f}".format(kind, **spent), flush=True)
     return {**about, "rows": rows}
 
@@ -217,22 +214,18 @@ def parser() -> Parser:
     speculation.add_argument("--tokens", type=whole(1), default=48)
     speculation.set_defaults(command=speculation_command)
     share = commands.add_parser("slice", help="one device's share of a model that needs several: a round there")
-    share.add_argument("--preset", default="mimo-v2.5-pro")
-    share.add_argument("--tp", type=whole(1), default=8, help="tensor-parallel devices of the whole")
-    share.add_argument("--layers", type=whole(1), help="only the first layers, for smaller devices")
     share.add_argument("--context", type=whole(1), nargs="+", default=[1024, 262_144])
-    share.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
-    share.add_argument("--repeats", type=whole(1), default=5)
     share.set_defaults(command=slice_command)
     step_round = commands.add_parser("round", help="the persistent kernel on one device's share: a round, and its rows")
-    step_round.add_argument("--preset", default="mimo-v2.5-pro")
-    step_round.add_argument("--tp", type=whole(1), default=8, help="tensor-parallel devices of the whole")
-    step_round.add_argument("--layers", type=whole(1), help="only the first layers, for smaller devices")
     step_round.add_argument("--tokens", type=whole(1, 8), nargs="+", default=[8, 1])
     step_round.add_argument("--context", type=whole(9), nargs="+", default=[1024, 131_072])
-    step_round.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
-    step_round.add_argument("--repeats", type=whole(1), default=5)
     step_round.set_defaults(command=round_command)
+    for command in (share, step_round):
+        command.add_argument("--preset", default="mimo-v2.5-pro")
+        command.add_argument("--tp", type=whole(1), default=8, help="tensor-parallel devices of the whole")
+        command.add_argument("--layers", type=whole(1), help="only the first layers, for smaller devices")
+        command.add_argument("--rounds", type=whole(1), default=20, help="per measurement")
+        command.add_argument("--repeats", type=whole(1), default=5)
     soak = commands.add_parser("soak", help="the persistent kernel again and again: does any round give other bits?")
     soak.add_argument("--rounds", type=whole(1), default=10_000)
     soak.set_defaults(command=soak_command)

@@ -19,6 +19,7 @@ from mimo_jax.decode.step import Shown
 from mimo_jax.errors import UserError
 from mimo_jax.layouts.persistent import PERSISTENT, formats_in, plan_of, rotary_tables
 from mimo_jax.modeling.backbone import Features
+from mimo_jax.sharding import embedding_lookup
 from mimo_jax.weights import Params
 from pallas_kernels import persistent
 from pallas_kernels.persistent import MOST_TOKENS, Buffers, Kind, StepPlan, Weights
@@ -56,7 +57,7 @@ class PersistentStep:
     prefill_buckets: tuple[int, ...] = (MOST_TOKENS, 8 * MOST_TOKENS)
 
     def init_cache(self, batch: int, capacity: int) -> PersistentCache:
-        plans = {tokens: self._plan(tokens, capacity) for tokens in KERNELS}
+        plans = {tokens: self.plan(tokens, capacity) for tokens in KERNELS}
         rows = tuple(_empty_row(plans) for _ in range(batch))
         tables = rotary_tables(self.config, capacity)
         return PersistentCache(rows, tables, jnp.zeros(batch, jnp.int32), capacity)
@@ -74,20 +75,21 @@ class PersistentStep:
             raise UserError(f"the persistent step verifies at most {MOST_TOKENS} tokens, not {tokens_BT.shape[1]}")
         weights = dataclasses.replace(params[PERSISTENT], rotary=cache.rotary)
         tokens = min(size for size in KERNELS if size >= min(tokens_BT.shape[1], MOST_TOKENS))
-        launch = _launcher(self._plan(tokens, cache.capacity))
+        launch = launcher(self.plan(tokens, cache.capacity))
         arguments = zip(tokens_BT, cache.rows, cache.lengths, counts_B)
         found, rows = zip(*(self._read(launch, weights, *each) for each in arguments))
         *parts, experts = zip(*found)
         logits_BTC, hidden_BTD, aux_BTZ, best_BT = map(jnp.stack, parts)
         experts = functools.reduce(jnp.add, experts)
-        features = Features(hidden_BTD, experts, self._with_embeddings(weights, tokens_BT, aux_BTZ), best_BT)
+        features = Features(hidden_BTD, experts, self._with_embeddings(params["embed"], tokens_BT, aux_BTZ), best_BT)
         if logits == "last":
             last_B1 = jnp.maximum(counts_B - 1, 0)[:, None]
             logits_BTC = jnp.take_along_axis(logits_BTC, last_B1[..., None], axis=1)
             features = dataclasses.replace(features, best=jnp.take_along_axis(best_BT, last_B1, axis=1))
         return logits_BTC, features, dataclasses.replace(cache, rows=rows, lengths=cache.lengths + counts_B)
 
-    def _plan(self, tokens: int, capacity: int) -> StepPlan:
+    def plan(self, tokens: int, capacity: int) -> StepPlan:
+        """Of the kernel for so many tokens."""
         layers = tuple(layer for layer in self.aux_layers if layer != EMBEDDED)
         return plan_of(self.config, dict(self.formats), tokens, capacity, layers)
 
@@ -110,19 +112,13 @@ class PersistentStep:
         experts = buffers.expert_counts.reshape(-1, self.config.num_experts)
         return logits, hidden.astype(dtype), aux.astype(dtype), buffers.best, experts
 
-    def _with_embeddings(self, weights: Weights, tokens_BT: Array, aux_BTZ: Array) -> Array:
+    def _with_embeddings(self, embed_CD: Array, tokens_BT: Array, aux_BTZ: Array) -> Array:
         """The auxiliary states in the order they were asked for: the kernel knows those of layers."""
-        width = self.config.hidden_size
-        words_CW = weights.embed.reshape(self.config.vocab_size, width // 2)
-        parts, place = [], 0
-        for layer in self.aux_layers:
-            if layer == EMBEDDED:
-                halves = jax.lax.bitcast_convert_type(words_CW[tokens_BT], jnp.bfloat16)
-                parts.append(halves.reshape(*tokens_BT.shape, width).astype(aux_BTZ.dtype))
-            else:
-                parts.append(aux_BTZ[..., place * width : (place + 1) * width])
-                place += 1
-        return jnp.concatenate(parts, axis=-1) if parts else aux_BTZ[..., :0]
+        asked = sum(layer != EMBEDDED for layer in self.aux_layers)
+        of_layers = iter(jnp.split(aux_BTZ, asked, axis=-1) if asked else ())
+        embedded = embedding_lookup(embed_CD, tokens_BT).astype(aux_BTZ.dtype)
+        parts = [embedded if layer == EMBEDDED else next(of_layers) for layer in self.aux_layers]
+        return jnp.concatenate(parts, axis=-1) if parts else aux_BTZ
 
 
 def step_of(config: ModelConfig, params: Params, aux_layers: tuple[int, ...] = ()) -> PersistentStep:
@@ -132,14 +128,13 @@ def step_of(config: ModelConfig, params: Params, aux_layers: tuple[int, ...] = (
 
 def _empty_row(plans: dict[int, StepPlan]) -> Row:
     """Buffers for whichever kernel needs more."""
-    tables = {tokens: persistent.table_of(plan) for tokens, plan in plans.items()}
-    shapes = [persistent.buffer_shapes(plan, tables[tokens].counters) for tokens, plan in plans.items()]
-    largest = jax.tree.map(lambda *held: max(held, key=lambda one: np.prod(one.shape)), *shapes)
-    counts = {tokens: jnp.zeros(table.counters, jnp.int32) for tokens, table in tables.items()}
+    shapes = {tokens: persistent.buffer_shapes(plan) for tokens, plan in plans.items()}
+    largest = jax.tree.map(lambda *held: max(held, key=lambda one: np.prod(one.shape)), *shapes.values())
+    counts = persistent.zeros({tokens: held.counts for tokens, held in shapes.items()})
     return Row(dataclasses.replace(persistent.zeros(largest), counts=None), counts)
 
 
-def _launcher(plan: StepPlan) -> Any:
+def launcher(plan: StepPlan) -> Any:
     """`launch(weights, tokens, row, length, count) -> row`, which is compiled once for all its calls."""
     table = persistent.table_of(plan).rows
 

@@ -16,26 +16,21 @@ import numpy as np
 from mimo_jax.config.geometry import target_of
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.presets import preset
+from mimo_jax.decode.persistent_step import Row, launcher
 from mimo_jax.errors import UserError
 from mimo_jax.evaluation.slice import share, streaming_read
 from mimo_jax.evaluation.speed import spread
-from mimo_jax.layouts.persistent import PERSISTENT, plan_of, rotary_tables
+from mimo_jax.layouts.persistent import PERSISTENT, rotary_tables
 from mimo_jax.loading import load
 from pallas_kernels import persistent
+from pallas_kernels.decode_step import ROLES
 from pallas_kernels.devices import on_hopper
 from pallas_kernels.hardware import GPUS
-from pallas_kernels.persistent import FAULT, ROLES, STAMPS, Buffers, Kind, Op, StepPlan, Table, Weights
+from pallas_kernels.persistent import MOST_TOKENS, PUBLISHED, STAMPS, Buffers, Kind, Op, StepPlan, Table, Weights
 
 POISONED = ("x", "squares", "qkv", "partial", "scores", "logits", "last")  # floats that a round writes before it reads
 AT_ONCE = 500  # rounds of one program
-PUBLISHED = {
-    Kind.QKV: "fp8",
-    Kind.OUTPUT: "bf16",
-    Kind.GATE_UP: "fp8",
-    Kind.DOWN: "fp8",
-    Kind.EXPERT_GATE_UP: "mxfp4",
-    Kind.HEAD: "bf16",
-}
+LENGTH, CAPACITY = 100, 256  # of the text that is soaked in
 Record = dict[str, Any]
 
 
@@ -73,8 +68,7 @@ def random_weights(config: ModelConfig, plan: StepPlan) -> Weights:
         codes = persistent.code_words(stored, found.warp_cols)
         return with_scales(words, found.tile_words, codes, scales[stored])
 
-    tile = persistent.tile_words("mxfp4", plan.target.expert_features)
-    codes = persistent.code_words("mxfp4", plan.target.expert_features)
+    codes = persistent.code_words("mxfp4", plan.down.features)
     down = hashed(shapes.expert_down.shape, *numbers["mxfp4"])
     return Weights(
         embed=hashed(shapes.embed.shape, 0x807F807F, 0x3F803F80),
@@ -82,7 +76,7 @@ def random_weights(config: ModelConfig, plan: StepPlan) -> Weights:
         sinks=persistent.zeros(shapes.sinks),
         rotary=rotary_tables(config, plan.capacity),
         matrices={kind: matrix(kind, shape) for kind, shape in shapes.matrices.items()},
-        expert_down=with_scales(down, tile, codes, scales["mxfp4"]),
+        expert_down=with_scales(down, plan.down.tile_words, codes, scales["mxfp4"]),
         router=hashed(shapes.router.shape, 0x807FFFFF, 0x3C000000),
         router_bias=jnp.zeros(shapes.router_bias.shape, jnp.float32),
     )
@@ -90,33 +84,27 @@ def random_weights(config: ModelConfig, plan: StepPlan) -> Weights:
 
 def _check(buffers: Buffers) -> None:
     """UserError, naming the row, if a wait has given up."""
-    fault = dict(zip(FAULT, np.asarray(buffers.fault).tolist()))
-    if fault["stuck"]:
-        raise UserError(f"the persistent kernel: a wait took too long: {fault}")
+    if reason := persistent.given_up(buffers.fault):
+        raise UserError(f"the persistent kernel: {reason}")
 
 
 class Slice:
     """A plan, its table, weights and buffers on the device."""
 
     def __init__(self, config: ModelConfig, tokens: int, context: int, weights: Weights | None) -> None:
-        self.length, self.tokens = context - tokens, tokens
         self.plan = StepPlan(target_of(config), PUBLISHED, tokens, context)
         self.table: Table = persistent.table_of(self.plan)
         self.weights = weights or random_weights(config, self.plan)
         self.rows = jnp.asarray(self.table.rows)
-        shapes = persistent.buffer_shapes(self.plan, self.table.counters)
-        self.buffers = persistent.zeros(shapes)
-        caches = tuple(hashed(held.shape, 0x807F807F, 0x3D003D00) for held in shapes.caches)
+        self.buffers = persistent.zeros(persistent.buffer_shapes(self.plan))
+        caches = tuple(hashed(held.shape, 0x807F807F, 0x3D003D00) for held in self.buffers.caches)
         self.buffers = dataclasses.replace(self.buffers, caches=caches)
         self.ids = jnp.asarray((1 + 7919 * np.arange(self.plan.columns)) % self.plan.target.vocab, jnp.int32)
+        self.step = jnp.array([context - tokens, tokens, 0, self.table.rows.shape[1]], jnp.int32)
         self.run: Callable = jax.jit(partial(persistent.launch, self.plan), donate_argnums=4)
 
-    def step(self, first: int = 0, last: int | None = None) -> jax.Array:
-        end = self.table.rows.shape[1] if last is None else last
-        return jnp.array([self.length, self.tokens, first, end], jnp.int32)
-
-    def launch(self, step: jax.Array) -> None:
-        self.buffers: Buffers = self.run(self.rows, step, self.ids, self.weights, self.buffers)
+    def launch(self) -> None:
+        self.buffers: Buffers = self.run(self.rows, self.step, self.ids, self.weights, self.buffers)
 
     def seconds(self, rounds: int, repeats: int) -> list[float]:
         """Of a round, launched one after the other."""
@@ -124,7 +112,7 @@ class Slice:
         for _ in range(repeats + 1):
             started = time.perf_counter()
             for _ in range(rounds):
-                self.launch(self.step())
+                self.launch()
             jax.block_until_ready(self.buffers)
             found.append((time.perf_counter() - started) / rounds)
             _check(self.buffers)
@@ -135,7 +123,7 @@ class Slice:
         shape = persistent.times_shape(self.table.rows)
         for _ in range(2):  # the first compiles
             self.buffers = dataclasses.replace(self.buffers, times=persistent.zeros(shape))
-            self.launch(self.step())
+            self.launch()
         found = np.asarray(self.buffers.times).view(np.uint32)
         self.buffers = dataclasses.replace(self.buffers, times=None)
         _check(self.buffers)
@@ -189,35 +177,31 @@ def soak(rounds: int, seed: int = 0) -> Record:
     need_hopper()
     model = load(layout="persistent", draft=False)
     step: Any = model.decoder.step
-    weights, capacity, length = model.params[PERSISTENT], 256, 100
-    row = step.init_cache(1, capacity)
-    plan = plan_of(model.config, dict(step.formats), persistent.MOST_TOKENS, capacity)
-    weights = dataclasses.replace(weights, rotary=row.rotary)
-    table = persistent.table_of(plan)
-    buffers = dataclasses.replace(row.rows[0].buffers, counts=jnp.zeros(table.counters, jnp.int32))
-    ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, plan.columns, np.int32)
-    numbers = jnp.array([length, plan.columns, 0, table.rows.shape[1]], jnp.int32)
+    cache = step.init_cache(1, CAPACITY)
+    weights = dataclasses.replace(model.params[PERSISTENT], rotary=cache.rotary)
+    launch = launcher(step.plan(MOST_TOKENS, CAPACITY))
+    ids = jnp.asarray(np.random.default_rng(seed).integers(0, model.config.vocab_size, MOST_TOKENS, np.int32))
 
-    def once(buffers: Buffers) -> Buffers:
-        nothing: Any = {name: jnp.full_like(getattr(buffers, name), jnp.nan) for name in POISONED}
-        poisoned = dataclasses.replace(buffers, **nothing)
-        return persistent.launch(plan, jnp.asarray(table.rows), numbers, jnp.asarray(ids), weights, poisoned)
+    def once(row: Row) -> Row:
+        nothing: Any = {name: jnp.full_like(getattr(row.buffers, name), jnp.nan) for name in POISONED}
+        poisoned = dataclasses.replace(row, buffers=dataclasses.replace(row.buffers, **nothing))
+        return launch(weights, ids, poisoned, jnp.int32(LENGTH), jnp.int32(MOST_TOKENS))
 
     @partial(jax.jit, donate_argnums=0)
-    def several(buffers: Buffers, wanted: jax.Array) -> tuple[Buffers, jax.Array]:
+    def several(row: Row, wanted: jax.Array) -> tuple[Row, jax.Array]:
         def body(_: Any, carry: tuple) -> tuple:
-            buffers = once(carry[0])
-            return buffers, carry[1] + jnp.any(buffers.logits.view(jnp.int32) != wanted)
+            row = once(carry[0])
+            return row, carry[1] + jnp.any(row.buffers.logits.view(jnp.int32) != wanted)
 
-        return jax.lax.fori_loop(0, AT_ONCE, body, (buffers, jnp.int32(0)))
+        return jax.lax.fori_loop(0, AT_ONCE, body, (row, jnp.int32(0)))
 
-    buffers, others = jax.jit(once, donate_argnums=0)(buffers), 0
-    wanted = jnp.copy(buffers.logits).view(jnp.int32)
+    row, others = jax.jit(once, donate_argnums=0)(cache.rows[0]), 0
+    wanted = jnp.copy(row.buffers.logits).view(jnp.int32)
     for _ in range(0, rounds, AT_ONCE):
-        buffers, found = several(buffers, wanted)
+        row, found = several(row, wanted)
         others += int(found)
-        _check(buffers)
-    finite = bool(jnp.isfinite(buffers.logits).all())
+        _check(row.buffers)
+    finite = bool(jnp.isfinite(row.buffers.logits).all())
     return {"device": jax.devices()[0].device_kind, "rounds": rounds, "with_other_bits": others, "finite": finite}
 
 

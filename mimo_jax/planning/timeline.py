@@ -18,6 +18,7 @@ from mimo_jax.planning.traffic import Plan
 from pallas_kernels.decode_step import (
     END,
     HOPPER,
+    ROLES,
     Costs,
     Timeline,
     assigned_rows,
@@ -28,7 +29,6 @@ from pallas_kernels.decode_step import (
     timeline_of,
 )
 
-ROLES = ("consume", "weights", "fetch", "send")
 DRAWN_LAYERS = range(1, 4)
 DRAWN_SMS = 12  # of the first device; attention to a window takes fewer than that, the others do the same on all
 
@@ -55,7 +55,7 @@ def record_of(timeline: Timeline, tokens: int, target: Target) -> dict[str, Any]
     """Microseconds, all projected; `saved` is by how much a round would be shorter if something were better."""
     layers = {str(layer): parts for layer, parts in sorted(timeline.exposed().items()) if layer != END}
     layers["end"] = timeline.exposed()[END]
-    saved = sensitivity(timeline.rows, costs_of(target))
+    saved = sensitivity(timeline, costs_of(target))
     found = {"tokens": tokens, "round": timeline.round, "share_of_roofline": timeline.share}
     return {**found, "chain": layers, "saved": saved}
 

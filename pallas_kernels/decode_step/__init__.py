@@ -1,6 +1,6 @@
 """The decode step as one table of work: what is in it, who does it, and checks and forecasts of it."""
 
-from pallas_kernels.decode_step.assigned import assigned_rows, shard_of
+from pallas_kernels.decode_step.assigned import ROLES, assigned_rows, shard_of
 from pallas_kernels.decode_step.geometry import Drafter, Layer, Target
 from pallas_kernels.decode_step.native.api import (
     CHUNK,
@@ -39,6 +39,7 @@ __all__ = [
     "HOPPER",
     "LAYER_SLOTS",
     "NORMALLY",
+    "ROLES",
     "TOP_SLOTS",
     "Blob",
     "Costs",

@@ -23,6 +23,7 @@ from pallas_kernels.decode_step.geometry import Target
 from pallas_kernels.decode_step.schedule import Kind, Phase, Row
 
 CTAS = 132  # of a Hopper GPU: one per SM
+ROLES = ("consume", "weights", "fetch", "send")
 QUERY_ROWS = 16  # pairs of a query head and a token, all of one key head, that are a unit of attention or merging
 PARITY = 2
 

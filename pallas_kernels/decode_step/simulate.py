@@ -123,12 +123,6 @@ EASED: dict[str, Callable[[Costs], Costs]] = {
 _EXPERTS = (Kind.EXPERT_GATE_UP, Kind.EXPERT_DOWN)
 
 
-def sensitivity(rows: list[Row], costs: Costs) -> dict[str, float]:
-    """By how many microseconds each of `EASED` would shorten a round."""
-    now = simulate(rows, costs).round
-    return {name: now - simulate(rows, ease(costs)).round for name, ease in EASED.items()}
-
-
 @dataclasses.dataclass(frozen=True)
 class Span:
     """A link of the chain: from when its cause had happened, a row waited for the signal, then worked until `end`."""
@@ -167,6 +161,12 @@ class Timeline:
             layer[self.rows[span.row].kind.name] += span.end - span.work
             layer["signal"] += span.work - span.start
         return {layer: dict(kinds) for layer, kinds in parts.items()}
+
+
+def sensitivity(timeline: Timeline, costs: Costs) -> dict[str, float]:
+    """By how many microseconds each of `EASED` would shorten a round, which took so long at these costs."""
+    eased = {name: simulate(timeline.rows, ease(costs)) for name, ease in EASED.items()}
+    return {name: timeline.round - better.round for name, better in eased.items()}
 
 
 END = -1  # in place of a layer's number: the head, and what comes after it

@@ -32,7 +32,7 @@ def main() -> None:
     config, formats = dataclasses.replace(found.config, dtype="float32"), persistent.formats_of(found.params)
     plan = StepPlan(target_of(config), formats, MOST_TOKENS, 256, ctas=args.ctas)
     table, weights = table_of(plan), persistent.pack(config, found.params, plan)
-    shapes = state.buffer_shapes(plan, table.counters)
+    shapes = state.buffer_shapes(plan)
     buffers = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), shapes)
     params, step, cache = expand(found.params), jax.jit(Backbone(config).apply), init_cache(config, 1, 256)
     tokens_1T = random_tokens(config, 1, MOST_TOKENS * args.steps, seed=3)

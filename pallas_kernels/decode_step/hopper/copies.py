@@ -130,18 +130,16 @@ class Copies(ExpertRows, AttentionRows):
         return m.loop(0, self.down_slots(), one, turn)
 
     def fill_down(self, row: Row, turn: Any, number: Any, tiles: int) -> None:
-        m, down, units = self.machine, self.plan.down, self.shared.count[0]
+        m, down = self.machine, self.plan.down
         first, words = (row.first if tiles else 0) * down.tile_words, max(tiles, 1) * down.tile_words
-        team = m.rem(number, CONSUMERS)
 
         def piece(unit: Any) -> Any:
+            unit = m.smaller(unit, self.shared.count[0] - 1)  # of an odd number the last one twice
             expert = row.layer * self.plan.target.experts + self.shared.active[unit]
             return m.part(self.weights.expert_down.at[expert], first, words)
 
-        if down.units == 1:
-            self.fill(turn, team, piece(number))
-        else:  # of an odd number the last one twice
-            self.fill(turn, team, *(piece(m.smaller(2 * number + half, units - 1)) for half in range(2)))
+        pieces = [piece(number * down.units + unit) for unit in range(down.units)]
+        self.fill(turn, m.rem(number, CONSUMERS), *pieces)
 
     def load_block(self, config: Attention, row: Row, head: Any, block: Any, turn: Any, team: Any) -> None:
         cache = self.buffers.caches[config.window is not None]

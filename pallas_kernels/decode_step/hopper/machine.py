@@ -102,7 +102,6 @@ class Buffers:
     times: Any = None  # int32 [CTAs, rows, len(ROLES), len(STAMPS)], if they are asked for
 
 
-ROLES = ("consume", "weights", "fetch", "send")
 STAMPS = ("begun", "ready", "done")  # of a role's row: before its wait, after it, after all; nanoseconds mod 2**32
 
 

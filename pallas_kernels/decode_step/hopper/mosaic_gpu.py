@@ -13,9 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.decode_step.assigned import ROLES
 from pallas_kernels.decode_step.hopper import roles, sync
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
-from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Shared, Weights
+from pallas_kernels.decode_step.hopper.machine import STAMPS, Buffers, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS, StepPlan
 from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
 from pallas_kernels.decode_step.hopper.program import Program

@@ -38,6 +38,17 @@ MOST_TOKENS = 8  # N of the tensor core's instruction; 16 would leave the ring n
 MOST_SLOTS = MAX_BARRIERS // CONSUMERS  # each has a barrier for each warpgroup
 
 
+# How MiMo-V2.5-Pro's files store what a kind of product multiplies.
+PUBLISHED = {
+    Kind.QKV: "fp8",
+    Kind.OUTPUT: "bf16",
+    Kind.GATE_UP: "fp8",
+    Kind.DOWN: "fp8",
+    Kind.EXPERT_GATE_UP: "mxfp4",
+    Kind.HEAD: "bf16",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
     """A step of 1 to 8 tokens of one row. `target` is one device's share, see `assigned.shard_of`.
@@ -89,11 +100,6 @@ class StepPlan:
     def columns(self) -> int:
         """Tokens, padded."""
         return MOST_TOKENS
-
-    @property
-    def width(self) -> int:
-        """Of the stream, padded."""
-        return padded(self.target.width, COLUMN_UNIT)
 
     @property
     def qkv_rows(self) -> int:

@@ -92,7 +92,7 @@ def add_teams(tokens: int, ways: int, items: int) -> Tile:
         own = scalars["item"] * size + lanes.thread * count
         teams = [(scalars["team"] + way) % CONSUMERS for way in range(ways)]
         parts = [lanes.load(sums, own + team * (items * size), F32, count) for team in teams]
-        lanes.store([_sum(column) for column in zip(*parts)], sums, own)
+        lanes.store([summed(column) for column in zip(*parts)], sums, own)
 
     return tile
 
@@ -207,7 +207,7 @@ def combine(chosen: int, tokens: int, splits: int) -> Tile:
                     pair = token * chosen + choice
                     weight = lanes.load_one(weights, pair)
                     at = pair * OWN_COLUMNS + column
-                    product = _sum([lanes.load_one(products, at + part * size) for part in range(splits)])
+                    product = summed([lanes.load_one(products, at + part * size) for part in range(splits)])
                     product = lanes.select(weight.equals(0.0), lanes.constant(0.0, F32), product)
                     total = lanes.fma(weight, product, total)
                 lanes.store([total], own, number)
@@ -298,7 +298,8 @@ def _bf16(operands: _Operands) -> Sums:
 _PRODUCTS = {"mxfp4": lambda operands: _mxfp4([operands], chains=2)[0], "fp8": _fp8, "bf16": _bf16}
 
 
-def _sum(values: Sequence[Value]) -> Value:
+def summed(values: Sequence[Value]) -> Value:
+    """In their order."""
     return functools.reduce(operator.add, values)
 
 
@@ -317,7 +318,7 @@ def _add_up(lanes: Lanes, products: Sums, sums: Memory, scratch: Memory, item: V
     parts = [lanes.load(scratch, own + warp * size, F32, count) for warp in range(WARPS)]
     before = lanes.load(sums, item * size + own, F32, count)
     zero, begins = lanes.constant(0.0, F32), is_first.equals(1)
-    totals = [_sum(column) for column in zip(*parts)]
+    totals = [summed(column) for column in zip(*parts)]
     after = [lanes.select(begins, zero, old) + total for old, total in zip(before, totals)]
     lanes.store(after, sums, item * size + own)
 

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode_step.assigned import ROLES
 from pallas_kernels.decode_step.hopper.attention import KEYS
-from pallas_kernels.decode_step.hopper.config import ROWS, tile_words
-from pallas_kernels.decode_step.hopper.machine import ROLES, STAMPS, Buffers, Weights
+from pallas_kernels.decode_step.hopper.config import ROWS
+from pallas_kernels.decode_step.hopper.machine import STAMPS, Buffers, Weights
 from pallas_kernels.decode_step.hopper.plan import StepPlan
 from pallas_kernels.decode_step.hopper.sync import FAULT
+from pallas_kernels.decode_step.hopper.table import counters_of
 from pallas_kernels.decode_step.schedule import Kind
 
 WORDS, FLOATS = jnp.int32, jnp.float32
@@ -40,7 +42,7 @@ def weight_shapes(plan: StepPlan) -> Weights:
         return _shape(FLOATS, layers[is_sliding] * t.heads if plan.has_sinks[is_sliding] else 1)
 
     router, rotary = plan.router, (_shape(FLOATS, plan.capacity * t.rotary),) * 2
-    down = t.width // ROWS * tile_words("mxfp4", t.expert_features)
+    down = t.width // ROWS * plan.down.tile_words
     return Weights(
         embed=_shape(WORDS, plan.vocab_rows * t.width // 2),
         gains=_shape(FLOATS, (2 * len(t.layers) + 1) * t.width),
@@ -53,8 +55,8 @@ def weight_shapes(plan: StepPlan) -> Weights:
     )
 
 
-def buffer_shapes(plan: StepPlan, counters: int) -> Buffers:
-    """`counters` is how many the table counts on."""
+def buffer_shapes(plan: StepPlan) -> Buffers:
+    """`jax.ShapeDtypeStruct` of each array, but of times."""
     t, columns = plan.target, plan.columns
     layers, experts = _layers(plan), sum(layer.has_experts for layer in t.layers)
     dense_hidden = plan.inputs(Kind.DOWN).words if Kind.DOWN in plan.products else 0
@@ -77,7 +79,7 @@ def buffer_shapes(plan: StepPlan, counters: int) -> Buffers:
         expert_counts=_shape(WORDS, max(1, experts * t.experts)),
         best=_shape(WORDS, columns),
         best_logits=_shape(FLOATS, columns),
-        counts=_shape(WORDS, counters),
+        counts=_shape(WORDS, counters_of(plan)),
         fault=_shape(WORDS, len(FAULT)),
     )
 

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, ROWS, Columns, Inputs
-from pallas_kernels.decode_step.hopper.products import Tile
+from pallas_kernels.decode_step.hopper.products import Tile, summed
 from pallas_kernels.lanes import Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
 
@@ -97,7 +97,7 @@ def factors(stream: Stream, ctas: int, eps: float) -> Tile:
                 cta = part + first
                 value = lanes.load_one(squares, cta.minimum(ctas - 1) * stream.tokens + token)
                 loaded.append(lanes.select(cta < ctas, value, lanes.constant(0, F32)))
-            total = lanes.sum_over(_sum(loaded), THREADS)
+            total = lanes.sum_over(summed(loaded), THREADS)
             factor = lanes.rsqrt(total * (1 / stream.width) + eps)
             with lanes.when(part.equals(0)):
                 lanes.store([factor], found, token)
@@ -176,7 +176,7 @@ class _Own:
             word = lanes.select(is_f16, *(lanes.pack(*scaled, kind) for kind in ("f16", "bf16")))
             with lanes.when(exists):
                 lanes.store([word], inputs, stream.inputs.place(self.token, column))
-        total = lanes.sum_over(_sum([value * value for pair in kept for value in pair]), THREADS)
+        total = lanes.sum_over(summed([value * value for pair in kept for value in pair]), THREADS)
         with lanes.when((lanes.thread % THREADS).equals(0)):
             lanes.store([total], squares, self.scalars["cta"] * stream.tokens + self.token)
         return kept
@@ -185,11 +185,3 @@ class _Own:
 def _pair(lanes: Lanes, memory: Memory, index: Value) -> Pair:
     low, high = lanes.load(memory, index, F32, 2)
     return low, high
-
-
-def _sum(values: Sequence[Value]) -> Value:
-    """In their order."""
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total

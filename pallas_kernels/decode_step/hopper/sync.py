@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
@@ -39,6 +40,12 @@ FAULT = ("stuck", "cta", "role", "row", "counter", "seen", "wanted")  # the word
 POLLS_PER_CHECK = 1024  # of the clock, and of whether another wait has given up
 CONSUMERS_BARRIER = 15  # Mosaic counts its named barriers upward from 0, one for each warpgroup
 SPLAT = plgpu.Layout.WG_SPLAT(())
+
+
+def given_up(fault: Any) -> str | None:
+    """Which wait took too long, as a launch has reported it; None if none did."""
+    report = dict(zip(FAULT, np.asarray(fault).tolist()))
+    return f"a wait took too long: {report}" if report["stuck"] else None
 
 
 class Unit(enum.Enum):

@@ -48,15 +48,19 @@ class Op(enum.IntEnum):
 
 
 class Table(NamedTuple):
-    """The rows int32 [ctas, rows, roles.FIELDS], how many counters they count on, and where a launch may begin.
+    """The rows int32 [ctas, rows, roles.FIELDS], and where a launch may begin.
 
     Row n of all CTAs is of the same phase. What one row hands on to the next in shared memory ends with each layer, so
     a launch runs whole layers; the first start is 0, and after the last layer comes the head.
     """
 
     rows: np.ndarray
-    counters: int
     starts: tuple[int, ...]
+
+
+def counters_of(plan: StepPlan) -> int:
+    """How many a table counts on: those of all CTAs, and one of each."""
+    return len(SHARED) + plan.ctas
 
 
 def table_of(plan: StepPlan) -> Table:
@@ -95,7 +99,7 @@ class _Table:
         nothing = roles.Row(roles.NOTHING)
         lists = [[rows.get(place, nothing) for place in range(len(self.places))] for rows in self.lists]
         starts = [place for (kind, layer), place in self.places.items() if kind in (Kind.QKV, Kind.HEAD) and place > 1]
-        return Table(roles.encode(lists), len(SHARED) + self.plan.ctas, (0, *starts))
+        return Table(roles.encode(lists), (0, *starts))
 
     def number(self, name: tuple) -> int:
         return len(SHARED) + name[1] if name[0] == "part" else SHARED.index(name[0])

@@ -18,22 +18,14 @@ from mimo_jax.config.presets import preset
 from pallas_kernels import sass, topology
 from pallas_kernels.decode_step.assigned import CTAS, shard_of
 from pallas_kernels.decode_step.hopper import mosaic_gpu, state
-from pallas_kernels.decode_step.hopper.plan import StepPlan
+from pallas_kernels.decode_step.hopper.plan import PUBLISHED, StepPlan
 from pallas_kernels.decode_step.hopper.roles import FIELDS
-from pallas_kernels.decode_step.hopper.table import EPOCH, SHARED, table_of
+from pallas_kernels.decode_step.hopper.table import EPOCH, table_of
 from pallas_kernels.decode_step.schedule import Kind
 from pallas_kernels.hardware import GPUS
 from tests.kernels.triton_tools import ROOT, needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("unchecked")]
-PUBLISHED = {
-    Kind.QKV: "fp8",
-    Kind.OUTPUT: "bf16",
-    Kind.GATE_UP: "fp8",
-    Kind.DOWN: "fp8",
-    Kind.EXPERT_GATE_UP: "mxfp4",
-    Kind.HEAD: "bf16",
-}
 CONTEXT = 131_072
 MOST_INSTRUCTIONS = 10_000
 # So that XLA makes one CUDA graph of a loop, however little is in it.
@@ -65,7 +57,7 @@ def program_of(name: str, devices: int, tokens: int, shared_by: int):
     )
     table = argument((CTAS, 12 * len(target.layers) + 5, FIELDS), jnp.int32)
     step, ids = argument((4,), jnp.int32), argument((plan.columns,), jnp.int32)
-    buffers = on_each(state.buffer_shapes(plan, len(SHARED) + CTAS))
+    buffers = on_each(state.buffer_shapes(plan))
     return whole, (table, step, ids, on_each(state.weight_shapes(plan)), buffers)
 
 
@@ -139,7 +131,7 @@ def test_an_exported_round_is_compiled_by_another_process(tmp_path: Path):
     plan = StepPlan(target_of(preset("mimo-tiny")), PUBLISHED, 8, 256)
     table = table_of(plan)
     given = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (table.rows.shape, (4,), (plan.columns,)))
-    arguments = (*given, state.weight_shapes(plan), state.buffer_shapes(plan, table.counters))
+    arguments = (*given, state.weight_shapes(plan), state.buffer_shapes(plan))
     leaves, tree = jax.tree.flatten(arguments)
 
     @jax.jit

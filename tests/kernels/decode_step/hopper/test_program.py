@@ -72,13 +72,13 @@ class Run:
         target = shard_of(target_of(config), devices)
         formats = persistent.formats_of(params(config))
         self.plan = StepPlan(target, formats, tokens, 64, AUX, devices=devices, ctas=ctas)
-        self.table, counters, self.starts = table_of(self.plan)
+        self.table, self.starts = table_of(self.plan)
         self.weights = [persistent.pack(config, params(config), self.plan, rank) for rank in range(devices)]
-        self.devices = [self.blank(counters) for _ in range(devices)]
+        self.devices = [self.blank() for _ in range(devices)]
         self.options, self.length = options, 0
 
-    def blank(self, counters: int):
-        shapes = state.buffer_shapes(self.plan, counters)
+    def blank(self):
+        shapes = state.buffer_shapes(self.plan)
         zeros = {"stream", "attended", "hidden", "caches", "counts", "fault"}
         buffers = {f.name: getattr(shapes, f.name) for f in dataclasses.fields(shapes) if f.name != "times"}
 
