@@ -13,12 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_step.hopper import mosaic_gpu
 from pallas_kernels.decode_step.hopper.plan import SHARED_BYTES
-from pallas_kernels.decode_step.hopper.sync import FAULT
+from pallas_kernels.decode_step.hopper.sync import given_up
 from pallas_kernels.lanes import emitted
 from pallas_kernels.lanes.values import F32, I32, WARPGROUP
+from tests.kernels.decode_step.hopper.tile_tools import OPTIONS
 
 RESERVED = 4096  # bytes of shared memory that are left for the compiler
-OPTIONS = plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 class Done:
@@ -138,8 +138,8 @@ def launch(plan, table, step, tokens, weights, devices, seed=0, delay=0.0) -> No
     """See `threads.run`, for one device."""
     (given,), (held,) = weights, devices
     numbers = np.asarray(step, np.int32)
-    found = jitted(repr(plan), plan)(table, numbers, np.asarray(tokens, np.int32), on_gpu(given), held)
-    check(found.fault)
+    found = jitted(plan)(table, numbers, np.asarray(tokens, np.int32), on_gpu(given), held)
+    assert (reason := given_up(found.fault)) is None, reason
     for array, changed in zip(jax.tree.leaves(held), jax.tree.leaves(found)):
         array[...] = changed
 
@@ -157,14 +157,9 @@ def on_gpu(weights: Any) -> Any:
 _PROGRAMS: dict[str, Callable] = {}
 
 
-def jitted(name: str, plan: Any) -> Callable:
+def jitted(plan: Any) -> Callable:
     """The launch of a plan, compiled once."""
+    name = repr(plan)  # whose formats have no hash
     if name not in _PROGRAMS:
         _PROGRAMS[name] = jax.jit(partial(mosaic_gpu.launch, plan), donate_argnums=4)
     return _PROGRAMS[name]
-
-
-def check(fault: Any) -> None:
-    """An error that says which wait took too long."""
-    found = dict(zip(FAULT, np.asarray(fault).tolist()))
-    assert not found["stuck"], f"a wait took too long: {found}"

@@ -1,19 +1,12 @@
-"""The Hopper kernel's attention against float64, by emulation; and as machine code for an H200 that is not there."""
+"""The Hopper kernel's attention against float64, by emulation."""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import SingleDeviceSharding
 
 from mimo_jax.modeling.layers import rotary_table
-from pallas_kernels import sass, topology
 from pallas_kernels.decode_step.hopper import attention, attention_inputs
 from pallas_kernels.decode_step.hopper.attention import KEYS, Attention
 from pallas_kernels.decode_step.hopper.config import (
@@ -26,9 +19,7 @@ from pallas_kernels.decode_step.hopper.config import (
     Inputs,
     padded,
 )
-from pallas_kernels.hardware import GPUS
-from pallas_kernels.lanes import emitted, emulated
-from tests.kernels.triton_tools import needs_compiler
+from pallas_kernels.lanes import emulated
 
 BF16 = ml_dtypes.bfloat16
 LAYERS, LAYER = 2, 1
@@ -368,89 +359,3 @@ def test_a_block_of_pro_fits_into_a_slot():
     assert config.slot_words <= SLOT_WORDS
     for words in (config.key_words, config.value_words):
         assert words % 8 == 4  # so eight rows' 16 bytes are in 32 banks
-
-
-def layer_kernel(config: Attention, first: int, tiles: int, parts: int):
-    """All tiles in the order of a layer, on four warpgroups beside one of role warps, as the decode step has them."""
-
-    def consume(numbers, qkv, table, sinks, cache, buffer, out, queries, keys, values, ring):
-        team, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        length, count, head = numbers[0], numbers[1], numbers[2]
-        teams = config.window is None
-        part = cta if teams else team
-        place = dict(first=4 * team if teams else 0 - team, tiles=numbers[3])
-        held, own = (queries, keys, values), dict(team=team, head=head)
-        prepared = dict(first_tile=first, tiles=numbers[3], length=length)
-        emitted.call(attention_inputs.prepare(config), (qkv, table, *held), own | prepared)
-        written = dict(layer=numbers[4], length=length, count=count)
-        emitted.call(attention_inputs.write_cache(config), (*held[1:], cache), own | written)
-        start, blocks = attention.blocks_of(config, length, count, part, parts)
-
-        def step(index, state):
-            slot, block = ring.at[lax.rem(index, ring.shape[0])], start + index * parts
-            scalars = place | dict(block=block, length=length, count=count, first_tile=first)
-            return emitted.call(attention.attend_block(config), (*held, slot), scalars, state)
-
-        state = lax.fori_loop(0, blocks, step, emitted.state_of(config.first_state()))
-        emitted.call(attention.store_part(config), (buffer,), place | dict(base=part * config.tiles * ROWS), state)
-        rows = dict(first_row=0, rows=numbers[5], base=0, step=config.tiles * ROWS, parts=parts, sink=head * 16)
-        sinks = (sinks,) if config.has_sink else ()
-        emitted.call(attention.merge(config, 16 if teams else 1), (buffer, *sinks, out), own | rows)
-
-    def body(*refs):
-        @pl.when(lax.axis_index("wg") < CONSUMERS)
-        def _():
-            plgpu.set_max_registers(112, action="increase")
-            consume(*refs)
-
-        @pl.when(lax.axis_index("wg") == CONSUMERS)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-
-    shapes = {
-        "cache": (LAYERS * config.cache_rows // KEYS * config.slot_words, jnp.int32),
-        "buffer": (parts * config.tiles * ROWS * config.part_stride, jnp.float32),
-        "out": (config.attended.words, jnp.int32),
-    }
-    words = [(tiles * ROWS * config.key_words,), (config.tokens * config.key_words,)]
-    words += [(config.tokens * config.value_words,), (4, SLOT_WORDS)]
-    return plgpu.kernel(
-        body,
-        out_type=tuple(jax.ShapeDtypeStruct((count,), dtype) for count, dtype in shapes.values()),
-        grid=(132,),
-        grid_names=("cta",),
-        num_threads=CONSUMERS + 1,
-        thread_name="wg",
-        scratch_types=[plgpu.SMEM(shape, jnp.int32) for shape in words],
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )
-
-
-@needs_compiler
-@pytest.mark.parametrize("tokens", [8, 16])
-@pytest.mark.parametrize("window", [None, 128])
-def test_a_layer_keeps_its_registers(window, tokens, tmp_path, monkeypatch):
-    """Pro's heads on an H200: the outputs of 16 queries stay in registers from slot to slot, and nothing is spilled.
-
-    Five warpgroups start with 96 registers a thread at most; four of them then have 112.
-    """
-    config = sizes(tokens, window=window, heads=16, kv_heads=1, head_dim=192, value_dim=128, rotary=64)
-    config = dataclasses.replace(config, cache_rows=4096 if window is None else 144)
-    kernel = layer_kernel(config, 0, 1 if window else config.tiles, 4 if window else 132)
-    sharding = SingleDeviceSharding(topology.devices(GPUS["h200"], 1)[0])
-    arguments = {
-        "numbers": ((8,), jnp.int32),
-        "qkv": ((tokens * config.qkv_stride,), jnp.float32),
-        "table": ((config.positions * config.rotary,), jnp.float32),
-        "sinks": ((config.heads,), jnp.float32),
-    }
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    placed = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments.values()]
-    jax.jit(kernel).lower(*placed).compile()
-    (ptx,) = tmp_path.glob("*.ptx")
-    cost = sass.cost_of(ptx, 1)
-    assert cost.spill_bytes == cost.stack_bytes == cost.local_instructions == 0
-    assert cost.registers <= 96, cost

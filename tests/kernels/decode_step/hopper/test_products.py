@@ -1,25 +1,17 @@
-"""Tiles of matrix products against float64, by emulation; and as machine code for an H200 that is not there."""
+"""Tiles of matrix products against float64, by emulation."""
 
 import functools
 import operator
 import re
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import mxfp4, sass, topology
+from pallas_kernels import mxfp4
 from pallas_kernels.decode_step.hopper import products, weights
-from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, PAGE_GAP, ROWS, SLOT_WORDS, SUM_STRIDE, Down, Matrix
-from pallas_kernels.hardware import GPUS
-from pallas_kernels.lanes import emitted, emulated
-from tests.kernels.triton_tools import needs_compiler
+from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, PAGE_GAP, ROWS, SUM_STRIDE, Down, Matrix
+from pallas_kernels.lanes import emulated
 
 FORMATS = ("mxfp4", "fp8", "bf16")
 GARBAGE = np.float32("nan")
@@ -373,104 +365,3 @@ def test_choices_add_in_their_order():
     for team in range(4):
         emulated.run(products.combine(3, 8, 1), [weights_TX, out, own], {"team": team, "tiles": 3})
     assert (own == 1).all()
-
-
-def loop_kernel(matrix: Matrix, tokens: int):
-    """Chunks as long as a number known at run time says, then an item's rows."""
-    tile, rows = products.multiply_chunk(matrix, tokens), products.store_rows(matrix.rows, tokens, False)
-
-    def body(counts, out, ring, page, sums, scratch):
-        def step(index, _):
-            is_first = ((index & 3) == 0).astype(jnp.int32)
-            scalars = {"item": index & 1, "first": (index & 3) * (matrix.columns.chunk_cols // 2), "is_first": is_first}
-            emitted.call(tile, (ring.at[index & 1], page, sums, scratch), scalars)
-
-        lax.fori_loop(0, counts[0], step, None)
-        emitted.call(rows, (sums, out), {"item": counts[1], "block": counts[1]})
-
-    def memory(words: int, dtype=jnp.float32, *stack: int):
-        return plgpu.SMEM((*stack, words), dtype)
-
-    return kernel_of(
-        body,
-        jax.ShapeDtypeStruct((tokens, matrix.rows), jnp.float32),
-        memory(SLOT_WORDS, jnp.int32, 2),
-        memory(2 * tokens * (matrix.columns.part_cols // 2 + PAGE_GAP), jnp.int32),
-        memory(3 * tokens * SUM_STRIDE),
-        memory(4 * tokens * SUM_STRIDE),
-    )
-
-
-def kernel_of(body, out, *scratch):
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )
-
-
-def compiled(kernel, folder: Path, monkeypatch) -> Path:
-    """The PTX of a kernel of two numbers."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    sharding = SingleDeviceSharding(topology.devices(GPUS["h200"], 1)[0])
-    jax.jit(kernel).lower(jax.ShapeDtypeStruct((2,), jnp.int32, sharding=sharding)).compile()
-    (ptx,) = folder.glob("*.ptx")
-    return ptx
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("format", "tokens", "limit"),
-    [("mxfp4", 8, 2.5), ("mxfp4", 16, 2.5), ("fp8", 8, 1.3), ("fp8", 16, 1.7), ("bf16", 8, 1.1), ("bf16", 16, 1.5)],
-)
-def test_chunks_keep_their_budget(format, tokens, limit, tmp_path, monkeypatch):
-    """For H200: nothing spilled, registers that four such warpgroups have, instructions per weight that HBM leaves."""
-    cost = sass.cost_of(compiled(loop_kernel(Matrix(48, 1536, format), tokens), tmp_path, monkeypatch), tokens // 8)
-    assert cost.spill_bytes == cost.stack_bytes == cost.local_instructions == 0
-    assert cost.registers <= 112 and cost.instructions <= limit, cost
-
-
-def other_tiles(tokens: int, is_routed: bool):
-    """Everything but chunks, in one kernel."""
-    pairs, chosen, features = tokens * 8, 8, 256
-    kind = "bf16" if is_routed else "f16"
-    place_of = lambda row, feature: row * (features // 2) + feature // 2  # noqa: E731
-    activate = products.store_activated(place_of, tokens, kind, is_routed)
-    down = products.multiply_expert_down(Down(features, 3), chosen, tokens)
-
-    def body(counts, hidden, slot, page, sums, factors, products_, routes, weights_, own):
-        unit, tiles = {"unit": counts[0]}, {"tiles": counts[1]}
-        item = {"item": counts[0], "block": counts[1]}
-        rows = (sums, hidden, factors)
-        emitted.call(products.add_teams(tokens, 4, 3), (sums,), {"item": counts[0], "team": counts[1]})
-        emitted.call(activate, (*rows, routes) if is_routed else rows, item | unit if is_routed else item)
-        emitted.call(down, (slot, page, products_, routes), {"number": counts[0], "units": counts[1]} | tiles)
-        emitted.call(products.combine(chosen, tokens, 2), (weights_, products_, own), {"team": counts[0]} | tiles)
-        emitted.call(products.store_own(48, tokens), (sums, own), {"item": counts[0]})
-
-    words = {
-        "slot": (6 * (2 * features + features // 8), jnp.int32),
-        "page": (pairs * (features // 2 + PAGE_GAP), jnp.int32),
-        "sums": (4 * 3 * tokens * SUM_STRIDE, jnp.float32),
-        "factors": (tokens, jnp.float32),
-        "products": (2 * pairs * products.OWN_COLUMNS, jnp.float32),
-        "routes": (pairs * tokens, jnp.int32),
-        "weights": (pairs, jnp.float32),
-        "own": (tokens * products.OWN_COLUMNS, jnp.float32),
-    }
-    out = jax.ShapeDtypeStruct((pairs, features // 2), jnp.int32)
-    return kernel_of(body, out, *(plgpu.SMEM((count,), dtype) for count, dtype in words.values()))
-
-
-@needs_compiler
-@pytest.mark.parametrize("tokens", [8, 16])
-@pytest.mark.parametrize("is_routed", [False, True])
-def test_the_other_tiles_keep_their_registers(tokens, is_routed, tmp_path, monkeypatch):
-    """For H200: experts' down, the sum over choices and the epilogues are machine code without spills."""
-    ptx = compiled(other_tiles(tokens, is_routed), tmp_path, monkeypatch)
-    registers, stack, spilled = sass.assemble(ptx, tmp_path / "kernel.cubin")
-    assert stack == spilled == 0 and registers <= 112

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +16,29 @@ from pallas_kernels.hardware import GPUS
 from pallas_kernels.lanes import emitted
 
 MOST_REGISTERS = 112  # that each thread of four warpgroups beside one of roles can have
+OPTIONS = plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 GLOBAL, SHARED = "global", "shared"
 Memories = Sequence[tuple[str, int]]  # where each is, and its words
+
+
+def ptx_of(kernel, arguments: Sequence[tuple[tuple[int, ...], Any]], folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """What Mosaic leaves behind of a kernel with arguments of these shapes and dtypes."""
+    patch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
+    patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    sharding = SingleDeviceSharding(topology.devices(GPUS["h200"], 1)[0])
+    placed = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments]
+    jax.jit(kernel).lower(*placed).compile()
+    (ptx,) = folder.glob("*.ptx")
+    return ptx
 
 
 def machine_code(
     tile, memories: Memories, scalars: Sequence[str], folder: Path, patch: pytest.MonkeyPatch
 ) -> tuple[int, int, int]:
     """Registers, bytes of stack and bytes of spills of a tile."""
-    patch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
-    patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    sharding = SingleDeviceSharding(topology.devices(GPUS["h200"], 1)[0])
     sizes = [1 + len(scalars), *(words for place, words in memories if place == GLOBAL)]
-    arguments = [jax.ShapeDtypeStruct((words,), jnp.int32, sharding=sharding) for words in sizes]
-    jax.jit(_kernel(tile, memories, scalars)).lower(*arguments).compile()
-    (ptx,) = folder.glob("*.ptx")
-    return sass.assemble(ptx, folder / "kernel.cubin")
+    arguments = [((words,), jnp.int32) for words in sizes]
+    return sass.assemble(ptx_of(_kernel(tile, memories, scalars), arguments, folder, patch), folder / "kernel.cubin")
 
 
 def _kernel(tile, memories: Memories, scalars: Sequence[str]):
@@ -55,9 +63,7 @@ def _kernel(tile, memories: Memories, scalars: Sequence[str]):
         body,
         out_type=jax.ShapeDtypeStruct((1,), jnp.int32),
         mesh=plgpu.Mesh(num_threads=1, thread_name="warpgroup"),
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=OPTIONS,
     )
 
 
