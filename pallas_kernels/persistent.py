@@ -11,12 +11,13 @@ from pallas_kernels.decode_step.hopper.routing import pack_router
 from pallas_kernels.decode_step.hopper.state import buffer_shapes, times_shape, weight_shapes, zeros
 from pallas_kernels.decode_step.hopper.sync import given_up
 from pallas_kernels.decode_step.hopper.table import Op, Table, table_of
-from pallas_kernels.decode_step.hopper.weights import pack, pack_down
+from pallas_kernels.decode_step.hopper.weights import LARGEST_SCALE, pack, pack_down, pack_gains, scale_word
 from pallas_kernels.decode_step.schedule import Kind
 
 __all__ = [
     "FORMATS",
     "FP8_SEGMENT",
+    "LARGEST_SCALE",
     "MOST_TOKENS",
     "PUBLISHED",
     "STAMPS",
@@ -33,7 +34,9 @@ __all__ = [
     "launch",
     "pack",
     "pack_down",
+    "pack_gains",
     "pack_router",
+    "scale_word",
     "table_of",
     "times_shape",
     "weight_shapes",

@@ -51,14 +51,14 @@ def hashed(shape: tuple[int, ...], kept: int, added: int) -> jax.Array:
 def with_scales(words: jax.Array, tile: int, codes: int, scale: int) -> jax.Array:
     """Every tile of so many words ends in scales, after its codes."""
     place = jax.lax.broadcasted_iota(jnp.int32, words.shape, words.ndim - 1) % tile
-    return jnp.where(place < codes, words, np.uint32(scale).astype(np.int32))
+    return jnp.where(place < codes, words, np.int32(scale))
 
 
 def random_weights(config: ModelConfig, plan: StepPlan) -> Weights:
     """Codes and numbers of random bits, of sizes that keep sums of thousands of products near one."""
     shapes = persistent.weight_shapes(plan)
     numbers = {"bf16": (0x807F807F, 0x3C003C00), "fp8": (0xBFBFBFBF, 0), "mxfp4": (0xFFFFFFFF, 0)}
-    scales = {"fp8": int(np.float32(2.0**-1).view(np.uint32)), "mxfp4": 0xF5F5F5F5}  # times 2**6; 2**-8
+    scales = {"fp8": persistent.scale_word("fp8", -7), "mxfp4": persistent.scale_word("mxfp4", -8)}
 
     def matrix(kind: Kind, shape: Any) -> jax.Array:
         found, stored = plan.matrix(kind), PUBLISHED[kind]
@@ -72,12 +72,12 @@ def random_weights(config: ModelConfig, plan: StepPlan) -> Weights:
     down = hashed(shapes.expert_down.shape, *numbers["mxfp4"])
     return Weights(
         embed=hashed(shapes.embed.shape, 0x807F807F, 0x3F803F80),
-        gains=jnp.ones(shapes.gains.shape, jnp.float32),
+        gains=jnp.ones(shapes.gains.shape, jnp.float32).view(jnp.int32),
         sinks=persistent.zeros(shapes.sinks),
         rotary=rotary_tables(config, plan.capacity),
         matrices={kind: matrix(kind, shape) for kind, shape in shapes.matrices.items()},
         expert_down=with_scales(down, plan.down.tile_words, codes, scales["mxfp4"]),
-        router=hashed(shapes.router.shape, 0x807FFFFF, 0x3C000000),
+        router=hashed(shapes.router.shape, 0x807F807F, 0x3C003C00),
         router_bias=jnp.zeros(shapes.router_bias.shape, jnp.float32),
     )
 

@@ -22,9 +22,9 @@ from mimo_jax.weights import BlockFp8Tensor, MxTensor, Params
 from mimo_jax.weights.params import STACKS, is_moe
 from pallas_kernels import persistent
 from pallas_kernels.decode_step import stored_fp8
-from pallas_kernels.expert_matmul import alternate, unfit_scales
+from pallas_kernels.expert_matmul import alternate
 from pallas_kernels.fp8_matmul import BLOCK
-from pallas_kernels.persistent import FP8_SEGMENT, Kind, Matrix, StepPlan, Weights
+from pallas_kernels.persistent import FP8_SEGMENT, LARGEST_SCALE, Kind, Matrix, StepPlan, Weights
 
 PERSISTENT = "persistent"  # the parameter that all others are in
 SHARED = ("embed", "head")  # and those that drafters read, once more
@@ -49,8 +49,8 @@ def reason_against(config: ModelConfig, params: Params) -> str | None:
     """What keeps the kernel from serving these parameters on one device."""
     for node in filter(is_moe, jax.tree.leaves(params, is_leaf=is_moe)):
         for name in STACKS:
-            if isinstance(node[name], MxTensor) and (reason := unfit_scales(name, node[name].scales)):
-                return reason
+            if isinstance(node[name], MxTensor) and (largest := int(node[name].scales.max())) > LARGEST_SCALE:
+                return f"{name}: scale byte {largest} is above {LARGEST_SCALE}"
     return plan_of(config, formats_of(params), persistent.MOST_TOKENS).unsupported()
 
 
@@ -117,12 +117,12 @@ def pack(config: ModelConfig, params: Params, plan: StepPlan, rank: int = 0) -> 
     router = [persistent.pack_router(np.asarray(one["router"], np.float32), plan.router) for one in moe]
     return Weights(
         embed=_words(np.asarray(params["embed"]).astype(ml_dtypes.bfloat16)),
-        gains=np.concatenate([np.asarray(norm["weight"], np.float32) for norm in norms]),
+        gains=persistent.pack_gains([np.asarray(norm["weight"], np.float32) for norm in norms]),
         sinks=(share.sinks(config, layers, GLOBAL), share.sinks(config, layers, SLIDING)),
         rotary=(rotary_table(config, GLOBAL, plan.capacity), rotary_table(config, SLIDING, plan.capacity)),
         matrices=matrices,
         expert_down=down,
-        router=np.stack(router).view(np.int32) if moe else np.zeros((0, 0, 0, 0), np.int32),
+        router=np.stack(router) if moe else np.zeros((0, 0, 0, 0), np.int32),
         router_bias=np.concatenate([np.zeros(0, np.float32), *(np.asarray(one["router_bias"]) for one in moe)]),
     )
 

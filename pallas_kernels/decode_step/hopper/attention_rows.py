@@ -16,10 +16,10 @@ class AttentionRows(Cta):
     """Handlers: (team, row, turns) -> turns."""
 
     def attention_refs(self, is_sliding: bool) -> tuple[Any, ...]:
-        """Queries, new keys, new values, and on sliding layers the teams' parts: all in the page's place."""
+        """Queries, new keys, new values, and on sliding layers the teams' parts: all where pages and sums are else."""
         sizes, first, found = self.plan.attention_parts(is_sliding), 0, []
         for size in sizes:
-            found.append(self.machine.part(self.shared.page, first, size) if size else None)
+            found.append(self.machine.part(self.shared.area, first, size) if size else None)
             first += size
         return tuple(found)
 
@@ -52,7 +52,7 @@ class AttentionRows(Cta):
         def one(number: Any, state: Any) -> Any:
             found = scalars | {"block": first + number * step, "length": self.length, "count": self.count}
             use = lambda slot: m.call(tile, (queries, keys, values, slot), found, state)  # noqa: E731
-            return self.with_slot(turn_of(number), team, use)
+            return self.with_slot(turn_of(number), team, use, stores=True)
 
         return m.loop(0, count, one, m.first_state(config.first_state()))
 

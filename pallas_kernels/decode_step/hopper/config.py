@@ -25,10 +25,14 @@ CHUNKS_PER_PART = {"mxfp4": 1, "fp8": 2, "bf16": 4}
 FORMATS = tuple(CHUNKS_PER_PART)
 # Words between tokens in a page beyond their columns: eight threads that read 16 bytes of two tokens hit all banks.
 PAGE_GAP = 16
-SUM_STRIDE = 20  # floats between tokens in a buffer of sums: 16 rows, and a bank for each thread of a warp
 FP8_SEGMENT = 64  # columns that share a scale, half of a published block: what a warp has of a chunk begins anywhere
 LINE_WORDS = 32  # 128 bytes: copies into shared memory are whole lines
-INPUT_SHIFT = 6  # inputs of FP8 products are float16, times 2^-6
+OWN_COLUMNS = 3 * ROWS  # of the residual, at most those of one CTA
+GAINS = 2 * LINE_WORDS  # of a norm, that a CTA copies for its own columns
+# What a product reads, by the format of its weights: a type, and the power of two by which inputs are multiplied.
+# Decoded without a multiplication, MXFP4 is bf16 times 2^-126; such products would be too small for float32.
+INPUT_TYPE = {"mxfp4": "bf16", "fp8": "f16", "bf16": "bf16"}
+INPUT_SHIFT = {"mxfp4": 64, "fp8": -6, "bf16": 0}
 LOG2_E = math.log2(math.e)  # for exp2, which is what the hardware has
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_kernels.decode_step.hopper import attention
 from pallas_kernels.decode_step.hopper.attention import Attention
 from pallas_kernels.decode_step.hopper.attention_rows import AttentionRows
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, LINE_WORDS, ROWS, SLOT_COPIES, Inputs, padded
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, GAINS, LINE_WORDS, SLOT_COPIES, Inputs, padded
+from pallas_kernels.decode_step.hopper.cta import SCALED
 from pallas_kernels.decode_step.hopper.expert_rows import ExpertRows
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.roles import Row
@@ -19,16 +18,25 @@ from pallas_kernels.decode_step.hopper.table import Op
 from pallas_kernels.decode_step.schedule import Kind
 
 Handlers = dict[tuple[int, ...], Callable[[Row, Any], Any]]  # by the kinds that share them
-STREAM_READERS = (Op.QKV, Op.HEAD, Op.GATE_UP, Op.ROUTER, Op.EXPERT_GATE_UP)
+STREAM_READERS = (*SCALED, Op.EXPERT_GATE_UP)
+# Fills under way at a time. More would keep memory no busier, but all else waits behind them: signals most of all.
+AHEAD = 4
+
+
+class Filled(NamedTuple):
+    """Of the ring: how many fills have begun, and the teams of the last ones, as digits, the oldest first."""
+
+    turn: Any
+    teams: Any
 
 
 class Copies(ExpertRows, AttentionRows):
-    """Handlers: (row, turn of what is filled) -> its next turn."""
+    """Handlers: (row, what is filled) -> the same after it; of pages, only the turn."""
 
     def load(self) -> Handlers:
         """Handlers of the warp that fills the ring."""
         plan = self.plan
-        found: Handlers = {(Op.REDUCE,): self.prefetch_gains}
+        found: Handlers = {(Op.EMBED, Op.REDUCE): self.load_gains}
         for kind in plan.products:
             if kind != Kind.EXPERT_GATE_UP:
                 found[Op(kind),] = partial(self.load_matrix, kind)
@@ -41,9 +49,9 @@ class Copies(ExpertRows, AttentionRows):
             found[Op.EXPERT_GATE_UP,] = self.load_experts
         return found
 
-    def fill(self, turn: Any, team: Any, *sources: Any) -> None:
-        """One or two copies, of pieces that lie side by side in the slot."""
-        m = self.machine
+    def fill(self, filled: Filled, team: Any, *sources: Any) -> Filled:
+        """One or two copies, of pieces that lie side by side in the slot, when the fill AHEAD before has landed."""
+        m, digits = self.machine, CONSUMERS ** (AHEAD - 1)
 
         def copy(slot: Any, barrier: Any) -> None:
             for number, source in enumerate(sources):
@@ -52,13 +60,15 @@ class Copies(ExpertRows, AttentionRows):
             for _ in range(len(sources), SLOT_COPIES):
                 m.arrive_alone(barrier)
 
-        self.ring.fill(turn, team, copy)
+        before = m.div(filled.teams, digits)
+        m.when(filled.turn >= AHEAD, lambda: self.ring.before_read(filled.turn - AHEAD, before))
+        self.ring.fill(filled.turn, team, copy)
+        return Filled(filled.turn + 1, m.rem(filled.teams, digits) * CONSUMERS + team)
 
-    def prefetch_gains(self, row: Row, turn: Any) -> Any:
-        blocks = self.plan.target.width // ROWS
-        first, every = row.layer * blocks + row.first, blocks // self.plan.ctas  # that every CTA has
-        self.prefetch_floats(self.weights.gains, first, ROWS, every)
-        return turn
+    def load_gains(self, row: Row, filled: Filled) -> Filled:
+        """Of the CTA's own columns, and of what follows."""
+        first = row.layer * self.plan.target.width + self.first_gain(row)
+        return self.fill(filled, 0, self.machine.part(self.weights.gains, first, GAINS))
 
     def prefetch_floats(self, source: Any, first: Any, size: int, count: int) -> None:
         """Rows of so many floats; what may not begin at 16 bytes is left out, for all that it changes is time."""
@@ -74,113 +84,97 @@ class Copies(ExpertRows, AttentionRows):
         for start in (0, positions):
             self.prefetch_floats(self.weights.rotary[is_sliding], start + first, half, count)
 
-    def load_matrix(self, kind: Kind, row: Row, turn: Any) -> Any:
+    def load_matrix(self, kind: Kind, row: Row, filled: Filled) -> Filled:
         m, matrix = self.machine, self.plan.matrix(kind)
         layer = 0 if kind == Kind.HEAD else row.layer
         items, words = row.last - row.first, self.weights.matrices[kind]
-        if kind != Kind.HEAD:  # which is larger than the cache
-            # What the ring has no room for is under way while memory would have nothing to do.
-            m.prefetch(words.at[layer, row.first], items)
 
-        def one(number: Any, turn: Any) -> Any:
+        def one(number: Any, filled: Filled) -> Filled:
             chunk, block = m.div(number, items), row.first + m.rem(number, items)
-            team = m.rem(block + chunk, CONSUMERS)
-            self.fill(turn, team, words.at[layer, block, chunk])
-            return turn + 1
+            return self.fill(filled, self.team_of(kind, block, chunk), words.at[layer, block, chunk])
 
-        return m.loop(0, items * matrix.columns.chunks, one, turn)
+        return m.loop(0, items * matrix.columns.chunks, one, filled)
 
-    def load_router(self, row: Row, turn: Any) -> Any:
+    def load_router(self, row: Row, filled: Filled) -> Filled:
         m, router = self.machine, self.plan.router
-        m.prefetch(self.weights.router.at[row.layer, m.cta])
         self.prefetch_floats(self.weights.router_bias, row.layer, self.plan.target.experts, 1)
 
-        def one(chunk: Any, turn: Any) -> Any:
+        def one(chunk: Any, filled: Filled) -> Filled:
             source = self.weights.router.at[row.layer, m.cta, chunk]
-            self.fill(turn, m.rem(chunk, CONSUMERS), source)
-            return turn + 1
+            return self.fill(filled, m.rem(chunk, CONSUMERS), source)
 
-        return m.loop(0, router.columns.chunks, one, turn)
+        return m.loop(0, router.columns.chunks, one, filled)
 
-    def load_experts(self, row: Row, turn: Any) -> Any:
+    def load_experts(self, row: Row, filled: Filled) -> Filled:
         m, matrix = self.machine, self.plan.matrix(Kind.EXPERT_GATE_UP)
         m.wait(self.shared.listed)
         first, last, blocks = self.expert_blocks(row)
         items, stack = last - first, self.weights.matrices[Kind.EXPERT_GATE_UP]
 
-        def one(number: Any, turn: Any) -> Any:
+        def one(number: Any, filled: Filled) -> Filled:
             chunk, item = m.div(number, items), m.rem(number, items)
             expert = row.layer * self.plan.target.experts + self.shared.active[m.div(first + item, blocks)]
             source = stack.at[expert, m.rem(first + item, blocks), chunk]
-            self.fill(turn, m.rem(item, CONSUMERS), source)
-            return turn + 1
+            return self.fill(filled, self.team_of(Kind.EXPERT_GATE_UP, item, chunk), source)
 
-        return m.loop(0, items * matrix.columns.chunks, one, turn)
+        return m.loop(0, items * matrix.columns.chunks, one, filled)
 
-    def load_down(self, row: Row, turn: Any) -> Any:
-        """Of each active expert the row blocks of the CTA's own columns, side by side; one in vain, if it owns none."""
-        m, plan = self.machine, self.plan
-        least = plan.target.width // ROWS // plan.ctas
-
-        def one(number: Any, turn: Any) -> Any:
-            for tiles in sorted({least, plan.down.tiles}):
-                m.when(row.last - row.first == tiles, partial(self.fill_down, row, turn, number, tiles))
-            return turn + 1
-
-        return m.loop(0, self.down_slots(), one, turn)
-
-    def fill_down(self, row: Row, turn: Any, number: Any, tiles: int) -> None:
+    def load_down(self, row: Row, filled: Filled) -> Filled:
+        """Of each active expert the row blocks of the CTA's own columns, side by side."""
         m, down = self.machine, self.plan.down
-        first, words = (row.first if tiles else 0) * down.tile_words, max(tiles, 1) * down.tile_words
+        first, words = self.first_tile(row) * down.tile_words, down.tiles * down.tile_words
 
         def piece(unit: Any) -> Any:
             unit = m.smaller(unit, self.shared.count[0] - 1)  # of an odd number the last one twice
             expert = row.layer * self.plan.target.experts + self.shared.active[unit]
             return m.part(self.weights.expert_down.at[expert], first, words)
 
-        pieces = [piece(number * down.units + unit) for unit in range(down.units)]
-        self.fill(turn, m.rem(number, CONSUMERS), *pieces)
+        def one(number: Any, filled: Filled) -> Filled:
+            pieces = [piece(number * down.units + unit) for unit in range(down.units)]
+            return self.fill(filled, m.rem(number, CONSUMERS), *pieces)
 
-    def load_block(self, config: Attention, row: Row, head: Any, block: Any, turn: Any, team: Any) -> None:
+        return m.loop(0, self.down_slots(), one, filled)
+
+    def load_block(self, config: Attention, row: Row, head: Any, block: Any, filled: Filled, team: Any) -> Filled:
         cache = self.buffers.caches[config.window is not None]
         blocks = config.cache_rows // attention.KEYS
         number = (row.layer * config.kv_heads + head) * blocks + attention.place_of(config, block)
-        self.fill(turn, team, cache.at[number])
+        return self.fill(filled, team, cache.at[number])
 
-    def load_window(self, row: Row, turn: Any) -> Any:
-        m, config = self.machine, self.plan.attention(True)
+    def load_window(self, row: Row, filled: Filled) -> Filled:
+        m, config, heads = self.machine, self.plan.attention(True), self.plan.target.heads
         self.prefetch_angles(True)
+        if config.has_sink:
+            self.prefetch_floats(self.weights.sinks[True], row.layer, heads, 1)
         lowest, blocks = attention.blocks_of(config, self.length, self.count, 0, 1)
 
-        def one_unit(unit: Any, turn: Any) -> Any:
-            def one(number: Any, turn: Any) -> Any:
+        def one_unit(unit: Any, filled: Filled) -> Filled:
+            def one(number: Any, filled: Filled) -> Filled:
                 block = lowest + number
-                self.load_block(config, row, m.div(unit, config.tiles), block, turn, m.rem(block, CONSUMERS))
-                return turn + 1
+                return self.load_block(config, row, m.div(unit, config.tiles), block, filled, m.rem(block, CONSUMERS))
 
-            return m.loop(0, blocks, one, turn)
+            return m.loop(0, blocks, one, filled)
 
-        return m.loop(row.first, row.last, one_unit, turn)
+        return m.loop(row.first, row.last, one_unit, filled)
 
-    def load_keys(self, row: Row, turn: Any) -> Any:
+    def load_keys(self, row: Row, filled: Filled) -> Filled:
         """A block for each warpgroup that its queries keep busy: the second copy comes from the L2 cache."""
         m, plan, config = self.machine, self.plan, self.plan.attention(False)
         groups, at_once = plan.query_groups, plan.blocks_at_once
         parts = plan.key_parts * at_once
         self.prefetch_angles(False)
 
-        def one_unit(unit: Any, turn: Any) -> Any:
+        def one_unit(unit: Any, filled: Filled) -> Filled:
             head, part = m.div(unit, plan.key_parts), m.rem(unit, plan.key_parts) * at_once
 
-            def one(number: Any, turn: Any) -> Any:
+            def one(number: Any, filled: Filled) -> Filled:
                 round_, team = m.div(number, CONSUMERS), m.rem(number, CONSUMERS)
                 block = part + m.div(team, groups) + round_ * parts
-                self.load_block(config, row, head, block, turn, team)
-                return turn + 1
+                return self.load_block(config, row, head, block, filled, team)
 
-            return m.loop(0, self.blocks_of_part(config, part, parts) * groups, one, turn)
+            return m.loop(0, self.blocks_of_part(config, part, parts) * groups, one, filled)
 
-        return m.loop(row.first, row.last, one_unit, turn)
+        return m.loop(row.first, row.last, one_unit, filled)
 
     def fetch(self) -> Handlers:
         """Handlers of the warp that brings inputs into pages, each of which begins with `await_fetch`."""
@@ -193,10 +187,9 @@ class Copies(ExpertRows, AttentionRows):
             found[Op.EXPERT_DOWN,] = self.fetch_hidden
         return found
 
-    def await_fetch(self, counters: Any, row: Row) -> None:
+    def await_fetch(self, counters: Any, epoch: Callable[[], Any], row: Row) -> None:
         ops = (*STREAM_READERS, Op.OUTPUT, Op.DOWN, Op.EXPERT_DOWN)
-        is_fetched = functools.reduce(operator.or_, [row.kind == op for op in ops])
-        self.machine.when(is_fetched, lambda: self.await_row(counters, row, reads="copies"))
+        self.machine.when(self.is_one_of(row, ops), lambda: self.await_row(counters, epoch, row, reads="copies"))
 
     def fetch_parts(self, inputs: Inputs, source: Any, row: Row, turn: Any) -> Any:
         """Of the tokens that there can be."""
@@ -210,8 +203,8 @@ class Copies(ExpertRows, AttentionRows):
         return self.machine.loop(0, inputs.columns.parts, one, turn)
 
     def fetch_hidden(self, row: Row, turn: Any) -> Any:
-        """All pairs' rows, across both places of the page, wherever they begin."""
-        words = self.plan.hidden_rows * self.plan.hidden_stride // PAGE_PARTS
+        """All pairs' rows, across all places of pages, whichever is the first."""
+        words = self.plan.hidden_part
 
         def one(part: Any, turn: Any) -> Any:
             self.fetch_page(turn, part * words, self.buffers.hidden, part * words, words)
@@ -222,7 +215,7 @@ class Copies(ExpertRows, AttentionRows):
     def fetch_page(self, turn: Any, at: Any, source: Any, first: Any, words: int) -> None:
         m = self.machine
         self.pages.before_fill(turn)
-        place = m.part(self.shared.page, at, words)
+        place = m.part(self.page, at, words)
         m.copy(m.part(source, first, words), place, self.pages.full.at[self.pages.place(turn)])
 
     def send(self, counters: Any) -> Handlers:

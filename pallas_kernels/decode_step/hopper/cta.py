@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from pallas_kernels.decode_step.hopper import stream
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, Columns
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, WARPS, Columns
 from pallas_kernels.decode_step.hopper.machine import Buffers, Machine, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import StepPlan
 from pallas_kernels.decode_step.hopper.roles import Row
 from pallas_kernels.decode_step.hopper.sync import target
-from pallas_kernels.decode_step.hopper.table import EPOCH
+from pallas_kernels.decode_step.hopper.table import Op
+from pallas_kernels.decode_step.schedule import Kind
 
+SCALED = (Op.QKV, Op.HEAD, Op.GATE_UP, Op.ROUTER)  # rows whose products are multiplied by the factors of a norm
 Turns = tuple[Any, Any]  # of ring and pages: how often a place was used before
 
 
@@ -37,14 +41,25 @@ class Cta:
         self.length, self.count, self.first, self.last = (step[i] for i in range(4))
 
     @property
-    def epoch(self) -> Any:
-        """Read whenever it is needed, so that nobody keeps it; it changes when all CTAs have seen it (`pick_best`)."""
-        return self.buffers.counts[EPOCH]
+    def page(self) -> Any:
+        return self.machine.part(self.shared.area, 0, self.plan.page_area)
 
-    def await_row(self, counters: Any, row: Row, **how: Any) -> None:
-        wanted = target(self.epoch, row.per_round, row.value)
+    @property
+    def sums(self) -> Any:
+        return self.machine.part(self.shared.area, self.plan.page_area, self.plan.sum_words)
+
+    def await_row(self, counters: Any, epoch: Callable[[], Any], row: Row, **how: Any) -> None:
+        """`epoch` reads the number of rounds before, whenever it is needed, so that nobody keeps it."""
+        wanted = target(epoch(), row.per_round, row.value)
         scope = "sys" if self.plan.devices > 1 else "gpu"
         self.machine.when(row.wait >= 0, partial(counters.wait, row.wait, wanted, row.number, scope=scope, **how))
+
+    def begin_row(self, team: Any, row: Row) -> None:
+        """The factors of a norm whose stream a product reads; they serve until the next such row."""
+        self.machine.when(self.is_one_of(row, SCALED), lambda: self.factors(team))
+
+    def is_one_of(self, row: Row, ops: Sequence[Op]) -> Any:
+        return functools.reduce(operator.or_, [row.kind == op for op in ops])
 
     def signal_row(self, counters: Any, row: Row) -> None:
         self.machine.when(row.signal >= 0, partial(counters.signal, row.signal))
@@ -58,11 +73,24 @@ class Cta:
         own = m.div(items - team + CONSUMERS - 1, CONSUMERS)
         m.loop(0, own, lambda number, _: run(team + number * CONSUMERS))
 
-    def with_slot(self, turn: Any, team: Any, use: Callable[[Any], Any]) -> Any:
-        """`use(slot)` once it is full; then it may be filled again."""
+    def each_warp_item(self, tile: Callable, refs: tuple[Any, ...], team: Any, first: Any, items: Any) -> None:
+        """A tile that does an item in each warp, for items whose first one is block `first`."""
+        m = self.machine
+
+        def four(group: Any) -> None:
+            m.call(tile, refs, {"item": group * WARPS, "block": first + group * WARPS, "items": items})
+
+        self.each_item(team, m.div(items + WARPS - 1, WARPS), four)
+
+    def team_of(self, kind: Kind, block: Any, chunk: Any) -> Any:
+        """Who multiplies a row block, or this chunk of it if teams share row blocks."""
+        return self.machine.rem(block + chunk if self.plan.ways(kind) > 1 else block, CONSUMERS)
+
+    def with_slot(self, turn: Any, team: Any, use: Callable[[Any], Any], stores: bool = False) -> Any:
+        """`use(slot)`, which loads from it or also stores, once it is full; then it may be filled again."""
         self.ring.before_read(turn, team)
         found = use(self.ring.slots.at[self.ring.place(turn)])
-        self.ring.freed(turn)
+        self.ring.freed(turn, stores)
         return found
 
     def by_parts(self, columns: Columns, turns: Turns, one_chunk: Callable[[Any, Any, Any], Any]) -> Turns:
@@ -83,8 +111,9 @@ class Cta:
 
         return m.loop(0, columns.parts, one_part, turns)
 
-    def scratch(self, team: Any) -> Any:
-        return self.machine.part(self.shared.scratch, team * self.plan.scratch_words, self.plan.scratch_words)
+    def first_gain(self, row: Row) -> Any:
+        """Which of a norm's gains are the first of the CTA's own columns; it may own none, after the last."""
+        return self.machine.smaller(row.first * ROWS, self.plan.target.width - ROWS)
 
     def factors(self, team: Any) -> None:
         """For who reads them after the teams have met."""

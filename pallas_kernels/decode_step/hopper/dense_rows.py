@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pallas_kernels.decode_step.hopper import picking, products, stream
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, Matrix
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, OWN_COLUMNS, ROWS, Matrix
 from pallas_kernels.decode_step.hopper.cta import Cta, Turns
-from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
 from pallas_kernels.decode_step.hopper.roles import Row
 from pallas_kernels.decode_step.hopper.table import EPOCH, Op
 from pallas_kernels.decode_step.schedule import Kind
@@ -20,14 +19,35 @@ class DenseRows(Cta):
         return {"first": row.first * ROWS, "size": (row.last - row.first) * ROWS, "cta": self.machine.cta}
 
     def stream_scalars(self, row: Row) -> dict[str, Any]:
-        scalars = {"count": self.count, "gain_first": row.layer * self.plan.target.width, "is_f16": row.flags}
+        scalars = {"count": self.count, "gain_first": 0 - self.first_gain(row), "reader": row.reader}
         return self.own_columns(row) | scalars
 
+    def resume(self, team: Any) -> None:
+        """What an earlier launch has left of the stream."""
+        m, blocks = self.machine, self.plan.target.width // ROWS
+        first, last = (m.div(blocks * (m.cta + i), self.plan.ctas) * ROWS for i in range(2))
+        tile, scalars = stream.resume(self.plan.stream), {"first": first, "size": last - first}
+        self.of_one_team(team, lambda: m.call(tile, (self.buffers.x, self.shared.x), scalars))
+
     def embed(self, team: Any, row: Row, turns: Turns) -> Turns:
-        b, tile = self.buffers, stream.embed(self.plan.stream, self.plan.vocab_rows)
-        refs = (self.tokens, self.weights.embed, self.weights.gains, b.x, b.stream, b.squares)
-        self.of_one_team(team, lambda: self.machine.call(tile, refs, self.stream_scalars(row)))
-        return turns
+        tile = stream.embed(self.plan.stream, self.plan.vocab_rows)
+        return self.begin_stream(tile, (self.tokens, self.weights.embed), (), team, self.stream_scalars(row), turns)
+
+    def begin_stream(
+        self,
+        tile: Any,
+        sources: tuple[Any, ...],
+        taps: tuple[Any, ...],
+        team: Any,
+        scalars: dict[str, Any],
+        turns: Turns,
+    ) -> Turns:
+        """A tile of one team, which needs the gains that `load_gains` has put into a slot."""
+        b, (slot_turn, page_turn) = self.buffers, turns
+        made = (self.shared.x, b.x, b.stream, b.squares, *taps)
+        use = lambda slot: self.machine.call(tile, (*sources, slot, *made), scalars)  # noqa: E731
+        self.of_one_team(team, lambda: self.with_slot(slot_turn, 0, use))
+        return slot_turn + 1, page_turn
 
     def reduce(self, team: Any, row: Row, turns: Turns) -> Turns:
         b, taps = self.buffers, len(self.plan.aux_layers)
@@ -35,50 +55,42 @@ class DenseRows(Cta):
         parts = self.shared.own
         if self.plan.devices > 1:
             parts = self.machine.part(b.parts, self.first_part(row), self.plan.devices * self.plan.own_words)
-        refs = (parts, self.weights.gains, b.x, b.stream, b.squares, *((b.aux,) if taps else ()))
         scalars = self.stream_scalars(row) | ({"tap": row.tap} if taps else {})
-        self.of_one_team(team, lambda: self.machine.call(tile, refs, scalars))
-        return turns
+        return self.begin_stream(tile, (parts,), (b.aux,) if taps else (), team, scalars, turns)
 
     def first_part(self, row: Row) -> Any:
         """Where the devices' sums for this CTA's columns lie, one device after the other."""
         return (row.parity * self.plan.ctas + self.machine.cta) * (self.plan.devices * self.plan.own_words)
 
     def multiply(self, kind: Kind, team: Any, row: Row, turns: Turns) -> Turns:
-        """A dense matrix: of few row blocks each team does every fourth chunk, and then the teams' sums are added."""
-        m, plan, matrix = self.machine, self.plan, self.plan.matrix(kind)
-        items, most = row.last - row.first, plan.dense_items
+        return self.multiply_items(kind, team, row.first, row.last - row.first, turns)
+
+    def multiply_items(self, kind: Kind, team: Any, block: Any, items: Any, turns: Turns) -> Turns:
+        """Row blocks from `block` on, by the teams that `team_of` tells; all teams have met when it returns."""
+        m, matrix, ways = self.machine, self.plan.matrix(kind), self.plan.ways(kind)
 
         def one_chunk(chunk: Any, first: Any, turn: Any) -> Any:
-            own = m.rem(team + CONSUMERS - m.rem(row.first + chunk, CONSUMERS), CONSUMERS)
-            is_first = m.integer(chunk < CONSUMERS)
+            own = m.rem(team + CONSUMERS - self.team_of(kind, block, chunk), CONSUMERS)
+            way, is_first = m.rem(chunk, ways), m.integer(chunk < ways)
 
             def one_item(number: Any, _: None) -> None:
                 item = own + number * CONSUMERS
-                scalars = {"item": team * most + item, "first": first, "is_first": is_first}
-                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
+                scalars = {"part": item * ways + way, "first": first, "is_first": is_first}
+                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, slot, scalars))
 
             m.loop(0, m.div(items - own + CONSUMERS - 1, CONSUMERS), one_item)
             return turn + items
 
         turns = self.by_parts(matrix.columns, turns, one_chunk)
         m.meet()
-        tile = products.add_teams(plan.columns, min(CONSUMERS, matrix.columns.chunks), most)
-
-        def add(item: Any) -> None:
-            m.call(tile, (self.shared.sums,), {"item": item, "team": m.rem(row.first + item, CONSUMERS)})
-
-        self.each_item(team, items, add)
         return turns
 
-    def multiply_slot(self, matrix: Matrix, team: Any, slot: Any, scalars: dict[str, Any]) -> None:
+    def multiply_slot(self, matrix: Matrix, slot: Any, scalars: dict[str, Any]) -> None:
         tile = products.multiply_chunk(matrix, self.plan.columns)
-        refs = (slot, self.shared.page, self.shared.sums, self.scratch(team))
-        self.machine.call(tile, refs, scalars)
+        self.machine.call(tile, (slot, self.page, self.sums), scalars)
 
     def widen(self, team: Any, row: Row, turns: Turns) -> Turns:
         """QKV, and gate and up of dense layers: the same product of the stream up to their ends."""
-        self.factors(team)
         turns = self.multiply(Kind.QKV, team, row, turns)
         self.machine.when(row.kind == Op.QKV, lambda: self.store_rows(Kind.QKV, self.buffers.qkv, team, row))
         if Kind.GATE_UP in self.plan.products:
@@ -86,8 +98,8 @@ class DenseRows(Cta):
         return turns
 
     def store_rows(self, kind: Kind, out: Any, team: Any, row: Row) -> None:
-        tile = products.store_rows(self.plan.matrix(kind).rows, self.plan.columns, True)
-        refs = (self.shared.sums, out, self.shared.factors)
+        tile = products.store_rows(self.plan.matrix(kind).rows, self.plan.columns, self.plan.ways(kind), True)
+        refs = (self.sums, out, self.shared.factors)
 
         def store(item: Any) -> None:
             self.machine.call(tile, refs, {"item": item, "block": row.first + item})
@@ -96,18 +108,14 @@ class DenseRows(Cta):
 
     def store_activated(self, team: Any, row: Row) -> None:
         plan = self.plan
-        tile = products.store_activated(plan.inputs(Kind.DOWN).place, plan.columns, plan.inputs_of(Kind.DOWN), False)
-        refs = (self.shared.sums, self.buffers.hidden, self.shared.factors)
-
-        def store(item: Any) -> None:
-            self.machine.call(tile, refs, {"item": item, "block": row.first + item})
-
-        self.each_item(team, row.last - row.first, store)
+        place, ways = plan.inputs(Kind.DOWN).place, plan.ways(Kind.GATE_UP)
+        tile = products.store_activated(place, plan.columns, ways, plan.reads(Kind.DOWN))
+        refs = (self.sums, self.buffers.hidden, self.shared.factors)
+        self.each_warp_item(tile, refs, team, row.first, row.last - row.first)
 
     def head(self, team: Any, row: Row, turns: Turns) -> Turns:
         """Also what the head reads, normalised, for whoever wants hidden states."""
         m, b, width = self.machine, self.buffers, self.plan.target.width
-        self.factors(team)
         turns = self.multiply(Kind.HEAD, team, row, turns)
         self.store_rows(Kind.HEAD, b.logits, team, row)
         first, last = (m.div(width // ROWS * (m.cta + i), self.plan.ctas) * ROWS for i in range(2))
@@ -118,11 +126,11 @@ class DenseRows(Cta):
         return turns
 
     def own_sums(self, kind: Kind, team: Any, row: Row, turns: Turns) -> Turns:
-        """A dense product whose rows are the CTA's own columns."""
+        """A dense product whose rows are the CTA's own columns: not more row blocks than there are teams."""
         turns = self.multiply(kind, team, row, turns)
-        tile = products.store_own(OWN_COLUMNS, self.plan.columns)
-        refs = (self.shared.sums, self.shared.own)
-        self.each_item(team, row.last - row.first, lambda item: self.machine.call(tile, refs, {"item": item}))
+        tile = products.store_own(OWN_COLUMNS, self.plan.columns, self.plan.ways(kind))
+        store = lambda: self.machine.call(tile, (self.sums, self.shared.own), {"item": team})  # noqa: E731
+        self.machine.when(team < row.last - row.first, store)
         self.stage()
         return turns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pallas_kernels.decode_step.hopper import products, routing
-from pallas_kernels.decode_step.hopper.config import CONSUMERS
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS
 from pallas_kernels.decode_step.hopper.cta import Turns
 from pallas_kernels.decode_step.hopper.dense_rows import DenseRows
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
@@ -18,19 +18,19 @@ class ExpertRows(DenseRows):
 
     def router(self, team: Any, row: Row, turns: Turns) -> Turns:
         m, plan, router = self.machine, self.plan, self.plan.router
-        self.factors(team)
         tile, score = routing.multiply_router(router, plan.columns), routing.score(router, plan.columns)
 
         def one_chunk(chunk: Any, first: Any, turn: Any) -> Any:
             def run(slot: Any) -> None:
-                m.call(tile, (slot, self.shared.page, self.shared.router_sums), {"chunk": chunk, "first": first})
+                scalars = {"team": team, "first": first, "is_first": m.integer(chunk < CONSUMERS)}
+                m.call(tile, (slot, self.page, self.sums), scalars)
 
             m.when(m.rem(chunk, CONSUMERS) == team, lambda: self.with_slot(turn, team, run))
             return turn + 1
 
         turns = self.by_parts(router.columns, turns, one_chunk)
         m.meet()
-        refs = (self.shared.router_sums, self.shared.factors, self.buffers.scores)
+        refs = (self.sums, self.shared.factors, self.buffers.scores)
         self.of_one_team(team, lambda: m.call(score, refs, {"cta": m.cta}))
         return turns
 
@@ -64,30 +64,15 @@ class ExpertRows(DenseRows):
         return first, last, blocks
 
     def expert_gate_up(self, team: Any, row: Row, turns: Turns) -> Turns:
-        m, plan, matrix = self.machine, self.plan, self.plan.matrix(Kind.EXPERT_GATE_UP)
+        """With the factors that the router's row has left: the stream is the same."""
+        plan, matrix = self.plan, self.plan.matrix(Kind.EXPERT_GATE_UP)
         first, last, blocks = self.expert_blocks(row)
-        self.factors(team)
-
-        def one_chunk(chunk: Any, page: Any, turn: Any) -> Any:
-            is_first = m.integer(chunk == 0)
-
-            def one_item(item: Any) -> None:
-                scalars = {"item": item, "first": page, "is_first": is_first}
-                self.with_slot(turn + item, team, lambda slot: self.multiply_slot(matrix, team, slot, scalars))
-
-            self.each_item(team, last - first, one_item)
-            return turn + (last - first)
-
-        turns = self.by_parts(matrix.columns, turns, one_chunk)
-        m.meet()
-        tile = products.store_activated(plan.hidden_place, plan.columns, "bf16", True)
-        refs = (self.shared.sums, self.buffers.hidden, self.shared.factors, self.shared.pairs)
-
-        def store(item: Any) -> None:
-            unit, block = m.div(first + item, blocks), m.rem(first + item, blocks)
-            m.call(tile, refs, {"item": item, "block": block, "unit": unit})
-
-        self.each_item(team, last - first, store)
+        turns = self.multiply_items(Kind.EXPERT_GATE_UP, team, 0, last - first, turns)
+        tile = products.store_activated(
+            plan.hidden_place, plan.columns, plan.ways(Kind.EXPERT_GATE_UP), matrix.format, blocks
+        )
+        refs = (self.sums, self.buffers.hidden, self.shared.factors, self.shared.pairs)
+        self.each_warp_item(tile, refs, team, first, last - first)
         return turns
 
     def expert_down(self, team: Any, row: Row, turns: Turns) -> Turns:
@@ -100,8 +85,13 @@ class ExpertRows(DenseRows):
         tiles, slots = row.last - row.first, self.down_slots()
 
         def one(number: Any) -> None:
-            refs = (shared.page, shared.sums, shared.pairs)
-            scalars = {"number": number, "units": shared.count[0], "tiles": tiles}
+            refs = (self.page, self.sums, shared.pairs)
+            scalars = {
+                "number": number,
+                "units": shared.count[0],
+                "before": row.first - self.first_tile(row),
+                "tiles": tiles,
+            }
             self.with_slot(slot_turn + number, team, lambda slot: m.call(tile, (slot, *refs), scalars))
 
         self.each_item(team, slots, one)
@@ -109,9 +99,13 @@ class ExpertRows(DenseRows):
             self.pages.freed(page_turn + part)
         m.meet()
         combine = products.combine(plan.target.chosen, plan.columns, plan.down.splits)
-        m.call(combine, (shared.routes, shared.sums, shared.own), {"tiles": tiles, "team": team})
+        m.call(combine, (shared.routes, self.sums, shared.own), {"tiles": tiles, "team": team})
         self.stage()
         return slot_turn + slots, page_turn + PAGE_PARTS
+
+    def first_tile(self, row: Row) -> Any:
+        """Of as many as any CTA owns: this one may own fewer, after some of another one's."""
+        return self.machine.smaller(row.first, self.plan.target.width // ROWS - self.plan.down.tiles)
 
     def down_slots(self) -> Any:
         """That the active experts' row blocks take."""

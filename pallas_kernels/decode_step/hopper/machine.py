@@ -66,7 +66,7 @@ class Weights:
     """What a launch reads. Matrices are int32 [stack, row blocks, chunks, words], see `weights`."""
 
     embed: Any  # int32 [C * D / 2]
-    gains: Any  # float32 [norms * D]
+    gains: Any  # float32 as int32 [norms * D and some more]
     sinks: tuple[Any, Any]  # float32 [layers * H], of global and of sliding layers
     rotary: tuple[Any, Any]  # float32 [2 * capacity * rotary / 2]: cos and sin of each position
     matrices: dict[Kind, Any]
@@ -108,12 +108,11 @@ STAMPS = ("begun", "ready", "done")  # of a role's row: before its wait, after i
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Shared memory of a CTA. `page` and `sums` serve several kinds of rows, one after the other."""
+    """Shared memory of a CTA. `area` serves all kinds of rows, one after the other: pages, and sums behind them."""
 
-    page: Any
-    sums: Any
-    scratch: Any  # of each team
-    own: Any  # sums for the CTA's own columns
+    area: Any
+    x: Any  # the stream's columns that the CTA owns
+    own: Any  # sums for them
     factors: Any
     ids: Any
     routes: Any  # weights of the chosen experts
@@ -121,6 +120,5 @@ class Shared:
     active: Any
     count: Any
     pairs: Any
-    router_sums: Any
     listed: Any  # a barrier: the list of experts is there
     staged: Any  # a barrier: `own` can be sent

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.decode_step.assigned import ROLES
 from pallas_kernels.decode_step.hopper import roles, sync
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.copies import Filled
 from pallas_kernels.decode_step.hopper.machine import STAMPS, Buffers, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS, StepPlan
 from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
@@ -23,6 +24,7 @@ from pallas_kernels.decode_step.hopper.program import Program
 from pallas_kernels.decode_step.hopper.roles import Queue, Ring, Row
 from pallas_kernels.decode_step.hopper.routing import list_scratch
 from pallas_kernels.decode_step.hopper.sync import Unit
+from pallas_kernels.decode_step.hopper.table import EPOCH
 from pallas_kernels.lanes import emitted
 
 MESH_AXIS = "tensor"
@@ -118,11 +120,11 @@ def launch(
         table, step, tokens, weights = inputs_tree.unflatten(found[: len(inputs)])
         held = tree.unflatten(found[len(inputs) :])
 
-        def with_scratch(shared: Shared, ring: tuple, pages: tuple) -> None:
+        def with_scratch(shared: Shared, ring: tuple, pages: tuple, rows: Any) -> None:
             machine = Mosaic(plan)
             slots, full, empty = ring
             ring_, pages_ = Ring(full, empty, plan.slots, slots), Queue(pages[0], pages[1], PAGE_PARTS)
-            _run(Program(plan, machine, step, tokens, weights, held, shared, ring_, pages_), table)
+            _run(Program(plan, machine, step, tokens, weights, held, shared, ring_, pages_), table, rows)
 
         pl.run_scoped(with_scratch, *scratch(plan), collective_axes=roles.THREAD_AXIS)
 
@@ -137,8 +139,8 @@ def launch(
     return tree.unflatten([ref[...] for ref in refs])
 
 
-def scratch(plan: StepPlan) -> tuple[Shared, tuple, tuple]:
-    """Shared memory, the ring and the pages."""
+def scratch(plan: StepPlan) -> tuple[Shared, tuple, tuple, Any]:
+    """Shared memory, the ring, the pages; and for each role two rows of the table and the first counters."""
     t, columns = plan.target, plan.columns
 
     def words(shape: tuple[int, ...]) -> Any:
@@ -148,62 +150,80 @@ def scratch(plan: StepPlan) -> tuple[Shared, tuple, tuple]:
         return plgpu.SMEM(shape, jnp.float32)
 
     shared = Shared(
-        page=words((plan.page_area,)),
-        sums=floats((plan.sum_words,)),
-        scratch=floats((CONSUMERS * plan.scratch_words,)),
+        area=words((plan.area_words,)),
+        x=floats((columns * OWN_COLUMNS,)),
         own=floats((columns * OWN_COLUMNS,)),
         factors=floats((columns,)),
         ids=words((plan.pairs,)),
         routes=floats((plan.pairs,)),
         lists=words((list_scratch(t.experts),)),
-        active=words((plan.most_active,)),
+        active=words((plan.most_listed,)),
         count=words((1,)),
-        pairs=words((plan.most_active * columns,)),
-        router_sums=floats((plan.router.sums(columns),)),
+        pairs=words((plan.most_listed * columns,)),
         listed=plgpu.Barrier(),
         staged=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
     full, empty = Ring.barriers(plan.slots, fills=SLOT_COPIES)
     pages = Queue.barriers(PAGE_PARTS, 1, CONSUMERS)
-    return shared, (words((plan.slots, SLOT_WORDS)), full, empty), pages
+    return shared, (words((plan.slots, SLOT_WORDS)), full, empty), pages, words((len(ROLES), 3, roles.FIELDS))
 
 
-def _run(program: Program, table: Any) -> None:
-    rows = (partial(roles.read, table, program.machine.cta), program.first, program.last)
+COUNTS = 2  # the place of the first counters, beside two rows
+
+
+def _run(program: Program, table: Any, rows: Any) -> None:
     counters = sync.GpuCounters(program.buffers.counts, program.buffers.fault, program.machine.cta)
 
-    def walk(name: str, handlers: Any, carry: Any, wait: Any = None, signal: Any = None) -> Any:
+    def epoch_of(name: str) -> Callable[[], Any]:
+        """It changes when all CTAs have begun the last row (`pick_best`)."""
+        return lambda: rows[ROLES.index(name), COUNTS, EPOCH]
+
+    def walk(name: str, handlers: Any, carry: Any, wait: Any = None, signal: Any = None, begin: Any = None) -> Any:
         """A role's rows; if times are asked for, with a stamp before and after waits, and after all."""
         role, times = ROLES.index(name), program.buffers.times
+        unit, last = Unit.CONSUMERS if name == "consume" else Unit.WARP, table.shape[1] - 1
+
+        def bring(number: Any) -> None:
+            place = rows.at[role, lax.rem(number, 2)]
+            sync.bring(table.at[program.machine.cta, jnp.minimum(number, last)], place, unit)
 
         def stamp(row: Row, what: str) -> None:
             if times is not None:
-                at = times.at[program.machine.cta, row.number, role, STAMPS.index(what)]
-                sync.stamp(at, Unit.CONSUMERS if name == "consume" else Unit.WARP)
+                sync.stamp(times.at[program.machine.cta, row.number, role, STAMPS.index(what)], unit)
 
         def before(row: Row) -> None:
+            bring(row.number + 1)
             stamp(row, "begun")
             if wait is not None:
                 wait(row)
             stamp(row, "ready")
+            if begin is not None:
+                begin(row)
 
         def after(row: Row) -> None:
             if signal is not None:
                 signal(row)
             stamp(row, "done")
+            sync.brought(unit)
 
-        return roles.walk(*rows, handlers, carry, before, after)
+        bring(program.first)
+        sync.bring(program.buffers.counts.at[pl.ds(0, roles.FIELDS)], rows.at[role, COUNTS], unit)
+        sync.brought(unit)
+        read = partial(roles.read_held, rows, role)
+        return roles.walk(read, program.first, program.last, handlers, carry, before, after)
 
     def consume(team: Any) -> None:
         own = counters.by(Unit.CONSUMERS, ROLES.index("consume"))
-        ends = partial(program.await_row, own), partial(program.signal_row, own)
-        walk("consume", program.consume(team), (jnp.int32(0), jnp.int32(0)), *ends)
+        wait, signal = partial(program.await_row, own, epoch_of("consume")), partial(program.signal_row, own)
+        program.resume(team)
+        handlers, turns = program.consume(team), (jnp.int32(0), jnp.int32(0))
+        walk("consume", handlers, turns, wait, signal, partial(program.begin_row, team))
 
     def weights() -> None:
-        program.ring.drain(walk("weights", program.load(), jnp.int32(0)))
+        program.ring.drain(walk("weights", program.load(), Filled(jnp.int32(0), jnp.int32(0))).turn)
 
     def fetch() -> None:
-        wait = partial(program.await_fetch, counters.by(Unit.WARP, ROLES.index("fetch")))
+        wait = partial(program.await_fetch, counters.by(Unit.WARP, ROLES.index("fetch")), epoch_of("fetch"))
         program.pages.drain(walk("fetch", program.fetch(), jnp.int32(0), wait))
 
     def send() -> None:

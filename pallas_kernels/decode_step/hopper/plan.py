@@ -13,30 +13,32 @@ from pallas_kernels.decode_step.hopper.attention import KEYS, Attention
 from pallas_kernels.decode_step.hopper.config import (
     COLUMN_UNIT,
     CONSUMERS,
+    LINE_WORDS,
+    OWN_COLUMNS,
     PAGE_GAP,
     ROWS,
     SLOT_WORDS,
-    SUM_STRIDE,
     WARPS,
     Down,
     Inputs,
     Matrix,
     padded,
 )
-from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
 from pallas_kernels.decode_step.hopper.roles import MAX_BARRIERS
 from pallas_kernels.decode_step.hopper.routing import Router, list_scratch
 from pallas_kernels.decode_step.hopper.stream import Stream
 from pallas_kernels.decode_step.schedule import Kind
 from pallas_kernels.hardware import GPUS
 
-BARRIER_BYTES = 1024  # of shared memory, kept free
+BARRIER_BYTES = 4096  # of shared memory, kept free: also for buffers that begin at multiples of 1024
 SHARED_BYTES = GPUS["h200"].shared_memory_per_block - BARRIER_BYTES
 EXPERT_LINE = 256  # features of an expert's down whose bytes are whole lines, which single copies need
-PAGE_PARTS = 2  # of an input that shared memory holds at a time
+PAGE_PARTS = 3  # of an input that shared memory holds at a time
 MOST_TOKENS = 8  # N of the tensor core's instruction; 16 would leave the ring no room beside their pages and sums
 MOST_SLOTS = MAX_BARRIERS // CONSUMERS  # each has a barrier for each warpgroup
 
+
+WIDENING = (Kind.QKV, Kind.GATE_UP)  # products that share their code
 
 # How MiMo-V2.5-Pro's files store what a kind of product multiplies.
 PUBLISHED = {
@@ -108,6 +110,12 @@ class StepPlan:
 
     @property
     def most_active(self) -> int:
+        """Experts that tokens can choose."""
+        return min(self.target.experts, self.tokens * self.target.chosen)
+
+    @property
+    def most_listed(self) -> int:
+        """Experts that lists have room for: padding has its choices too, though it makes none."""
         return min(self.target.experts, self.pairs)
 
     @property
@@ -148,9 +156,18 @@ class StepPlan:
         blocks = self.matrix(kind).row_blocks * (self.most_active if kind == Kind.EXPERT_GATE_UP else 1)
         return math.ceil(blocks / self.ctas)
 
-    @property
-    def dense_items(self) -> int:
-        return max(self.items(kind) for kind in self.products if kind != Kind.EXPERT_GATE_UP)
+    def ways(self, kind: Kind) -> int:
+        """Teams that share a row block, a chunk each in turn: all of them where a CTA has few row blocks.
+
+        How many experts are active, and so how many row blocks there are, depends on the tokens, but their sums must
+        not: a warp's parts are added up before the next warp's, and with a chunk for each team that changes no bit.
+        """
+        alike = WIDENING if kind in WIDENING else (kind,)
+        few = all(self.items(other) <= CONSUMERS for other in alike if other in self.products)
+        chunks = self.matrix(kind).columns.chunks
+        if not few or (kind == Kind.EXPERT_GATE_UP and chunks > CONSUMERS):
+            return 1
+        return min(CONSUMERS, chunks)
 
     # Shared memory, in words.
 
@@ -161,8 +178,13 @@ class StepPlan:
 
     @property
     def page_area(self) -> int:
-        """Parts of an input; or the hidden rows of all pairs; or attention's queries and new keys and values."""
-        return max(PAGE_PARTS * self.page_words, self.hidden_rows * self.hidden_stride, self.attention_words)
+        """Parts of an input, or the hidden rows of all pairs; whole lines."""
+        return PAGE_PARTS * padded(max(self.page_words, self.hidden_part), LINE_WORDS)
+
+    @property
+    def area_words(self) -> int:
+        """Pages and sums, or what attention needs instead."""
+        return max(self.page_area + self.sum_words, self.attention_words)
 
     @property
     def hidden_stride(self) -> int:
@@ -170,9 +192,9 @@ class StepPlan:
         return self.target.expert_features // 2 + PAGE_GAP
 
     @property
-    def hidden_rows(self) -> int:
-        """Of real tokens, so many that each page's share of them is whole lines of 128 bytes."""
-        return padded(self.tokens * self.target.chosen, 32)
+    def hidden_part(self) -> int:
+        """Words of a page's share of what experts hand on: of all pairs' rows, whole lines."""
+        return padded(-(-self.tokens * self.target.chosen * self.hidden_stride // PAGE_PARTS), LINE_WORDS)
 
     def hidden_place(self, row: Any, feature: Any) -> Any:
         """The word of two features of what experts hand on."""
@@ -254,28 +276,23 @@ class StepPlan:
 
     @property
     def sum_words(self) -> int:
-        """Sums of each item, of each warpgroup that works on it; or the products of a CTA's columns for all pairs."""
-        token = self.columns * SUM_STRIDE
-        experts = self.items(Kind.EXPERT_GATE_UP) if Kind.EXPERT_GATE_UP in self.products else 0
-        return max(self.dense_items * CONSUMERS * token, experts * token, self.down.splits * self.pairs * OWN_COLUMNS)
-
-    @property
-    def scratch_words(self) -> int:
-        """Of one warpgroup."""
-        return WARPS * self.columns * SUM_STRIDE
+        """Sums of each item, of each warp that works on it; or the products of a CTA's columns for all pairs; or the
+        router's sums."""
+        parts = max(self.items(kind) * self.ways(kind) for kind in self.products)
+        down, router = self.down.splits * self.pairs * OWN_COLUMNS, self.router.sums(self.columns)
+        return max(parts * WARPS * self.columns * ROWS, down, router)
 
     @property
     def slots(self) -> int:
         """Of the ring."""
-        words = self.page_area + self.sum_words + CONSUMERS * self.scratch_words + self.list_words
+        words = self.area_words + self.list_words
         return min((SHARED_BYTES - 4 * words) // (4 * SLOT_WORDS), MOST_SLOTS)
 
     @property
     def list_words(self) -> int:
-        """What routing leaves: ids, weights, lists of experts and of their pairs, the router's sums; and factors."""
-        t, router = self.target, self.router
-        lists = self.most_active * (1 + self.columns) + 1 + list_scratch(t.experts)
-        return 2 * self.pairs + lists + router.sums(self.columns) + self.columns * (1 + OWN_COLUMNS)
+        """Ids, weights, lists of experts and of their pairs; own columns of stream and sums; factors."""
+        lists = self.most_listed * (1 + self.columns) + 1 + list_scratch(self.target.experts)
+        return 2 * self.pairs + lists + self.columns * (1 + 2 * OWN_COLUMNS)
 
     # Parts of the tiles' configuration.
 
@@ -283,9 +300,9 @@ class StepPlan:
     def router(self) -> Router:
         return Router(self.target.experts, self.target.width, self.ctas)
 
-    def inputs_of(self, kind: Kind) -> str:
-        """What a product reads: float16 if its weights are FP8."""
-        return "f16" if kind != Kind.ROUTER and self.formats[kind] == "fp8" else "bf16"
+    def reads(self, kind: Kind) -> str:
+        """The format whose inputs a product reads (`config.INPUT_TYPE`)."""
+        return self.formats[Kind.EXPERT_GATE_UP if kind == Kind.ROUTER else kind]
 
     @property
     def stream(self) -> Stream:

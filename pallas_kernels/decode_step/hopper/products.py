@@ -1,10 +1,9 @@
 """Matrix products of a warpgroup: a slot's weights times a page's inputs, and what becomes of an item's sums.
 
 Weights are the M operand of `mma.m16n8k16` (16 rows), tokens the N operand (8 or 16); `weights` tells their order.
-No sum depends on the number of tokens, on what other tokens hold, or on which CTA forms it: within a chunk each warp
-adds up its quarter of the columns, the four warps' parts are added in their order, and chunks in theirs.
-
-An item's sums, like the warps' parts, lie as the instruction leaves them: see `place`.
+No sum depends on the number of tokens, on what other tokens hold, or on which CTA forms it. A warp adds up its quarter
+of the columns, of all of an item's chunks or of every second to fourth; who stores the item adds these parts in their
+order. They lie as the instruction leaves them: see `place`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -20,13 +19,13 @@ import numpy as np
 
 from pallas_kernels.decode_step.hopper.config import (
     CONSUMER_THREADS,
-    CONSUMERS,
     FP8_SEGMENT,
     INPUT_SHIFT,
+    INPUT_TYPE,
     LOG2_E,
+    OWN_COLUMNS,
     PAGE_GAP,
     ROWS,
-    SUM_STRIDE,
     WARPS,
     Down,
     Inputs,
@@ -35,7 +34,7 @@ from pallas_kernels.decode_step.hopper.config import (
 )
 from pallas_kernels.expert_matmul import hopper_layout
 from pallas_kernels.expert_matmul.hopper_layout import STEP
-from pallas_kernels.expert_matmul.mosaic_tile import CODE_BITS, LAST_BITS, decode_text, scale_pair_text
+from pallas_kernels.expert_matmul.mosaic_tile import CODE_BITS, LAST_BITS
 from pallas_kernels.lanes import WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
 
@@ -44,9 +43,21 @@ Sums = list[list[Value]]  # a thread's four sums of each eight tokens
 TOKENS = 8  # N of the instruction
 BLOCK = 32  # columns whose operands a thread has side by side: of two instructions
 FRAGMENT = ROWS * TOKENS  # sums of one instruction
-OWN_COLUMNS = 3 * ROWS  # of the residual, at most those of one CTA
 
-_DECODE_MXFP4 = decode_text("$4", "$5", ("$0", "$1", "$2", "$3"))
+_TURNS = hopper_layout.ROTATIONS
+_DECODE_MXFP4 = f"""{{
+.reg .b32 t;
+and.b32 $0, $4, {CODE_BITS:#x};
+shl.b32 t, $4, {_TURNS[1]};
+and.b32 $1, t, {CODE_BITS:#x};
+shf.l.wrap.b32 t, $4, $4, {_TURNS[2]};
+and.b32 $2, t, {CODE_BITS:#x};
+shl.b32 t, $4, {hopper_layout.LAST_MANTISSA};
+and.b32 t, t, {LAST_BITS[1]:#x};
+shf.l.wrap.b32 $3, $4, $4, {_TURNS[3]};
+and.b32 $3, $3, {LAST_BITS[0]:#x};
+or.b32 $3, $3, t;
+}}"""
 _DECODE_FP8 = """{
 .reg .b16 lo, hi;
 mov.b32 {lo, hi}, $2;
@@ -56,17 +67,16 @@ cvt.rn.f16x2.e4m3x2 $1, hi;
 
 
 def multiply_chunk(matrix: Matrix, tokens: int) -> Tile:
-    """Adds a slot's row block, times the inputs of its chunk, to an item's sums.
+    """Adds a slot's row block, times the inputs of its chunk, to a part of an item's sums. Warps do not meet.
 
-    Memories: slot int32 [slot_words]; page int32, a token's part every part_cols/2 + PAGE_GAP words, inputs bf16, or
-    float16 times 2**-INPUT_SHIFT if the matrix is FP8; sums float32 [items, tokens * SUM_STRIDE]; scratch float32
-    [4 * tokens * SUM_STRIDE] of the warpgroup. Scalars: item; first, the page's word with the chunk's first column of
-    token 0; is_first, 1 if the sums begin with this chunk. When it returns, all warps have read slot and page.
+    Memories: slot int32 [slot_words]; page int32, a token's inputs every part_cols/2 + PAGE_GAP words, see INPUT_TYPE;
+    sums float32 [parts, WARPS, tokens * ROWS]. Scalars: part; first, the page's word with the chunk's first column of
+    token 0; is_first, 1 if the part begins with this chunk.
     """
     token_words = Inputs(matrix.columns, tokens).token_words
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
-        slot, page, sums, scratch = memories
+        slot, page, sums = memories
         row, quad = lanes.lane // 4, lanes.lane % 4
         inputs = scalars["first"] + lanes.warp * (matrix.warp_cols // 2) + row * token_words + quad * 4
         groups = [inputs + first * token_words for first in range(0, tokens, TOKENS)]
@@ -74,38 +84,26 @@ def multiply_chunk(matrix: Matrix, tokens: int) -> Tile:
         scales = lanes.warp * matrix.tile_words + (row * 2 + code_words(matrix.format, matrix.warp_cols))
         operands = _Operands(lanes, matrix.warp_cols, slot, codes, scales, page, groups)
         products = _PRODUCTS[matrix.format](operands)
-        _add_up(lanes, products, sums, scratch, scalars["item"], scalars["is_first"])
+        part = (scalars["part"] * WARPS + lanes.warp) * (tokens * ROWS) + lanes.lane * 4
+        begins, zero = scalars["is_first"].equals(1), lanes.constant(0.0, F32)
+        for group, values in enumerate(products):
+            before = lanes.load(sums, part + group * FRAGMENT, F32, 4)
+            after = [lanes.select(begins, zero, old) + value for old, value in zip(before, values)]
+            lanes.store(after, sums, part + group * FRAGMENT)
 
     return tile
 
 
-def add_teams(tokens: int, ways: int, items: int) -> Tile:
-    """An item's sums of several warpgroups, to the place of warpgroup 0's; each thread adds what no other one reads.
-
-    Memories: sums float32 [4, items, tokens * SUM_STRIDE]. Scalars: item; team, which had the item's first chunk. The
-    `ways` teams from that one on are added in their order, so a sum does not tell which warpgroups formed its parts.
-    """
-    count, size = tokens // TOKENS, tokens * SUM_STRIDE
-
-    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
-        (sums,) = memories
-        own = scalars["item"] * size + lanes.thread * count
-        teams = [(scalars["team"] + way) % CONSUMERS for way in range(ways)]
-        parts = [lanes.load(sums, own + team * (items * size), F32, count) for team in teams]
-        lanes.store([summed(column) for column in zip(*parts)], sums, own)
-
-    return tile
-
-
-def store_rows(rows: int, tokens: int, has_factors: bool) -> Tile:
+def store_rows(rows: int, tokens: int, ways: int, has_factors: bool) -> Tile:
     """A row block of a product, times the tokens' factors, if there are any.
 
-    Memories: sums; out float32 [tokens, rows]; factors float32 [tokens], if any. Scalars: item, block.
+    Memories: sums float32 [items, ways * WARPS, tokens * ROWS]; out float32 [tokens, rows]; factors float32 [tokens],
+    if any. Scalars: item, block.
     """
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         sums, out, *factors = memories
-        for token, row, value in _each_sum(lanes, sums, scalars["item"], tokens):
+        for token, row, value in _each_sum(lanes, sums, scalars["item"], tokens, ways):
             column = scalars["block"] * ROWS + row
             scaled = value * lanes.load_one(factors[0], token) if has_factors else value
             with lanes.when(column < rows):
@@ -114,39 +112,54 @@ def store_rows(rows: int, tokens: int, has_factors: bool) -> Tile:
     return tile
 
 
-def store_own(columns: int, tokens: int) -> Tile:
-    """Memories: sums; own float32 [tokens, columns]. Scalars: item, whose rows become columns 16 * item and on."""
+def store_own(columns: int, tokens: int, ways: int) -> Tile:
+    """Memories: sums as for `store_rows`; own float32 [tokens, columns].
+
+    Scalars: item, whose rows become columns 16 * item and on.
+    """
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         sums, own = memories
-        for token, row, value in _each_sum(lanes, sums, scalars["item"], tokens):
+        for token, row, value in _each_sum(lanes, sums, scalars["item"], tokens, ways):
             lanes.store([value], own, token * columns + scalars["item"] * ROWS + row)
 
     return tile
 
 
-def store_activated(place_of: Callable[[Value, Value], Value], tokens: int, kind: str, is_routed: bool) -> Tile:
-    """silu(gate) * up of a row block of gate and up, which alternate by eights: eight features.
+def store_activated(
+    place_of: Callable[[Value, Value], Value], tokens: int, ways: int, format: str, unit_blocks: int | None = None
+) -> Tile:
+    """silu(gate) * up of row blocks of gate and up, which alternate by eights: eight features. Each warp has an item.
 
-    Memories: sums; hidden int32, two features a word, at `place_of(row, feature)`; factors float32 [tokens], of gate
-    and up; pairs int32 [units * tokens], if routed. A token's row is its own number, or its pair's, -1 for none. `kind`
-    is what the next product reads: "bf16", or "f16", then times 2**-INPUT_SHIFT. Scalars: item, block; unit, if routed.
+    Memories: sums as for `store_rows`; hidden int32, two features a word, at `place_of(row, feature)`; factors float32
+    [tokens], of gate and up; pairs int32 [units * tokens], if blocks belong to units. A token's row is its own number,
+    or its pair's, -1 for none. `format` is that of the weights that read them. Scalars: item and block, of warp 0, the
+    blocks of all units in turn; items that there are.
     """
+    count, size = ways * WARPS, tokens * ROWS
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         sums, hidden, factors, *pairs = memories
-        lanes.barrier()
-        token, word = lanes.thread // 4, lanes.thread % 4
-        with lanes.when(token < tokens):
-            row = lanes.load_one(pairs[0], scalars["unit"] * tokens + token, I32) if is_routed else token
-            factor = lanes.load_one(factors, token)
-            first = scalars["item"] * (tokens * SUM_STRIDE)
-            low, high = (
-                _activated(lanes, sums, first, token, word * 2 + feature, factor, kind == "f16") for feature in range(2)
-            )
-            with lanes.when(row >= 0):
-                at = place_of(row, scalars["block"] * 8 + word * 2)
-                lanes.store([lanes.pack(low, high, kind)], hidden, at)
+        feature, quad = lanes.lane // 4, lanes.lane % 4
+        item, block = scalars["item"] + lanes.warp, scalars["block"] + lanes.warp
+        within = block % unit_blocks if unit_blocks else block
+        is_even = (feature % 2).equals(0)
+        with lanes.when(item < scalars["items"]):
+            for first in range(0, tokens, TOKENS):
+                own = item * (count * size) + lanes.lane * 4 + first * ROWS
+                parts = [lanes.load(sums, own + part * size, F32, 4) for part in range(count)]
+                gates_ups = [_in_order(column, ways) for column in zip(*parts)]
+                token = quad * 2 + first
+                factor = lanes.load(factors, token, F32, 2)
+                mine = [_activated(lanes, *both, INPUT_SHIFT[format]) for both in zip(gates_ups, gates_ups[2:], factor)]
+                # Threads of even features have two features of the first token, those of odd ones of the second.
+                other = lanes.shuffle(lanes.select(is_even, mine[1], mine[0]), 4)
+                low, high = lanes.select(is_even, mine[0], other), lanes.select(is_even, other, mine[1])
+                token = token + feature % 2
+                row = lanes.load_one(pairs[0], block // unit_blocks * tokens + token, I32) if unit_blocks else token
+                with lanes.when(row >= 0):
+                    at = place_of(row, within * 8 + feature // 2 * 2)
+                    lanes.store([lanes.pack(low, high, INPUT_TYPE[format])], hidden, at)
 
     return tile
 
@@ -155,8 +168,9 @@ def multiply_expert_down(down: Down, chosen: int, tokens: int) -> Tile:
     """A slot's experts' row blocks of down times their tokens' hidden rows; a warp has a part of an expert's columns.
 
     Memories: slot int32 [units, tiles, tile_words], tiles of 16 rows by all features; page int32, a pair's hidden row
-    of bf16 every features/2 + PAGE_GAP words; products float32 [splits, pairs, OWN_COLUMNS]; pairs int32
-    [experts * tokens], -1 for none. Scalars: number, of the slot; units, of all slots; tiles that there are.
+    every features/2 + PAGE_GAP words; products float32 [splits, pairs, OWN_COLUMNS]; pairs int32
+    [experts * tokens], -1 for none. Scalars: number, of the slot; units, of all slots; tiles that are the CTA's, and
+    how many there are before them.
     """
     token_words, cols = down.features // 2 + PAGE_GAP, down.features // down.splits
     size = tokens * chosen * OWN_COLUMNS
@@ -172,9 +186,10 @@ def multiply_expert_down(down: Down, chosen: int, tokens: int) -> Tile:
             inputs = [pair * token_words + (part * (cols // 2) + quad * 4) for pair in read]
             codes = within * down.unit_words + (part * (2 * cols) + lanes.lane * 4)
             scales = within * down.unit_words + (part * (cols // 8) + row * 2 + code_words("mxfp4", down.features))
-            firsts_of = [number * down.tile_words for number in range(down.tiles)]
+            numbers = [(scalars["before"] + number).minimum(down.tiles - 1) for number in range(down.tiles)]
+            firsts_of = [number * down.tile_words for number in numbers]
             tiles = [_Operands(lanes, cols, slot, codes + at, scales + at, page, inputs) for at in firsts_of]
-            for number, found in enumerate(_mxfp4(tiles, chains=1)):
+            for number, found in enumerate(_mxfp4(tiles)):
                 with lanes.when(scalars["tiles"] > number):
                     for first, sums in zip(firsts, found):
                         written = lanes.load(pairs, first + quad * 2, I32, 2)
@@ -253,22 +268,23 @@ class _Operands:
         return [self.lanes.mma(a, b, c, kind) for b, c in zip(halves, sums)]
 
 
-def _mxfp4(tiles: Sequence[_Operands], chains: int) -> list[Sums]:
-    """Of several tiles with the same inputs. One chain of instructions would wait for its own latency."""
+def _mxfp4(tiles: Sequence[_Operands]) -> list[Sums]:
+    """Of several tiles with the same inputs. Each block of 32 columns is a chain of its own, for its scale."""
     lanes = tiles[0].lanes
-    sums = [[operands.zeros() for _ in range(chains)] for operands in tiles]
+    sums = [operands.zeros() for operands in tiles]
     for step in range(tiles[0].cols // STEP):
         stored = [operands.scales(step, I32) for operands in tiles]
         words = [operands.codes(step * 256) + operands.codes(step * 256 + 128) for operands in tiles]
         for block in range(STEP // BLOCK):
             inputs = tiles[0].inputs(step * (STEP // BLOCK) + block)
-            for operands, own_scales, own_words, own in zip(tiles, stored, words, sums):
-                scales = _scale_pair(lanes, own_scales[block // 2], block % 2)
+            for number, operands in enumerate(tiles):
+                parts = operands.zeros()
                 for which in range(2):
-                    word, chain = own_words[2 * block + which], which % chains
-                    a = lanes.asm(_DECODE_MXFP4, [word, scales], [I32] * 4, _decode_mxfp4)
-                    own[chain] = operands.multiply(a, inputs, which, own[chain], "bf16")
-    return [functools.reduce(_added, own) for own in sums]
+                    a = lanes.asm(_DECODE_MXFP4, [words[number][2 * block + which]], [I32] * 4, _decode_mxfp4)
+                    parts = operands.multiply(a, inputs, which, parts, "bf16")
+                scales = _two_scales(stored[number][block // 2], block % 2)
+                sums[number] = _scaled(lanes, parts, scales, sums[number])
+    return sums
 
 
 def _fp8(operands: _Operands) -> Sums:
@@ -281,7 +297,7 @@ def _fp8(operands: _Operands) -> Sums:
             for which in range(2):
                 a = [half for word in words[2 * which : 2 * which + 2] for half in _decoded_fp8(lanes, word)]
                 parts = operands.multiply(a, inputs, which, parts, "f16")
-        sums = [[lanes.fma(part[i], scales[i // 2], old[i]) for i in range(4)] for part, old in zip(parts, sums)]
+        sums = _scaled(lanes, parts, scales, sums)
     return sums
 
 
@@ -295,7 +311,7 @@ def _bf16(operands: _Operands) -> Sums:
     return _added(*chains)
 
 
-_PRODUCTS = {"mxfp4": lambda operands: _mxfp4([operands], chains=2)[0], "fp8": _fp8, "bf16": _bf16}
+_PRODUCTS = {"mxfp4": lambda operands: _mxfp4([operands])[0], "fp8": _fp8, "bf16": _bf16}
 
 
 def summed(values: Sequence[Value]) -> Value:
@@ -307,71 +323,57 @@ def _added(first: Sums, second: Sums) -> Sums:
     return [[a + b for a, b in zip(*both)] for both in zip(first, second)]
 
 
-def _add_up(lanes: Lanes, products: Sums, sums: Memory, scratch: Memory, item: Value, is_first: Value) -> None:
-    """The four warps' parts, in order, to the item's sums; a thread does one sum of each eight tokens."""
-    count, size = len(products), len(products) * TOKENS * SUM_STRIDE
-    lanes.barrier()  # the parts before these have been read
-    for group, values in enumerate(products):
-        lanes.store(values, scratch, lanes.warp * size + lanes.lane * 4 + group * FRAGMENT)
-    lanes.barrier()
-    own = lanes.thread * count
-    parts = [lanes.load(scratch, own + warp * size, F32, count) for warp in range(WARPS)]
-    before = lanes.load(sums, item * size + own, F32, count)
-    zero, begins = lanes.constant(0.0, F32), is_first.equals(1)
-    totals = [summed(column) for column in zip(*parts)]
-    after = [lanes.select(begins, zero, old) + total for old, total in zip(before, totals)]
-    lanes.store(after, sums, item * size + own)
+def _scaled(lanes: Lanes, parts: Sums, scales: Sequence[Value], sums: Sums) -> Sums:
+    """The sums and a chain's, times the scales of rows g and g + 8."""
+    return [[lanes.fma(part[i], scales[i // 2], old[i]) for i in range(4)] for part, old in zip(parts, sums)]
 
 
-def _each_sum(lanes: Lanes, sums: Memory, item: Value, tokens: int) -> Iterator[tuple[Value, Value, Value]]:
-    """Token, row and sum, for each sum that is this thread's: 16 threads have a token's rows."""
-    lanes.barrier()
-    for first in range(0, tokens * ROWS, WARPGROUP):
-        number = lanes.thread + first
-        token, row = number // ROWS, number % ROWS
-        yield token, row, lanes.load_one(sums, item * (tokens * SUM_STRIDE) + place(token, row))
+def _each_sum(lanes: Lanes, sums: Memory, item: Value, tokens: int, ways: int) -> list[tuple[Value, Value, Value]]:
+    """Token, row and sum, for each sum that is this thread's. All teams have met before."""
+    count, size, found = ways * WARPS, tokens * ROWS, []
+    for first in range(0, size, WARPGROUP):
+        own = item * (count * size) + lanes.thread + first
+        value = _in_order([lanes.load_one(sums, own + part * size) for part in range(count)], ways)
+        thread, which = lanes.thread // 4, lanes.thread % 4
+        token = thread % 4 * 2 + which % 2 + first // ROWS
+        found.append((token, thread // 4 + which // 2 * 8, value))
+    return found
 
 
-def _activated(
-    lanes: Lanes, sums: Memory, first: Value, token: Value, feature: Value, factor: Value, is_shifted: bool
-) -> Value:
-    gate, up = (lanes.load_one(sums, first + place(token, feature + row)) * factor for row in (0, 8))
+def _in_order(parts: Sequence[Value], ways: int) -> Value:
+    """The sum of parts [ways, WARPS]: a warp's before the next one's."""
+    return summed([summed([parts[way * WARPS + warp] for way in range(ways)]) for warp in range(WARPS)])
+
+
+def _activated(lanes: Lanes, gate: Value, up: Value, factor: Value, shift: int) -> Value:
+    """silu(gate) * up of the sums times the factor, times 2**shift."""
+    gate, up = gate * factor, up * factor
     silu = gate * lanes.reciprocal(lanes.exp2(gate * -LOG2_E) + 1.0)
-    return silu * up * 2.0**-INPUT_SHIFT if is_shifted else silu * up
+    return silu * up * 2.0**shift if shift else silu * up
 
 
-def _scale_pair(lanes: Lanes, stored: Value, block: int) -> Value:
-    """Two scales times 2**126 in bf16, for rows g and g + 8, of a word that holds them for two blocks."""
-
-    def twin(words: np.ndarray) -> np.ndarray:
-        low, high = (words.view(np.uint32) >> (16 * block + shift) & 255 for shift in (0, 8))
-        return (low << 7 | high << 23).view(np.int32)
-
-    return lanes.asm(scale_pair_text(block), [stored], [I32], twin)[0]
+def _two_scales(stored: Value, block: int) -> list[Value]:
+    """Of rows g and g + 8, from a word that holds them for two blocks: exponents of float32."""
+    places = [16 * block, 16 * block + 8]
+    bits = [(stored & 255 << at) << 23 - at if at < 24 else stored >> 1 & 255 << 23 for at in places]
+    return [word.as_float() for word in bits]
 
 
-def _decode_mxfp4(words: np.ndarray, scales: np.ndarray) -> list[np.ndarray]:
-    """NumPy's twin: the four registers of a word, each of two bf16."""
+def _decode_mxfp4(words: np.ndarray) -> list[np.ndarray]:
+    """NumPy's twin: the four registers of a word, each of two bf16, times 2**-126."""
     words = words.view(np.uint32)
-    rotated = [words << by | words >> (32 - by) if by else words for by in map(np.uint32, hopper_layout.ROTATIONS)]
+    rotated = [words << by | words >> (32 - by) if by else words for by in map(np.uint32, _TURNS)]
     registers = [word & np.uint32(CODE_BITS) for word in rotated]
     mantissa = words << np.uint32(hopper_layout.LAST_MANTISSA) & np.uint32(LAST_BITS[1])
     registers[3] = rotated[3] & np.uint32(LAST_BITS[0]) | mantissa
-    factors = _halves(scales, ml_dtypes.bfloat16)
-    products = [_halves(word, ml_dtypes.bfloat16) * factors[:, i % 2, None] for i, word in enumerate(registers)]
-    return [np.ascontiguousarray(product).view(np.int32)[:, 0] for product in products]
+    return [word.view(np.int32) for word in registers]
 
 
 def _decoded_fp8(lanes: Lanes, word: Value) -> list[Value]:
     """Four e4m3 of a word as two words of float16, the low ones first."""
 
     def twin(words: np.ndarray) -> list[np.ndarray]:
-        numbers = _halves(words, ml_dtypes.float8_e4m3fn).astype(np.float16)
-        return list(np.ascontiguousarray(numbers).view(np.int32).T)
+        codes = np.ascontiguousarray(words)[:, None].view(ml_dtypes.float8_e4m3fn)
+        return list(codes.astype(np.float16).view(np.int32).T)
 
     return lanes.asm(_DECODE_FP8, [word], [I32, I32], twin)
-
-
-def _halves(words: np.ndarray, dtype: Any) -> np.ndarray:
-    """The numbers [words, parts of a word]."""
-    return np.ascontiguousarray(words)[:, None].view(dtype)

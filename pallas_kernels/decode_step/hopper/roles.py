@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax import lax
@@ -48,7 +48,7 @@ class Row:
     signal: Any = NO_COUNTER  # when the row is done
     arrived: Any = NO_COUNTER  # on every device, when what was sent is there
     parity: Any = 0  # of buffers with two places
-    flags: Any = 0
+    reader: Any = 0  # of a sum: the number in FORMATS of the weights that read it
     tap: Any = -1  # which of the auxiliary hidden states a sum is
     number: Any = 0  # in its list; not stored
 
@@ -68,6 +68,11 @@ def encode(lists: Sequence[Sequence[Row]]) -> np.ndarray:
 def read(table: Any, cta: Any, number: Any) -> Row:
     """Words one by one: Mosaic has no vectors as short as a row."""
     return Row(*(table[cta, number, word] for word in range(len(STORED))), number=number)
+
+
+def read_held(rows: Any, role: int, number: Any) -> Row:
+    """From shared memory [roles, 2, FIELDS], where a role has its row and the next one: global memory is too far."""
+    return dataclasses.replace(read(rows, role, lax.rem(number, 2)), number=number)
 
 
 def read_interpreted(table: Any, cta: Any, number: Any) -> Row:
@@ -152,9 +157,12 @@ class _Places:
     def before_fill(self, turn: Turn) -> None:
         self._wait_until_free(turn)
 
-    def freed(self, turn: Turn, read: Literal["loads", "copies"] = "loads") -> None:
-        """By everyone who has read the place, with all threads; copies must be complete (`GpuCounters.signal`)."""
-        if read == "loads":  # before copies into the place
+    def freed(self, turn: Turn, stored: bool = False) -> None:
+        """By everyone who has read the place, each thread for itself; copies must be complete (`GpuCounters.signal`).
+
+        The next copies into the place come after loads by the barrier alone, but not after stores.
+        """
+        if stored:
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.empty.at[self.place(turn)])
 
@@ -212,8 +220,11 @@ class Ring(_Places):
         self._each_full(turn, team, plgpu.barrier_wait)
 
     def _each_full(self, turn: Turn, team: Any, use: Callable[[Any], None]) -> None:
-        """Refs cannot be chosen at run time, so that there is code for each of `full`."""
+        """Refs cannot be chosen at run time, so that there is code for each of `full` if the team is not known."""
         among = len(self.full)
+        if isinstance(team, int):
+            use(self.full[team % among].at[team // among * self.places + self.place(turn)])
+            return
         index = lax.div(team, among) * self.places + self.place(turn)
         for number, barriers in enumerate(self.full):
             if among == 1:

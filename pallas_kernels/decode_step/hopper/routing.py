@@ -1,35 +1,45 @@
 """From a token to its experts: router, top-k, and the list of active experts.
 
-Scores are formed in float32 from the bf16 stream, as a lower precision flips selections. No result of a token depends
-on other tokens or on their number.
+Scores are formed of float32 weights and the bf16 stream, as a lower precision flips selections. No result of a token
+depends on other tokens or on their number.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_step.hopper.config import COLUMN_UNIT, LOG2_E, WARPS, Columns, Inputs, padded
+from pallas_kernels.decode_step.hopper.config import (
+    COLUMN_UNIT,
+    CONSUMERS,
+    INPUT_SHIFT,
+    LOG2_E,
+    SLOT_WORDS,
+    WARPS,
+    Columns,
+    Inputs,
+    padded,
+)
 from pallas_kernels.decode_step.hopper.picking import LEAST, ordered_key
-from pallas_kernels.decode_step.hopper.products import Tile
+from pallas_kernels.decode_step.hopper.products import BLOCK, TOKENS, Tile, summed
 from pallas_kernels.lanes import WARP, WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
 
-HALVES = 2  # of a chunk's columns, and of the tokens: a warp has one of each
-PART_CHUNKS = 2  # of a part of the page
-STEP_COLS = HALVES * 4 * WARP  # of a chunk: each thread reads four weights at once
+PIECES = 3  # bf16 numbers whose sum is a float32
 WEIGHT_EPS = 1e-20
 
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """The router of `experts` experts, of which CTA c scores numbers c * experts // ctas up to those of CTA c + 1."""
+    """The router of `experts` experts, of which CTA c scores numbers c * experts // ctas up to those of CTA c + 1.
+
+    Its weights are the N operand of `mma.m16n8k16`, each as three columns, and tokens are the M operand.
+    """
 
     experts: int
     width: int
@@ -41,20 +51,39 @@ class Router:
         return -(-self.experts // self.ctas)
 
     @property
+    def pieces(self) -> int:
+        """Columns of the product: an expert's three side by side."""
+        return PIECES * self.rows
+
+    @property
+    def groups(self) -> int:
+        """Instructions that have them all."""
+        return -(-self.pieces // TOKENS)
+
+    @property
     def cols(self) -> int:
         return padded(self.width, COLUMN_UNIT)
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.cols, PART_CHUNKS)
+        """Parts in as few chunks as slots have room for, of whole blocks for each warp."""
+        part, unit = Columns(self.cols, 1).part_cols, WARPS * BLOCK
+        fits = lambda chunks: self.pieces * part // chunks <= 2 * SLOT_WORDS  # noqa: E731
+        chunks = next((n for n in range(1, part // unit) if part % (n * unit) == 0 and fits(n)), part // unit)
+        return Columns(self.cols, chunks)
 
     @property
     def slot_words(self) -> int:
-        return self.rows * self.columns.chunk_cols
+        return self.pieces * self.columns.chunk_cols // 2
+
+    @property
+    def teams(self) -> int:
+        """That have chunks."""
+        return min(CONSUMERS, self.columns.chunks)
 
     def sums(self, tokens: int) -> int:
-        """Floats of the sums of all chunks."""
-        return self.columns.chunks * HALVES * self.rows * tokens
+        """Floats of the sums of all warps."""
+        return self.teams * WARPS * self.groups * TOKENS * tokens
 
     def bounds(self) -> np.ndarray:
         """The first expert of each CTA, and where the last one's end."""
@@ -62,83 +91,99 @@ class Router:
 
 
 def pack_router(weights_ED: Any, router: Router) -> Any:
-    """float32 [experts, width] -> [ctas, chunks, slot_words]: a CTA's rows of a chunk, zeros where it has fewer."""
+    """float32 [experts, width] -> int32 [ctas, chunks, slot_words]: bf16 [blocks of 32 columns, pieces, 32].
+
+    A CTA's rows of a chunk, zeros where it has fewer.
+    """
     xp = np if isinstance(weights_ED, np.ndarray) else jnp
     first = router.bounds()
     numbers = first[:-1, None] + np.arange(router.rows)
     numbers = np.where(numbers < first[1:, None], numbers, router.experts)
-    padded_ED = xp.pad(weights_ED, ((0, 1), (0, router.cols - router.width)))
-    rows = padded_ED[numbers].reshape(router.ctas, router.rows, router.columns.chunks, -1)
-    return xp.transpose(rows, (0, 2, 1, 3)).reshape(router.ctas, -1, router.slot_words)
+    left = xp.pad(weights_ED, ((0, 1), (0, router.cols - router.width)))[numbers]
+    pieces: list[Any] = []
+    for _ in range(PIECES):
+        pieces.append(left.astype(jnp.bfloat16))
+        left = left - pieces[-1].astype(np.float32)
+    stacked = xp.stack(pieces, axis=2).reshape(router.ctas, router.pieces, router.columns.chunks, -1, BLOCK)
+    stacked = xp.transpose(stacked, (0, 2, 3, 1, 4)).reshape(router.ctas, router.columns.chunks, -1)
+    return np.ascontiguousarray(stacked).view(np.int32) if xp is np else stacked.view(np.int32)
 
 
 def unpack_router(packed: Any, router: Router) -> Any:
     """The inverse of `pack_router`."""
     xp = np if isinstance(packed, np.ndarray) else jnp
-    rows = packed.reshape(router.ctas, router.columns.chunks, router.rows, -1)
-    rows = xp.transpose(rows, (0, 2, 1, 3)).reshape(router.ctas, router.rows, router.cols)
+    pieces = packed.view(jnp.bfloat16).astype(np.float32)
+    pieces = pieces.reshape(router.ctas, router.columns.chunks, -1, router.rows, PIECES, BLOCK)
+    rows = pieces[..., 0, :] + pieces[..., 1, :] + pieces[..., 2, :]
+    rows = xp.transpose(rows, (0, 3, 1, 2, 4)).reshape(router.ctas, router.rows, router.cols)
     first, number = router.bounds(), np.arange(router.experts)
     cta = np.searchsorted(first, number, side="right") - 1
     return rows[cta, number - first[cta], : router.width]
 
 
 def multiply_router(router: Router, tokens: int) -> Tile:
-    """A chunk's products, for `score` to add up.
+    """Adds a chunk's products to a team's sums, for `score` to add up; each warp has a quarter of the columns.
 
-    A warp has half of the tokens and half of the columns; its threads' sums are added as a tree.
-
-    Memories: slot float32 [slot_words]; page int32, a token's part every part_cols / 2 + PAGE_GAP words, inputs bf16;
-    sums float32 [chunks, 2, tokens, rows]. Scalars: chunk; first, the page's word with the chunk's first column of
-    token 0.
+    Memories: slot int32 [slot_words]; page int32, a token's inputs every part_cols / 2 + PAGE_GAP words, those of
+    experts; sums float32 [teams, WARPS, groups * 8, tokens]. Scalars: team; first, the page's word with the chunk's
+    first column of token 0; is_first, 1 if the team's sums begin with this chunk.
     """
-    columns = router.columns
-    own, token_words = tokens // HALVES, Inputs(columns, tokens).token_words
-    half_cols = columns.chunk_cols // HALVES
+    columns, last = router.columns, router.pieces - 1
+    token_words, blocks = Inputs(columns, tokens).token_words, columns.chunk_cols // (WARPS * BLOCK)
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         slot, page, sums = memories
-        first_token, half = lanes.warp % HALVES * own, lanes.warp // HALVES
-        column = half * half_cols + lanes.lane * 4
-        inputs = scalars["first"] + first_token * token_words + column // 2
-
-        def step(done: Value, *totals: Value) -> list[Value]:
-            weights = [lanes.load(slot, column + done + row * columns.chunk_cols, F32, 4) for row in range(router.rows)]
-            words = [lanes.load(page, inputs + done // 2 + token * token_words, I32, 2) for token in range(own)]
-            inputs_of = [(*lanes.unpack(left), *lanes.unpack(right)) for left, right in words]
-            pairs = itertools.product(inputs_of, weights)
-            return [_dot(lanes, *pair, total) for pair, total in zip(pairs, totals)]
-
-        zeros = [lanes.constant(0, F32)] * (own * router.rows)
-        totals = _sum_over_warp(lanes, lanes.loop(0, half_cols, STEP_COLS // HALVES, step, zeros), own)
-        threads = WARP // own
-        token = first_token + lanes.lane // threads
-        with lanes.when((lanes.lane % threads).equals(0)):
-            index = ((scalars["chunk"] * HALVES + half) * tokens + token) * router.rows
-            for row, total in enumerate(totals):
-                lanes.store([total], sums, index + row)
+        zero, no_token = lanes.constant(0.0, F32), [lanes.constant(0, I32)] * 4
+        row, quad = lanes.lane // 4, lanes.lane % 4
+        inputs = scalars["first"] + lanes.warp * (blocks * BLOCK // 2) + row * token_words + quad * 4
+        pieces = [(row + first).minimum(last) for first in range(0, router.pieces, TOKENS)]
+        weights = [(lanes.warp * (blocks * router.pieces) + piece) * (BLOCK // 2) + quad * 4 for piece in pieces]
+        found = [[zero] * 4 for _ in pieces]
+        for block in range(blocks):
+            low, high = (
+                lanes.load(page, inputs + block * (BLOCK // 2) + first * token_words, I32, 4)
+                if first < tokens
+                else no_token
+                for first in (0, TOKENS)
+            )
+            for group, at in enumerate(weights):
+                b = lanes.load(slot, at + block * (router.pieces * BLOCK // 2), I32, 4)
+                for k in (0, 2):
+                    a = [low[k], high[k], low[k + 1], high[k + 1]]
+                    found[group] = lanes.mma(a, b[k : k + 2], found[group])
+        begins, own = scalars["is_first"].equals(1), scalars["team"] * WARPS + lanes.warp
+        for group, values in enumerate(found):
+            for index, value in enumerate(values[: tokens // TOKENS * 2]):
+                piece, token = quad * 2 + (group * TOKENS + index % 2), row + index // 2 * TOKENS
+                at = (own * (router.groups * TOKENS) + piece) * tokens + token
+                lanes.store([lanes.select(begins, zero, lanes.load_one(sums, at)) + value], sums, at)
 
     return tile
 
 
 def score(router: Router, tokens: int) -> Tile:
-    """Sigmoids of the CTA's experts.
+    """Sigmoids of the CTA's experts, of the inputs that experts read. Four threads share one, a team's sums each.
 
     Memories: sums as `multiply_router` leaves them; factors float32 [tokens], of bf16 inputs; scores float32
     [tokens, experts]. Scalars: cta.
     """
-    results = tokens * router.rows
+    results, size = tokens * router.rows, router.groups * TOKENS * tokens
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
         sums, factors, scores = memories
-        token, row = lanes.thread // router.rows, lanes.thread % router.rows
         first, end = ((scalars["cta"] + i) * router.experts // router.ctas for i in range(2))
-        with lanes.when((lanes.thread < results) & (first + row < end)):
-            total = lanes.constant(0, F32)
-            for part in range(router.columns.chunks * HALVES):
-                total = total + lanes.load_one(sums, lanes.thread + part * results)
-            logit = total * lanes.load_one(factors, token)
+        for begin in range(0, results * CONSUMERS, WARPGROUP):
+            number, team = (lanes.thread + begin) // CONSUMERS, lanes.thread % CONSUMERS
+            place = number.minimum(results - 1)
+            token, row = place // router.rows, place % router.rows
+            own = team.minimum(router.teams - 1) * (WARPS * size) + row * (PIECES * tokens) + token
+            parts = [own + (warp * size + piece * tokens) for warp in range(WARPS) for piece in range(PIECES)]
+            total = summed([lanes.load_one(sums, part) for part in parts])
+            total = lanes.sum_over(lanes.select(team < router.teams, total, lanes.constant(0.0, F32)), CONSUMERS)
+            logit = total * (lanes.load_one(factors, token) * 2.0 ** -INPUT_SHIFT["mxfp4"])
             sigmoid = lanes.reciprocal(lanes.exp2(logit * -LOG2_E) + 1.0)
-            lanes.store([sigmoid], scores, token * router.experts + first + row)
+            with lanes.when(team.equals(0) & (number < results) & (first + row < end)):
+                lanes.store([sigmoid], scores, token * router.experts + first + row)
 
     return tile
 
@@ -157,16 +202,26 @@ def top_k(experts: int, chosen: int, tokens: int) -> Tile:
         with lanes.when(token < tokens):
             row, is_chosen, least = token * experts, lane < chosen, lanes.constant(LEAST, I32)
             numbers = [lane + first for first in range(0, experts, WARP)]
-            keys = [_bias_key(lanes, scores, row, bias, scalars["bias_first"], number, experts) for number in numbers]
+            places = [number.minimum(experts - 1) for number in numbers]
+            found = [lanes.load_one(scores, row + place) for place in places]
+            added = [lanes.load_one(bias, scalars["bias_first"] + place) for place in places]
+            keys = [
+                lanes.select(number < experts, ordered_key(lanes, value + more), least)
+                for number, value, more in zip(numbers, found, added)
+            ]
 
-            def choose(choice: Value, picked: Value, *keys: Value) -> list[Value]:
+            def choose(choice: Value, picked: Value, value: Value, *keys: Value) -> list[Value]:
                 number = _largest(lanes, keys, numbers)
-                left = [lanes.select(own.equals(number), least, key) for own, key in zip(numbers, keys)]
-                return [lanes.select(lane.equals(choice), number, picked), *left]
+                is_it, none = [own.equals(number) for own in numbers], lanes.constant(0, I32)
+                bits = [lanes.select(own, score.as_int(), none) for own, score in zip(is_it, found)]
+                left = [lanes.select(own, least, key) for own, key in zip(is_it, keys)]
+                mine, score = lane.equals(choice), lanes.over_warp("or", _tree(operator.or_, bits)).as_float()
+                return [lanes.select(mine, number, picked), lanes.select(mine, score, value), *left]
 
-            # Thread `choice` keeps what was picked.
-            picked = lanes.loop(0, chosen, 1, choose, [lanes.constant(0, I32), *keys])[0]
-            value = lanes.select(is_chosen, lanes.load_one(scores, row + picked), lanes.constant(0, F32))
+            # Thread `choice` keeps what was picked, and its score.
+            nothing = [lanes.constant(0, I32), lanes.constant(0, F32)]
+            picked, value = lanes.loop(0, chosen, 1, choose, [*nothing, *keys])[:2]
+            value = lanes.select(is_chosen, value, nothing[1])
             weight = value * lanes.reciprocal(lanes.sum_over(value) + WEIGHT_EPS)
             is_real = token < scalars["count"]
             with lanes.when(is_chosen):
@@ -256,42 +311,20 @@ def count_experts(experts: int, chosen: int, tokens: int) -> Tile:
     return tile
 
 
-def _dot(lanes: Lanes, values: Sequence[Value], weights: Sequence[Value], total: Value) -> Value:
-    for value, weight in zip(values, weights):
-        total = lanes.fma(value, weight, total)
-    return total
-
-
-def _sum_over_warp(lanes: Lanes, values: Sequence[Value], tokens: int) -> list[Value]:
-    """Sums over a warp of values [tokens, rows]; a thread is left with those of token lane // (32 / tokens)."""
-    by = WARP // 2
-    while by:
-        if by * tokens >= WARP:
-            is_upper, half = (lanes.lane & by).equals(by), len(values) // 2
-            pairs = list(zip(values[:half], values[half:]))
-            given = [lanes.select(is_upper, low, high) for low, high in pairs]
-            values = [lanes.select(is_upper, high, low) for low, high in pairs]
-        else:
-            given = values
-        values = [value + lanes.shuffle(other, by) for value, other in zip(values, given)]
-        by //= 2
-    return list(values)
-
-
-def _bias_key(
-    lanes: Lanes, scores: Memory, row: Value, bias: Memory, first: Value, number: Value, experts: int
-) -> Value:
-    expert = number.minimum(experts - 1)
-    key = ordered_key(lanes, lanes.load_one(scores, row + expert) + lanes.load_one(bias, first + expert))
-    return lanes.select(number < experts, key, lanes.constant(LEAST, I32))
-
-
 def _largest(lanes: Lanes, keys: Sequence[Value], numbers: Sequence[Value]) -> Value:
     """The least number that has the largest key of a warp."""
-    key = lanes.over_warp("max", functools.reduce(Value.maximum, keys))
+    key = lanes.over_warp("max", _tree(Value.maximum, keys))
     nobody = lanes.constant(2**31 - 1, I32)
     found = [lanes.select(own.equals(key), number, nobody) for own, number in zip(keys, numbers)]
-    return lanes.over_warp("min", functools.reduce(Value.minimum, found))
+    return lanes.over_warp("min", _tree(Value.minimum, found))
+
+
+def _tree(operation: Callable[[Value, Value], Value], values: Sequence[Value]) -> Value:
+    """All values as one; a chain would wait for each of its steps."""
+    if len(values) == 1:
+        return values[0]
+    half = len(values) // 2
+    return operation(_tree(operation, values[:half]), _tree(operation, values[half:]))
 
 
 def _store_masks(lanes: Lanes, number: Value, exists: Value, masks: int, scratch: Memory) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 
 from pallas_kernels.decode_step.assigned import ROLES
 from pallas_kernels.decode_step.hopper.attention import KEYS
-from pallas_kernels.decode_step.hopper.config import ROWS
+from pallas_kernels.decode_step.hopper.config import GAINS, ROWS
 from pallas_kernels.decode_step.hopper.machine import STAMPS, Buffers, Weights
-from pallas_kernels.decode_step.hopper.plan import StepPlan
+from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS, StepPlan
+from pallas_kernels.decode_step.hopper.roles import FIELDS
 from pallas_kernels.decode_step.hopper.sync import FAULT
 from pallas_kernels.decode_step.hopper.table import counters_of
 from pallas_kernels.decode_step.schedule import Kind
@@ -45,7 +46,7 @@ def weight_shapes(plan: StepPlan) -> Weights:
     down = t.width // ROWS * plan.down.tile_words
     return Weights(
         embed=_shape(WORDS, plan.vocab_rows * t.width // 2),
-        gains=_shape(FLOATS, (2 * len(t.layers) + 1) * t.width),
+        gains=_shape(WORDS, (2 * len(t.layers) + 1) * t.width + GAINS),
         sinks=(sinks(False), sinks(True)),
         rotary=rotary,
         matrices={kind: matrices(kind) for kind in plan.products},
@@ -69,7 +70,7 @@ def buffer_shapes(plan: StepPlan) -> Buffers:
         partial=_shape(FLOATS, plan.partial_words if partial else 1),
         attended=_shape(WORDS, plan.inputs(Kind.OUTPUT).words),
         scores=_shape(FLOATS, columns * t.experts),
-        hidden=_shape(WORDS, max(dense_hidden, plan.hidden_rows * plan.hidden_stride)),
+        hidden=_shape(WORDS, max(dense_hidden, PAGE_PARTS * plan.hidden_part)),
         parts=_shape(FLOATS, 2 * plan.ctas * plan.devices * plan.own_words if plan.devices > 1 else 1),
         candidates=_shape(WORDS, plan.ctas * 2 * columns),
         caches=(_cache(plan, False, layers[False]), _cache(plan, True, layers[True])),
@@ -79,7 +80,7 @@ def buffer_shapes(plan: StepPlan) -> Buffers:
         expert_counts=_shape(WORDS, max(1, experts * t.experts)),
         best=_shape(WORDS, columns),
         best_logits=_shape(FLOATS, columns),
-        counts=_shape(WORDS, counters_of(plan)),
+        counts=_shape(WORDS, max(counters_of(plan), FIELDS)),
         fault=_shape(WORDS, len(FAULT)),
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, ROWS, Columns, Inputs
+from pallas_kernels.decode_step.hopper.config import FORMATS, INPUT_SHIFT, INPUT_TYPE, ROWS, Columns, Inputs
 from pallas_kernels.decode_step.hopper.products import Tile, summed
 from pallas_kernels.lanes import Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
@@ -35,11 +35,26 @@ class Stream:
         return Inputs(self.columns, self.tokens)
 
 
+def resume(stream: Stream) -> Tile:
+    """The CTA's columns of a stream that an earlier launch has left.
+
+    Memories: x float32 [tokens, width]; kept float32 [tokens, own], in shared memory. Scalars: first, size.
+    """
+
+    def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
+        x, kept = memories
+        own = _Own(lanes, stream, scalars)
+        with lanes.when(own.token < stream.tokens):
+            own.keep(own.pairs(x, own.token * stream.width), kept)
+
+    return tile
+
+
 def embed(stream: Stream, vocab: int) -> Tile:
     """Begins the stream with the tokens' rows of the embedding table; an id beyond it takes its last row.
 
-    Memories: ids int32 [tokens]; table int32 [vocab, width / 2], pairs of bf16; gain, x, inputs and squares as in
-    `reduce`. Scalars: first, size, cta, count, gain_first and is_f16 as in `reduce`.
+    Memories: ids int32 [tokens]; table int32 [vocab, width / 2], pairs of bf16; gain, kept, x, inputs and squares as
+    in `reduce`. Scalars: first, size, cta, count, gain_first and reader as in `reduce`.
     """
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
@@ -56,28 +71,29 @@ def embed(stream: Stream, vocab: int) -> Tile:
 def reduce(stream: Stream, devices: int, taps: int = 0, aux: str = F32) -> Tile:
     """Adds the devices' parts to the stream, in the order of the devices.
 
-    Memories: parts float32 [devices, tokens, own], the CTA's columns; gain float32; x float32 [tokens, width]; inputs
+    Memories: parts float32 [devices, tokens, own], the CTA's columns; gain float32; kept float32 [tokens, own], the
+    stream's columns, which the CTA keeps in shared memory; x float32 [tokens, width], a copy for others; inputs
     int32, pairs of x * gain, see `Inputs`; squares float32 [ctas, tokens], of each CTA's columns; and where there
     are `taps`, a copy of x: float32 [tokens, taps, width], or pairs of bf16 if `aux` is "bf16". Scalars: first, size,
-    cta; count of real tokens; gain_first, the gain's element for column 0; is_f16, 1 if the next product is FP8, which
-    reads float16 times 2**-INPUT_SHIFT and not bf16; with `taps` also tap, negative for none.
+    cta; count of real tokens; gain_first, the gain's element for column 0; reader, the number in FORMATS of the weights
+    that read the inputs; with `taps` also tap, negative for none.
     """
 
     def tile(lanes: Lanes, memories: Sequence[Memory], scalars: dict[str, Value]) -> None:
-        parts, gain, x, inputs, squares, *copy = memories
+        parts, gain, kept, x, inputs, squares, *copy = memories
         own = _Own(lanes, stream, scalars)
         with lanes.when(own.token < stream.tokens):
             # All loads come before the first store: none waits for another.
-            pairs = own.pairs(x, own.token * stream.width)
+            pairs = own.kept(kept)
             rows = [(source * stream.tokens + own.token) * stream.own for source in own.constants(range(devices))]
             added = [[_pair(lanes, parts, row + local) for local in own.locals] for row in rows]
             gains = own.gains(gain)
             for device in added:
                 pairs = [(low + a, high + b) for (low, high), (a, b) in zip(pairs, device)]
-            kept = own.write(pairs, gains, (x, inputs, squares))
+            stored = own.write(pairs, gains, (kept, x, inputs, squares))
             if taps:
                 with lanes.when(scalars["tap"] >= 0):
-                    own.store(kept, copy[0], (own.token * taps + scalars["tap"]) * stream.width, aux)
+                    own.store(stored, copy[0], (own.token * taps + scalars["tap"]) * stream.width, aux)
 
     return tile
 
@@ -144,6 +160,16 @@ class _Own:
     def constants(self, numbers: Sequence[int]) -> list[Value]:
         return [self.lanes.constant(number, I32) for number in numbers]
 
+    def kept(self, memory: Memory) -> list[Pair]:
+        """From [tokens, own]."""
+        return [_pair(self.lanes, memory, self.token * self.stream.own + local) for local in self.locals]
+
+    def keep(self, pairs: Sequence[Pair], memory: Memory) -> None:
+        """Into [tokens, own]."""
+        for exists, local, pair in zip(self.exist, self.locals, pairs):
+            with self.lanes.when(exists):
+                self.lanes.store(pair, memory, self.token * self.stream.own + local)
+
     def pairs(self, memory: Memory, first: Value) -> list[Pair]:
         """Of a row that begins at element `first`."""
         return [_pair(self.lanes, memory, first + column) for column in self.columns]
@@ -162,15 +188,20 @@ class _Own:
 
     def write(self, pairs: Sequence[Pair], gains: Sequence[Pair], out: Sequence[Memory]) -> list[Pair]:
         """Stores the stream, its inputs and its part of the sum of squares; returns the stream, padding as zeros."""
-        lanes, stream, (x, inputs, squares) = self.lanes, self.stream, out
+        lanes, stream, (memory, x, inputs, squares) = self.lanes, self.stream, out
         is_real, zero = self.token < self.scalars["count"], lanes.constant(0, F32)
         kept = [
             (lanes.select(is_real & exists, low, zero), lanes.select(is_real & exists, high, zero))
             for exists, (low, high) in zip(self.exist, pairs)
         ]
+        self.keep(kept, memory)
         self.store(kept, x, self.token * stream.width, F32)
-        is_f16 = self.scalars["is_f16"].equals(1)
-        scale = lanes.select(is_f16, lanes.constant(2.0**-INPUT_SHIFT, F32), lanes.constant(1.0, F32))
+        is_read_by = {format: self.scalars["reader"].equals(number) for number, format in enumerate(FORMATS)}
+        is_f16 = next(found for format, found in is_read_by.items() if INPUT_TYPE[format] == "f16")
+        scale = lanes.constant(1.0, F32)
+        for format, found in is_read_by.items():
+            if INPUT_SHIFT[format]:
+                scale = lanes.select(found, lanes.constant(2.0 ** INPUT_SHIFT[format], F32), scale)
         for exists, column, (low, high), (a, b) in zip(self.exist, self.columns, kept, gains):
             scaled = (low * a * scale, high * b * scale)
             word = lanes.select(is_f16, *(lanes.pack(*scaled, kind) for kind in ("f16", "bf16")))

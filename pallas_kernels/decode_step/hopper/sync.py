@@ -12,7 +12,8 @@ What must be fenced, between a write and a read by another CTA (PTX ISA, "Asynch
 | bulk copies       | loads       | completion of copies, release  | acquire                 |
 | bulk copies       | bulk copies | completion of copies, release  | acquire, proxy fence    |
 
-A signal does not know its readers: it always has the fence of its writes.
+A signal does not know its readers: it always has the fence of its writes. That of stores is for shared memory as well,
+where pages that a row has stored into are next filled by copies.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class GpuCounters:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, [SPLAT] * len(peers)))
         def inline(context, counts, counter, peers):
-            _asm("fence.proxy.async.global;" if wrote == "stores" else "cp.async.bulk.wait_group 0;")
+            _asm("fence.proxy.async;" if wrote == "stores" else "cp.async.bulk.wait_group 0;")
             _barrier(self.unit)
             counts = [context.to_remote(counts, _scalar(peer)) for peer in peers] or [counts]
             with _first_thread(self.unit):
@@ -202,6 +203,31 @@ def add_one(place: Any) -> None:
             _asm("red.relaxed.gpu.global.add.u32 [$0], 1;", [utils.memref_ptr(place)], "l")
 
     inline(place)
+
+
+def bring(row: Any, place: Any, unit: Unit) -> None:
+    """Begins to copy a row of the table, four times 16 bytes, into shared memory; `brought` ends it."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def inline(_, row, place):
+        thread = arith.remui(_asm("mov.u32 $0, %tid.x;", (), "=r", _int(32)), _i32(unit.value))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread, _i32(4))):
+            first = arith.muli(thread, _i32(4))
+            address = llvm.ptrtoint(_int(32), _at(place, first))
+            _asm("cp.async.cg.shared.global [$0], [$1], 16;", [address, _at(row, first)], "r,l")
+
+    inline(row, place)
+
+
+def brought(unit: Unit) -> None:
+    """What the unit has begun to copy is there, for all of its threads."""
+
+    @plgpu.inline_mgpu()
+    def inline(_):
+        _asm("cp.async.wait_all;")
+        _barrier(unit)
+
+    inline()
 
 
 def stamp(place: Any, unit: Unit) -> None:

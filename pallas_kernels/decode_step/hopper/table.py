@@ -16,14 +16,13 @@ import numpy as np
 from pallas_kernels.decode_step import schedule
 from pallas_kernels.decode_step.assigned import assigned_table
 from pallas_kernels.decode_step.hopper import roles
-from pallas_kernels.decode_step.hopper.config import ROWS
+from pallas_kernels.decode_step.hopper.config import FORMATS, ROWS
 from pallas_kernels.decode_step.hopper.plan import StepPlan
 from pallas_kernels.decode_step.schedule import Kind
 
 EPOCH = 0  # the counter of rounds
 SHARED = ("epoch", "stream", "qkv", "partial", "attended", "scores", "hidden", "logits", "candidates", "picked")
 LOCAL = {"consumed", "fetched", "loaded"}  # counters of one CTA
-IS_F16 = 1  # a flag: the next product reads float16
 
 
 class Op(enum.IntEnum):
@@ -108,8 +107,8 @@ class _Table:
         first, last = self.share(row)
         found = roles.Row(self.op(row), self.layer(row), first, last, parity=_parity(row))
         if row.kind in (Kind.EMBED, Kind.REDUCE):
-            is_f16 = self.plan.inputs_of(self.reader(row.layer)) == "f16"
-            found = dataclasses.replace(found, flags=IS_F16 * is_f16, tap=self.tap(row))
+            reader = FORMATS.index(self.plan.reads(self.reader(row.layer)))
+            found = dataclasses.replace(found, reader=reader, tap=self.tap(row))
         if waits:
             ((name, value),) = set(waits)
             found = dataclasses.replace(found, wait=self.number(name), value=value, per_round=self.per_round[name])

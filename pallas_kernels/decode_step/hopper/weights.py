@@ -7,9 +7,10 @@ a thread reads its B operands of both with one load of 16 bytes.
 
     bf16    [cols/32, instruction, row g, t, register] words of two columns
     fp8     [cols/32, row g, t, instruction, pair of registers] words of two rows (g, g + 8) by two columns
-            [cols/64, row g, half] scales float32, times 2**INPUT_SHIFT, which the inputs lack
+            [cols/64, row g, half] scales float32, over what the inputs are multiplied by
     mxfp4   [cols/64, row g, t, 32 columns, instruction] words, [cols/128, row g, 64 columns] scales of four blocks:
-            those of `hopper_layout`, bit for bit
+            codes as in `hopper_layout`; a scale's byte is the exponent of a float32 that makes a product of what was
+            decoded and of what inputs are the product of weights and stream
 
 Registers 0 to 3 are rows g and g + 8 of two columns, then of the next two. Every function takes numpy or JAX arrays.
 """
@@ -17,6 +18,7 @@ Registers 0 to 3 are rows g and g + 8 of two columns, then of the next two. Ever
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,12 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import mxfp4
-from pallas_kernels.decode_step.hopper.config import FP8_SEGMENT, INPUT_SHIFT, ROWS, Matrix, code_words
+from pallas_kernels.decode_step.hopper.config import FP8_SEGMENT, GAINS, INPUT_SHIFT, ROWS, Matrix, code_words
 from pallas_kernels.expert_matmul import hopper_layout
-from pallas_kernels.expert_matmul.hopper_layout import SCALE_OFFSET
 
 SCALE_COLS = {"mxfp4": mxfp4.BLOCK, "fp8": FP8_SEGMENT}
 NEUTRAL = {"mxfp4": 127, "fp8": 1}  # scales of one, for columns and rows that are padding
+FP8_SCALE = 2.0 ** -INPUT_SHIFT["fp8"]  # of a stored scale, times that of the weights
+SCALE_OFFSET = 126 - INPUT_SHIFT["mxfp4"]  # of a stored exponent, above E8M0
+LARGEST_SCALE = 254 - SCALE_OFFSET  # E8M0 byte, whose exponent float32 has
 assert sys.byteorder == "little"  # the first of several numbers lies in the low bits of a word
 
 
@@ -37,7 +41,7 @@ def pack(matrix: Matrix, weights: Any, scales: Any = None) -> Any:
     """One matrix or a stack -> int32 [..., row_blocks, chunks, slot_words]; rows and columns are padded with zeros.
 
     bf16: weights [..., O, I]. fp8: e4m3 codes [..., O, I] (uint8 or float8_e4m3fn), scales float32 [..., O, I/64].
-    mxfp4: codes uint8 [..., O, I/2], E8M0 scales uint8 [..., O, I/32], none above `hopper_layout.LARGEST_SCALE`.
+    mxfp4: codes uint8 [..., O, I/2], E8M0 scales uint8 [..., O, I/32], none above LARGEST_SCALE.
     """
     words = _pack(matrix.format, weights, scales, matrix.row_blocks, matrix.cols, matrix.warp_cols)
     return words.reshape(*words.shape[:-2], matrix.columns.chunks, matrix.slot_words)
@@ -49,10 +53,22 @@ def unpack(matrix: Matrix, words: Any) -> tuple[Any, Any]:
     return _unpack(matrix.format, tiles, matrix.warp_cols)
 
 
+def scale_word(format: str, exponent: int) -> int:
+    """A word of stored scales of 2**exponent."""
+    if format == "fp8":
+        return int(np.float32(2.0**exponent * FP8_SCALE).view(np.int32))
+    return int((np.full(4, 127 + exponent + SCALE_OFFSET) & 255).astype(np.uint8).view(np.int32)[0])
+
+
 def pack_down(codes: Any, scales: Any) -> Any:
     """Codes uint8 [E, O, I/2], scales uint8 [E, O, I/32] of MXFP4 -> int32 [E, row_blocks, words], tiles of all I."""
     cols = 2 * codes.shape[-1]
     return _pack("mxfp4", codes, scales, -(-codes.shape[-2] // ROWS), cols, cols)[..., 0, :]
+
+
+def pack_gains(norms: Sequence[np.ndarray]) -> np.ndarray:
+    """float32 [D] each -> int32, one after the other; copies of a CTA's own columns may reach beyond the last one."""
+    return np.concatenate([*norms, np.zeros(GAINS, np.float32)]).view(np.int32)
 
 
 def unpack_down(words: Any) -> tuple[Any, Any]:
@@ -142,13 +158,13 @@ def _fp8_operands(words: Any) -> Any:
 
 def _fp8_scales(scales: Any) -> Any:
     """[..., 16, cols/64] -> [..., cols/64 * 16] words."""
-    stored = scales.astype(np.float32) * np.float32(2**INPUT_SHIFT)
+    stored = scales.astype(np.float32) * np.float32(FP8_SCALE)
     stored = _reordered(stored.reshape(*stored.shape[:-2], 2, 8, -1), 2, 1, 0)
     return _bits(stored.reshape(*stored.shape[:-3], -1), np.int32)
 
 
 def _fp8_scales_back(stored: Any) -> Any:
-    scales = _bits(stored, np.float32).reshape(*stored.shape[:-1], -1, 8, 2) * np.float32(2.0**-INPUT_SHIFT)
+    scales = _bits(stored, np.float32).reshape(*stored.shape[:-1], -1, 8, 2) * np.float32(1 / FP8_SCALE)
     scales = _reordered(scales, 2, 1, 0)
     return scales.reshape(*scales.shape[:-3], ROWS, -1)
 

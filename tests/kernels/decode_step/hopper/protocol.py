@@ -84,7 +84,7 @@ def table_of(machine: Machine) -> np.ndarray:
         first, last = share(cta, ctas)
         row = functools.partial(Row, first=first, last=last)
         arrived = dict(wait=ARRIVED + cta, per_round=LAYERS * devices)
-        found = [row(REDUCE, **arrived, signal=STREAM, flags=FIRST)]
+        found = [row(REDUCE, **arrived, signal=STREAM, reader=FIRST)]
         for layer in range(LAYERS):
             parity = layer % PARITY
             stream = dict(wait=STREAM, value=(layer + 1) * ctas, per_round=(LAYERS + 1) * ctas)
@@ -213,7 +213,7 @@ class Program:
         more, parity = 0, row.parity
         if self.may_be_late("one place for arrivals"):
             # The second device is late: the first has sent again when it adds the sums of the first layer.
-            more = jnp.where((self.rank == 1) & (row.layer == 0) & (row.flags != FIRST), 1, 0)
+            more = jnp.where((self.rank == 1) & (row.layer == 0) & (row.reader != FIRST), 1, 0)
         if self.broken == "one place for arrivals":
             parity = 0
         if self.broken == "wrong parity":
@@ -230,11 +230,11 @@ class Program:
                 memory.x[0, block, 0, 0] = memory.parts[0, parity, 0, block, 0, 0]
                 return
 
-            @pl.when(row.flags == FIRST)
+            @pl.when(row.reader == FIRST)
             def _():
                 memory.x[self.device, block] = memory.start[block]
 
-            @pl.when(row.flags != FIRST)
+            @pl.when(row.reader != FIRST)
             def _():
                 total = memory.x[self.device, block]
                 for rank in self.peers if self.broken == "own sums first" else range(self.machine.devices):
@@ -344,7 +344,7 @@ class Program:
         if self.broken != "no signal of arrival":
             peers = self.peers if self.machine.devices > 1 else None
             self.counters(Unit.WARP, 3).signal(row.arrived, peers=peers, wrote="copies")
-        self.staged.freed(turn, read="copies")
+        self.staged.freed(turn)
         return turn + 1
 
     def there(self, peer: Any, parity: Any, block: Any) -> Any:

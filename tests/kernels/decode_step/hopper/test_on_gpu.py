@@ -22,7 +22,6 @@ from tests.kernels.decode_step.hopper.test_products import (  # noqa: F401
     test_parts_add_in_their_order,
     test_products_are_those_of_the_numbers,
     test_rows_are_stored_where_they_belong,
-    test_teams_add_in_the_order_of_chunks,
 )
 from tests.kernels.decode_step.hopper.test_program import (  # noqa: F401
     test_a_round_may_be_several_launches,

@@ -10,8 +10,9 @@ import pytest
 
 from pallas_kernels import mxfp4
 from pallas_kernels.decode_step.hopper import products, weights
-from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, PAGE_GAP, ROWS, SUM_STRIDE, Down, Matrix
+from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, INPUT_TYPE, PAGE_GAP, ROWS, WARPS, Down, Matrix
 from pallas_kernels.lanes import emulated
+from pallas_kernels.lanes.values import half_type
 
 FORMATS = ("mxfp4", "fp8", "bf16")
 GARBAGE = np.float32("nan")
@@ -27,14 +28,14 @@ def random_weights(format: str, rows: int, cols: int, rng: np.random.Generator) 
         codes = codes.reshape(rows, cols).astype(np.uint8)
         scales = np.exp2(rng.uniform(-20, 3, (rows, cols // 64))).astype(np.float32)
         return (codes, scales), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * np.repeat(scales, 64, axis=1)
-    codes, scales = rng.integers(0, 16, (rows, cols), np.uint8), rng.integers(100, 129, (rows, cols // 32), np.uint8)
+    codes, scales = rng.integers(0, 16, (rows, cols), np.uint8), rng.integers(100, 140, (rows, cols // 32), np.uint8)
     return (mxfp4.pack(codes), scales), mxfp4.decode(codes, scales).astype(np.float64)
 
 
 def input_words(x_TI: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
     """Two columns to a word, as the stream holds them; and the numbers they stand for."""
-    half, factor = (np.float16, 2.0**-INPUT_SHIFT) if format == "fp8" else (ml_dtypes.bfloat16, 1.0)
-    held = (x_TI * factor).astype(half)
+    factor = 2.0 ** INPUT_SHIFT[format]
+    held = (x_TI * factor).astype(half_type(INPUT_TYPE[format]))
     return held.view(np.int32), held.astype(np.float64) / factor
 
 
@@ -44,11 +45,15 @@ def pages(words: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([parts, np.full((*parts.shape[:2], PAGE_GAP), -1, np.int32)], axis=-1)
 
 
-def multiply(matrix: Matrix, packed: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, emulated.Emulated]:
-    """The sums of all row blocks float32 [tokens, rows], each block an item; two parts in the page at a time."""
+def multiply(
+    matrix: Matrix, packed: np.ndarray, words: np.ndarray, ways: int = 1
+) -> tuple[np.ndarray, emulated.Emulated]:
+    """The sums of all row blocks float32 [tokens, rows], each block an item; two parts in the page at a time.
+
+    Of `ways` teams, one has a chunk, the next one the next.
+    """
     tokens, lanes = len(words), emulated.Emulated()
-    sums = np.full((matrix.row_blocks, tokens * SUM_STRIDE), GARBAGE, np.float32)
-    scratch = np.full(4 * tokens * SUM_STRIDE, GARBAGE, np.float32)
+    sums = np.full((matrix.row_blocks * ways, WARPS, tokens * ROWS), GARBAGE, np.float32)
     parts = pages(words, matrix.columns.part_cols // 2)
     tile = products.multiply_chunk(matrix, tokens)
     for chunk in range(matrix.columns.chunks):
@@ -57,10 +62,13 @@ def multiply(matrix: Matrix, packed: np.ndarray, words: np.ndarray) -> tuple[np.
         page[part % 2] = parts[part]
         first = part % 2 * parts[0].size + within // 2
         for item in range(matrix.row_blocks):
-            scalars = {"item": item, "first": first, "is_first": int(chunk == 0)}
-            emulated.run(tile, [packed[item, chunk].copy(), page, sums, scratch], scalars, lanes)
-    token, row = np.arange(tokens)[:, None], np.arange(ROWS)
-    return sums[:, products.place(token, row)].swapaxes(0, 1).reshape(tokens, -1), lanes
+            scalars = {"part": item * ways + chunk % ways, "first": first, "is_first": int(chunk < ways)}
+            emulated.run(tile, [packed[item, chunk].copy(), page, sums], scalars, lanes)
+    out = np.full((tokens, matrix.row_blocks * ROWS), GARBAGE, np.float32)
+    rows = products.store_rows(out.shape[1], tokens, ways, False)
+    for item in range(matrix.row_blocks):
+        emulated.run(rows, [sums, out], {"item": item, "block": item})
+    return out, lanes
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -124,42 +132,30 @@ def test_a_token_has_the_same_bits_in_any_company(format):
         np.testing.assert_array_equal(multiply(matrix, packed, words)[0][place], expected)
 
 
-def test_parts_add_in_their_order():
-    """Four warps' parts of a chunk in order, and chunks in theirs: in bits as float32 NumPy adds them, no other way."""
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_parts_add_in_their_order(ways):
+    """A warp's chunks in each team, then the teams', then the warps': in bits as float32 NumPy adds them."""
     rng = np.random.default_rng(6)
     matrix = Matrix(16, 1024, "bf16")
     one_each = np.exp2(rng.integers(0, 16, (16, 4, 4))) * rng.standard_normal((16, 4, 4))
     weights_OI = np.zeros((16, 4, 4, matrix.warp_cols), ml_dtypes.bfloat16)
     weights_OI[..., 5] = one_each
     words, x_TI = input_words(np.tile(rng.standard_normal((1, 1024)), (8, 1)), "bf16")
-    found, _ = multiply(matrix, weights.pack(matrix, weights_OI.reshape(16, 1024)), words)
-    parts = (weights_OI.astype(np.float32) * x_TI[3].astype(np.float32).reshape(4, 4, -1))[..., 5].transpose(2, 1, 0)
+    packed = weights.pack(matrix, weights_OI.reshape(16, 1024))
+    found, _ = multiply(matrix, packed, words, ways)
+    parts = (weights_OI.astype(np.float32) * x_TI[3].astype(np.float32).reshape(4, 4, -1))[..., 5].transpose(1, 2, 0)
 
-    def added(warps: tuple[int, ...], chunks: tuple[int, ...]) -> np.ndarray:
-        by_chunk = functools.reduce(operator.add, [parts[warp] for warp in warps])
-        return functools.reduce(operator.add, [by_chunk[chunk] for chunk in chunks])
+    def added(warps: tuple[int, ...]) -> np.ndarray:
+        by_way = [functools.reduce(operator.add, parts[way::ways]) for way in range(ways)]
+        return functools.reduce(
+            operator.add, [functools.reduce(operator.add, [part[warp] for part in by_way]) for warp in warps]
+        )
 
-    in_order = (0, 1, 2, 3)
-    np.testing.assert_array_equal(found[3], added(in_order, in_order))
+    np.testing.assert_array_equal(found[3], added((0, 1, 2, 3)))
+    if ways == 4:  # a chunk for each team: as if there were one
+        np.testing.assert_array_equal(found[3], multiply(matrix, packed, words)[0][3])
     for other in ((1, 2, 0, 3), (3, 2, 1, 0), (0, 1, 3, 2)):
-        assert (added(other, in_order) != found[3]).any() and (added(in_order, other) != found[3]).any()
-
-
-def test_warps_wait_for_each_other():
-    """Two chunks, the item's rows, and the next item's chunk, one after the other: no thread overtakes another one."""
-    matrix, tokens = Matrix(16, 512, "bf16"), 8
-    chunk, rows = products.multiply_chunk(matrix, tokens), products.store_rows(16, tokens, False)
-
-    def tile(lanes, memories, scalars):
-        slot, page, sums, scratch, out = memories
-        for is_first in (1, 0):
-            chunk(lanes, (slot, page, sums, scratch), scalars | {"is_first": lanes.constant(is_first, "i32")})
-        rows(lanes, (sums, out), scalars)
-        chunk(lanes, (slot, page, sums, scratch), scalars | {"is_first": lanes.constant(1, "i32")})
-
-    slot, page = np.zeros(matrix.slot_words, np.int32), np.zeros(tokens * (256 + PAGE_GAP), np.int32)
-    sums, scratch, out = (np.zeros(words, np.float32) for words in (8 * SUM_STRIDE, 32 * SUM_STRIDE, 8 * ROWS))
-    emulated.run(tile, [slot, page, sums, scratch, out], {"item": 0, "first": 0, "block": 0})
+        assert (added(other) != found[3]).any()
 
 
 class Interpreting(emulated.Emulated):
@@ -226,83 +222,73 @@ def test_inline_code_does_what_its_twin_does(format):
     matrix, lanes = Matrix(16, 512, format), Interpreting()
     given, _ = random_weights(format, 16, 512, np.random.default_rng(7))
     slot = weights.pack(matrix, *given)[0, 0].copy()
-    page, sums, scratch = (
-        np.zeros(words, np.int32) for words in (8 * (256 + PAGE_GAP), 8 * SUM_STRIDE, 32 * SUM_STRIDE)
-    )
-    scalars = {"item": 0, "first": 0, "is_first": 1}
-    emulated.run(products.multiply_chunk(matrix, 8), [slot, page, sums, scratch], scalars, lanes)
+    page, sums = (np.zeros(words, np.int32) for words in (8 * (256 + PAGE_GAP), WARPS * 8 * ROWS))
+    scalars = {"part": 0, "first": 0, "is_first": 1}
+    emulated.run(products.multiply_chunk(matrix, 8), [slot, page, sums], scalars, lanes)
 
 
-def sums_of(x_TO: np.ndarray, items: int) -> np.ndarray:
-    """A buffer of sums whose last item holds these, of one row block."""
-    tokens = len(x_TO)
-    sums = np.full((items, tokens * SUM_STRIDE), GARBAGE, np.float32)
-    sums[-1, products.place(np.arange(tokens)[:, None], np.arange(ROWS))] = x_TO
-    return sums
-
-
-@pytest.mark.parametrize(("tokens", "ways"), [(8, 4), (16, 4), (8, 2)])
-def test_teams_add_in_the_order_of_chunks(tokens, ways):
-    """From whichever team had the first chunk on, in bits: the sum tells neither that team nor the CTA's first item."""
-    rng = np.random.default_rng(8)
-    parts = rng.standard_normal((ways, tokens, 16)).astype(np.float32)
-    expected = functools.reduce(operator.add, parts)
-    for team in range(4):
-        sums = np.full((4, 3, tokens * SUM_STRIDE), GARBAGE, np.float32)
-        for way in range(ways):
-            sums[(team + way) % 4] = sums_of(parts[way], 3)
-        emulated.run(products.add_teams(tokens, ways, 3), [sums], {"item": 2, "team": team})
-        found = sums[0, 2, products.place(np.arange(tokens)[:, None], np.arange(ROWS))]
-        np.testing.assert_array_equal(found, expected)
+def sums_of(tokens: int, items: int, ways: int, rng: np.random.Generator, size: float = 1) -> tuple:
+    """A buffer of sums whose last item has parts of this size; and these, added in their order, [tokens, 16]."""
+    sums = np.full((items, ways * WARPS, tokens * ROWS), GARBAGE, np.float32)
+    parts = (rng.standard_normal((ways * WARPS, tokens, ROWS)) * size).astype(np.float32)
+    sums[-1][:, products.place(np.arange(tokens)[:, None], np.arange(ROWS))] = parts
+    by_warp = [functools.reduce(operator.add, parts[warp::WARPS]) for warp in range(WARPS)]
+    return sums, functools.reduce(operator.add, by_warp)
 
 
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_rows_are_stored_where_they_belong(tokens):
     """Times the token's factor or not; rows that the matrix does not have are nowhere; own columns go by item."""
     rng = np.random.default_rng(tokens)
-    x_TO, factors = rng.standard_normal((tokens, 16)).astype(np.float32), rng.standard_normal(tokens).astype(np.float32)
-    for has_factors in (False, True):
-        out = np.zeros((tokens, 40), np.float32)
-        memories = [sums_of(x_TO, 3), out, *([factors] if has_factors else [])]
-        emulated.run(products.store_rows(40, tokens, has_factors), memories, {"item": 2, "block": 2})
+    factors = rng.standard_normal(tokens).astype(np.float32)
+    for has_factors, ways in ((False, 4), (True, 1)):
+        out, (sums, x_TO) = np.zeros((tokens, 40), np.float32), sums_of(tokens, 3, ways, rng)
+        memories = [sums, out, *([factors] if has_factors else [])]
+        emulated.run(products.store_rows(40, tokens, ways, has_factors), memories, {"item": 2, "block": 2})
         expected = x_TO * factors[:, None] if has_factors else x_TO
         np.testing.assert_array_equal(out[:, 32:], expected[:, :8])
         assert not out[:, :32].any()
-    own = np.zeros((tokens, 48), np.float32)
-    emulated.run(products.store_own(48, tokens), [sums_of(x_TO, 2), own], {"item": 1})
+    own, (sums, x_TO) = np.zeros((tokens, 48), np.float32), sums_of(tokens, 2, 3, rng)
+    emulated.run(products.store_own(48, tokens, 3), [sums, own], {"item": 1})
     np.testing.assert_array_equal(own[:, 16:32], x_TO)
     assert not own[:, :16].any() and not own[:, 32:].any()
 
 
 @pytest.mark.parametrize("tokens", [8, 16])
-@pytest.mark.parametrize(("kind", "is_routed"), [("bf16", False), ("f16", False), ("bf16", True)])
-def test_gate_and_up_become_hidden_features(tokens, kind, is_routed):
-    """silu(gate) * up of eight features, gates of -100 to 100; a routed token's row is its pair's, and none for -1."""
+@pytest.mark.parametrize(("format", "is_routed"), [("bf16", False), ("fp8", False), ("mxfp4", True)])
+def test_gate_and_up_become_hidden_features(tokens, format, is_routed):
+    """silu(gate) * up of eight features, gates of -100 to 100; a routed token's row is its pair's, and none for -1.
+
+    Of the four warps' items the second is the last one that there is, and the second block of its unit.
+    """
     rng = np.random.default_rng(tokens)
-    x_TO = (rng.standard_normal((tokens, 16)) * 30).astype(np.float32)
+    sums, x_TO = sums_of(tokens, 2, 2, rng, 10)
     factors = rng.uniform(0.5, 2, tokens).astype(np.float32)
-    rows, unit = 3 * tokens, 1
+    rows, unit, blocks = 3 * tokens, 1, 3
     pairs = rng.permutation(rows)[: 2 * tokens].astype(np.int32)
     pairs[tokens + 2 :: 3] = -1
+    sums[0], pairs[:tokens] = 1, -1  # the first item's unit has no token
     hidden = np.full((rows, 20), 7, np.int32)  # 32 features, and a gap
-    scalars = {"item": 1, "block": 2} | ({"unit": unit} if is_routed else {})
-    memories = [sums_of(x_TO, 2), hidden, factors, *([pairs] if is_routed else [])]
-    emulated.run(
-        products.store_activated(lambda row, feature: row * 20 + feature // 2, tokens, kind, is_routed),
-        memories,
-        scalars,
-    )
+    scalars = {"item": 0, "items": 2, "block": unit * blocks - 1 if is_routed else 1}
+    memories = [sums, hidden, factors, *([pairs] if is_routed else [])]
+    place_of = lambda row, feature: row * 20 + feature // 2  # noqa: E731
+    tile = products.store_activated(place_of, tokens, 2, format, blocks if is_routed else None)
+    emulated.run(tile, memories, scalars)
 
     scaled = x_TO.astype(np.float64) * factors[:, None]
     gate, up = scaled[:, :8], scaled[:, 8:]
     with np.errstate(over="ignore"):
         expected = gate / (1 + np.exp(-gate)) * up
     owners = pairs[unit * tokens :] if is_routed else np.arange(tokens)
-    dtype, factor = (np.float16, 2.0**INPUT_SHIFT) if kind == "f16" else (ml_dtypes.bfloat16, 1.0)
-    found = hidden[owners[owners >= 0], 8:12].view(dtype).astype(np.float64) * factor
+    first = 0 if is_routed else 8
+    words = slice(first, first + 4)
+    held = hidden[owners[owners >= 0], words].view(half_type(INPUT_TYPE[format]))
+    found = held.astype(np.float64) * 2.0 ** -INPUT_SHIFT[format]
     np.testing.assert_allclose(found, expected[owners >= 0], rtol=2**-8, atol=2**-18)
     untouched = np.ones(hidden.shape, bool)
-    untouched[owners[owners >= 0], 8:12] = False
+    untouched[owners[owners >= 0], words] = False
+    if not is_routed:  # the first item's
+        untouched[:tokens, 4:8] = False
     assert (hidden[untouched] == 7).all()
 
 
@@ -324,14 +310,14 @@ def test_down_of_experts_and_the_sum_of_choices(features, most, tokens, tiles, s
     pairs, all_weights = np.full((units, tokens), -1, np.int32), []
     for half, expert in enumerate(experts):
         given, weights_OI = random_weights("mxfp4", 48, features, rng)
-        slot[half, :tiles] = weights.pack_down(*given)[:tiles]
+        slot[half, most - tiles :] = weights.pack_down(*given)[:tiles]  # after what is another CTA's
         takes_part = np.arange(tokens) % 3 != half
         pairs[expert] = np.where(takes_part, np.arange(tokens) * chosen + (np.arange(tokens) + expert) % 2, -1)
         all_weights.append(weights_OI)
-    words, x_PF = input_words(rng.standard_normal((tokens * chosen, features)), "bf16")
+    words, x_PF = input_words(rng.standard_normal((tokens * chosen, features)), "mxfp4")
     out = np.full((splits, tokens * chosen, products.OWN_COLUMNS), GARBAGE, np.float32)
     memories = [slot, pages(words, features // 2)[0], out, pairs]
-    scalars = {"number": number, "units": units, "tiles": tiles}
+    scalars = {"number": number, "units": units, "before": most - tiles, "tiles": tiles}
     emulated.run(products.multiply_expert_down(down, chosen, tokens), memories, scalars)
     found, written = out.sum(axis=0), np.zeros(out.shape[1:], bool)
     for expert, weights_OI in zip(experts, all_weights):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.hopper import picking, routing
-from pallas_kernels.decode_step.hopper.config import PAGE_GAP, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, PAGE_GAP, SLOT_WORDS
 from pallas_kernels.decode_step.hopper.routing import Router
 from pallas_kernels.lanes import emulated
 from tests.kernels.decode_step.hopper.tile_tools import GLOBAL, MOST_REGISTERS, SHARED, machine_code
@@ -31,16 +31,17 @@ def scores_of(router: Router, weights: np.ndarray, x: np.ndarray, factors: np.nd
     tokens, packed = len(x), routing.pack_router(weights, router)
     part_words, scores = router.columns.part_cols // 2 + PAGE_GAP, blank(tokens, router.experts)
     words = np.zeros((tokens, router.cols // 2), np.int32)
-    words[:, : router.width // 2] = x.view(np.int32)
+    words[:, : router.width // 2] = (x * ml_dtypes.bfloat16(2.0 ** INPUT_SHIFT["mxfp4"])).view(np.int32)
     for cta in ctas:
         sums = blank(router.sums(tokens))
         for chunk in range(router.columns.chunks):
-            part, inside = divmod(chunk, routing.PART_CHUNKS)
+            part, inside = divmod(chunk, router.columns.part_chunks)
             page = np.full((2, tokens, part_words), -1, np.int32)
             page[1, :, :-PAGE_GAP] = words.reshape(tokens, -1, router.columns.part_cols // 2)[:, part]
             first = tokens * part_words + inside * router.columns.chunk_cols // 2
             tile = routing.multiply_router(router, tokens)
-            emulated.run(tile, (packed[cta, chunk], page, sums), {"chunk": chunk, "first": first})
+            scalars = {"team": chunk % 4, "first": first, "is_first": int(chunk < 4)}
+            emulated.run(tile, (packed[cta, chunk], page, sums), scalars)
         emulated.run(routing.score(router, tokens), (sums, factors, scores), {"cta": cta})
     return scores
 
@@ -52,6 +53,12 @@ def sample(router: Router, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return weights, bf16((16, router.width), 2)[:tokens], rng.uniform(0.5, 2, 16).astype(np.float32)[:tokens]
 
 
+def rests(weights: np.ndarray):
+    """What bf16 leaves of float32 numbers, and of that again."""
+    first = weights - weights.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return first, first - first.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
 @pytest.mark.parametrize("router", [PRO, Router(256, 4096, 132), Router(10, 1000, 4), Router(3, 512, 5)])
 def test_packed_weights_are_an_image(router):
     """Every weight is in a slot once, none is changed, and a slot of the ring has room for them."""
@@ -59,7 +66,8 @@ def test_packed_weights_are_an_image(router):
     packed = routing.pack_router(weights, router)
     assert packed.shape == (router.ctas, router.columns.chunks, router.slot_words) and router.slot_words <= SLOT_WORDS
     np.testing.assert_array_equal(routing.unpack_router(packed, router), weights)
-    assert np.count_nonzero(packed) == np.count_nonzero(weights)
+    pieces = np.count_nonzero(weights) + sum(np.count_nonzero(rest) for rest in rests(weights))
+    assert np.count_nonzero(packed.view(ml_dtypes.bfloat16)) == pieces
     np.testing.assert_array_equal(routing.pack_router(jnp.asarray(weights), router), packed)
 
 
@@ -222,7 +230,7 @@ def tile_of(name: str, tokens: int) -> tuple:
         "multiply_router": (
             routing.multiply_router(PRO, tokens),
             [(SHARED, SLOT_WORDS), (SHARED, page), (SHARED, sums)],
-            ["chunk", "first"],
+            ["team", "first", "is_first"],
         ),
         "score": (routing.score(PRO, tokens), [(SHARED, sums), (SHARED, tokens), scores], ["cta"]),
         "top_k": (

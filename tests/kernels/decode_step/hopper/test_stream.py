@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.hopper import stream
-from pallas_kernels.decode_step.hopper.config import INPUT_SHIFT, PAGE_GAP, ROWS, Columns
+from pallas_kernels.decode_step.hopper.config import FORMATS, INPUT_SHIFT, INPUT_TYPE, PAGE_GAP, ROWS, Columns
 from pallas_kernels.decode_step.hopper.stream import Stream
 from pallas_kernels.lanes import emulated
 from tests.kernels.decode_step.hopper.tile_tools import GLOBAL, MOST_REGISTERS, SHARED, machine_code
@@ -36,10 +36,10 @@ def pairs(values: np.ndarray, kind: str) -> np.ndarray:
 class Run:
     """A stream of random numbers and what the tiles make of it, CTA by CTA; all that is to be written is NaN before."""
 
-    def __init__(self, tokens: int, count: int, inputs: str = "bf16", ctas: int = 13, devices: int = 3) -> None:
+    def __init__(self, tokens: int, count: int, reader: str = "bf16", ctas: int = 13, devices: int = 3) -> None:
         rng = np.random.default_rng(5)
         self.stream, self.count, self.shares = Stream(tokens, WIDTH, Columns(WIDTH, 1), OWN), count, shares(ctas)
-        self.is_f16 = int(inputs == "f16")
+        self.reader = FORMATS.index(reader)
         self.gain = rng.uniform(0.5, 2, (LAYERS, WIDTH)).astype(np.float32)
         self.x = rng.standard_normal((16, WIDTH)).astype(np.float32)[:tokens]
         self.sent = rng.standard_normal((devices, 16, WIDTH)).astype(np.float32)[:, :tokens]
@@ -54,15 +54,18 @@ class Run:
 
     def scalars(self, cta: int, first: int, size: int) -> dict[str, int]:
         own = {"cta": cta, "first": first, "size": size}
-        return own | {"count": self.count, "gain_first": 2 * WIDTH, "is_f16": self.is_f16}
+        return own | {"count": self.count, "gain_first": 2 * WIDTH, "reader": self.reader}
 
     def reduce(self, tap: int = -1, aux: str = "f32"):
         tile = stream.reduce(self.stream, len(self.sent), TAPS, aux)
         for cta, (first, size) in enumerate(self.shares):
             parts = blank(len(self.sent), self.stream.tokens, OWN)
             parts[..., :size] = self.sent[..., first : first + size]
-            memories = (parts, self.gain, self.x, self.inputs, self.squares, self.aux)
-            emulated.run(tile, memories, self.scalars(cta, first, size) | {"tap": tap})
+            kept, scalars = blank(self.stream.tokens, OWN), self.scalars(cta, first, size)
+            emulated.run(stream.resume(self.stream), (self.x, kept), {"first": first, "size": size})
+            memories = (parts, self.gain, kept, self.x, self.inputs, self.squares, self.aux)
+            emulated.run(tile, memories, scalars | {"tap": tap})
+            np.testing.assert_array_equal(kept[:, :size], self.x[:, first : first + size])
         return self
 
     def scale(self):
@@ -70,22 +73,22 @@ class Run:
         return self
 
 
-@pytest.mark.parametrize("inputs", ["bf16", "f16"])
+@pytest.mark.parametrize("reader", FORMATS)
 @pytest.mark.parametrize(("tokens", "count", "ctas"), [(8, 5, 13), (16, 16, 13), (16, 9, 40)])
-def test_the_stream_is_summed_and_scaled(tokens, count, ctas, inputs):
+def test_the_stream_is_summed_and_scaled(tokens, count, ctas, reader):
     """Parts are added in the devices' order in float32, bit for bit; inputs are x * gain rounded once; squares add up.
 
     CTAs own 48, 32, 16 columns or none. Padding holds NaN before, and zeros after.
     """
-    run = Run(tokens, count, inputs, ctas)
+    run = Run(tokens, count, reader, ctas)
     expected = run.x.copy()
     for part in run.sent:
         expected += part
     expected[count:] = 0
     run.reduce()
     np.testing.assert_array_equal(run.x, expected)
-    scaled = expected * run.gain[2] * np.float32(2.0**-INPUT_SHIFT if inputs == "f16" else 1)
-    np.testing.assert_array_equal(run.inputs[:, :-PAGE_GAP], pairs(scaled, inputs))
+    scaled = expected * run.gain[2] * np.float32(2.0 ** INPUT_SHIFT[reader])
+    np.testing.assert_array_equal(run.inputs[:, :-PAGE_GAP], pairs(scaled, INPUT_TYPE[reader]))
     sizes = [expected[:, first : first + size].astype(np.float64) ** 2 for first, size in run.shares]
     np.testing.assert_allclose(run.squares, [part.sum(axis=1) for part in sizes], rtol=5e-7)
     assert np.isnan(run.aux).all()
@@ -118,7 +121,8 @@ def test_embedding(tokens, count):
     ids = rng.integers(0, VOCAB, tokens).astype(np.int32)
     ids[count - 1], ids[0] = VOCAB + 7, -3
     tile = stream.embed(run.stream, VOCAB)
-    run.each(tile, ids, table.view(np.int32), run.gain, run.x, run.inputs, run.squares)
+    kept = blank(tokens, OWN)  # the next CTA's columns are stored over
+    run.each(tile, ids, table.view(np.int32), run.gain, kept, run.x, run.inputs, run.squares)
     expected = table.astype(np.float32)[np.clip(ids, 0, VOCAB - 1)]
     expected[count:] = 0
     np.testing.assert_array_equal(run.x, expected)
@@ -160,11 +164,12 @@ def test_the_final_norm(kind):
 def tile_of(name: str, tokens: int) -> tuple:
     """A tile at Pro's sizes on eight devices, where its memories are and their words."""
     config, factors, gain = Stream(tokens, 6144, Columns(6144, 1), OWN), (SHARED, tokens), (GLOBAL, 6144)
+    kept = (SHARED, tokens * OWN)
     x, words, squares = (GLOBAL, tokens * 6144), (GLOBAL, tokens * 3136), (GLOBAL, 132 * tokens)
     ids, table, parts = (GLOBAL, tokens), (GLOBAL, VOCAB * 3072), (GLOBAL, 8 * tokens * OWN)
     return {
-        "embed": (stream.embed(config, VOCAB), [ids, table, gain, x, words, squares]),
-        "reduce": (stream.reduce(config, 8, TAPS), [parts, gain, x, words, squares, (GLOBAL, TAPS * x[1])]),
+        "embed": (stream.embed(config, VOCAB), [ids, table, gain, kept, x, words, squares]),
+        "reduce": (stream.reduce(config, 8, TAPS), [parts, gain, kept, x, words, squares, (GLOBAL, TAPS * x[1])]),
         "factors": (stream.factors(config, 132, EPS), [squares, factors]),
         "finish": (stream.finish(config), [x, factors, gain, x]),
     }[name]
@@ -175,6 +180,6 @@ def tile_of(name: str, tokens: int) -> tuple:
 @pytest.mark.parametrize("name", ["embed", "reduce", "factors", "finish"])
 def test_nothing_is_spilled(name, tokens, tmp_path, monkeypatch):
     """Pro's stream on eight devices keeps all state of a thread in the registers it has beside the other tiles."""
-    scalars = ["first", "size", "cta", "count", "gain_first", "is_f16", "tap"]
+    scalars = ["first", "size", "cta", "count", "gain_first", "reader", "tap"]
     registers, stack, spilled = machine_code(*tile_of(name, tokens), scalars, tmp_path, monkeypatch)
     assert stack == spilled == 0 and registers <= MOST_REGISTERS

@@ -24,10 +24,10 @@ from tests.kernels.triton_tools import needs_compiler
 
 pytestmark = needs_compiler
 CTAS, COUNTERS, PEERS = 132, 16, 8
-PROXY, COPIES_DONE = "fence.proxy.async.global", "cp.async.bulk.wait_group"
+PROXY, ALL_PROXIES, COPIES_DONE = "fence.proxy.async.global", "fence.proxy.async", "cp.async.bulk.wait_group"
 ADD, ADD_THERE = "red.release.gpu.global.add.u32", "red.relaxed.sys.global.add.u32"
 ORDER = re.compile(
-    r"ld\.acquire\.\w+|fence\.(?:proxy\.async\.global|acq_rel)\S*|cp\.async\.bulk\.wait_group|red\.\S+|bar\.\S+\s+\S+"
+    r"ld\.acquire\.\w+|fence\.(?:proxy\.async|acq_rel)\S*|cp\.async\.bulk\.wait_group|red\.\S+|bar\.\S+\s+\S+"
 )
 BARRIERS = {
     Unit.CONSUMERS: f"bar.sync {sync.CONSUMERS_BARRIER}",
@@ -115,7 +115,7 @@ def test_a_signal_releases_what_all_threads_wrote(unit, wrote, tmp_path, monkeyp
     """Each thread fences (or its copies are complete), all meet, and then one adds with release."""
     compiled = compile_counters(lambda counters, _: counters.signal(3, wrote=wrote), unit, 1, tmp_path, monkeypatch)
     fence, barrier, *rest = order_of(compiled.ptx)
-    assert fence == (PROXY if wrote == "stores" else COPIES_DONE)
+    assert fence == (ALL_PROXIES if wrote == "stores" else COPIES_DONE)
     assert barrier.startswith(BARRIERS[unit]) and rest == [ADD]
     assert ".sys" not in compiled.ptx and compiled.is_one_kernel_in_place()
 
@@ -190,7 +190,7 @@ def test_the_skeleton_for_h200(devices, tmp_path, monkeypatch):
 def test_rows_survive_the_table():
     """Numbers that are negative too; a row that does nothing neither waits nor signals."""
     row = roles.Row(
-        7, layer=3, first=1, last=9, wait=4, value=132, per_round=264, signal=-1, arrived=5, parity=1, flags=2
+        7, layer=3, first=1, last=9, wait=4, value=132, per_round=264, signal=-1, arrived=5, parity=1, reader=2
     )
     table = roles.encode([[row, roles.Row(roles.NOTHING)], [row, row]])
     assert table.shape == (2, 2, roles.FIELDS) and table.dtype == jnp.int32

@@ -14,9 +14,11 @@ import numpy as np
 
 from pallas_kernels.decode_step.hopper import roles
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.copies import Filled
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
 from pallas_kernels.decode_step.hopper.program import Program
 from pallas_kernels.decode_step.hopper.sync import Unit
+from pallas_kernels.decode_step.hopper.table import EPOCH
 from pallas_kernels.lanes import emulated
 
 SLOTS = 6  # of the ring, however little shared memory few CTAs would leave
@@ -113,7 +115,7 @@ class Queue:
     def before_read(self, turn: int) -> None:
         self.full[self.place(turn)].wait()
 
-    def freed(self, turn: int) -> None:
+    def freed(self, turn: int, stored: bool = False) -> None:
         self.empty[self.place(turn)].arrive()
 
 
@@ -274,6 +276,16 @@ def shared_memory(world: World, plan):
     return type(shapes)(**found)
 
 
+def _begin(program, team: int, counters: Counters, epoch, row) -> None:
+    program.await_row(counters, epoch, row)
+    program.begin_row(team, row)
+
+
+def _consume(program, team: int, rows: tuple, ends: tuple) -> None:
+    program.resume(team)
+    walk(*rows, program.consume(team), (0, 0), *ends)
+
+
 def run(plan, table, step, tokens, weights, devices, seed=0, delay=0.0) -> None:
     """A launch on all devices; weights and buffers are trees of NumPy arrays of each; buffers change in place."""
     world = World(seed=seed, delay=delay)
@@ -297,6 +309,7 @@ def run(plan, table, step, tokens, weights, devices, seed=0, delay=0.0) -> None:
 
 def _roles(world: World, program: Program, machine: Machine, table):
     rows = (table, machine.cta, program.first, program.last)
+    epoch = lambda: program.buffers.counts[EPOCH]  # noqa: E731
 
     def guarded(run):
         def role():
@@ -312,9 +325,9 @@ def _roles(world: World, program: Program, machine: Machine, table):
 
     for team in range(CONSUMERS):
         own = Counters(machine, Unit.CONSUMERS, team == 0)
-        ends = partial(program.await_row, own), partial(program.signal_row, own)
-        yield guarded(partial(walk, *rows, program.consume(team), (0, 0), *ends))
-    yield guarded(lambda: walk(*rows, program.load(), 0))
-    awaits = partial(program.await_fetch, Counters(machine, Unit.WARP, True))
+        ends = partial(_begin, program, team, own, epoch), partial(program.signal_row, own)
+        yield guarded(partial(_consume, program, team, rows, ends))
+    yield guarded(lambda: walk(*rows, program.load(), Filled(0, 0)))
+    awaits = partial(program.await_fetch, Counters(machine, Unit.WARP, True), epoch)
     yield guarded(lambda: walk(*rows, program.fetch(), 0, awaits))
     yield guarded(lambda: walk(*rows, program.send(Counters(machine, Unit.WARP, True)), 0))
