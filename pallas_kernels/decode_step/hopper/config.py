@@ -1,7 +1,7 @@
 """What the Hopper kernel is compiled for: how matrices are cut, and where everything lies.
 
 A matrix is cut into row blocks of 16 and chunks of columns; a row block of a chunk is what one slot of the ring holds.
-Columns of inputs come in parts, of which shared memory holds two; a part has one, two or four chunks, by the format.
+Columns of inputs come in parts, of which shared memory holds three; a part has one, two or four chunks, by the format.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def tile_words(format: str, cols: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """How columns of inputs are cut: into parts, of which shared memory holds two, and parts into chunks."""
+    """How columns of inputs are cut: into parts, of which shared memory holds three, and parts into chunks."""
 
     count: int  # a multiple of COLUMN_UNIT
     part_chunks: int
