@@ -13,7 +13,7 @@ from mimo_jax.decode.persistent_step import step_of
 from mimo_jax.decode.step import FlaxStep
 from mimo_jax.errors import UserError
 from mimo_jax.layouts import for_device, persistent
-from mimo_jax.weights import expand
+from mimo_jax.weights import MxTensor, expand
 from tests.kernels.decode_step.hopper import threads
 from tests.kernels.decode_step.hopper.test_program import CONFIG, near, params
 from tests.tiny import random_tokens
@@ -50,6 +50,21 @@ def step(monkeypatch):
     name, config, packed = for_device(CONFIG, params(), layout="persistent")
     assert name == "persistent"
     return step_of(config, packed, AUX), packed
+
+
+def test_scales_beyond_float32_are_refused():
+    """By stack and value: the kernel's scales are exponents of float32, over what inputs are multiplied by."""
+
+    def enlarged(leaf):
+        if not isinstance(leaf, MxTensor):
+            return leaf
+        scales = np.array(leaf.scales)
+        scales.flat[-1] = 193
+        return dataclasses.replace(leaf, scales=scales)
+
+    broken = jax.tree.map(enlarged, params(), is_leaf=lambda leaf: isinstance(leaf, MxTensor))
+    with pytest.raises(UserError, match="gate: scale byte 193 is above 192"):
+        for_device(CONFIG, broken, layout="persistent")
 
 
 def test_two_rows_in_pieces(step):
