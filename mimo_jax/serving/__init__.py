@@ -1,0 +1,1 @@
+"""What stands between the decoding loop and those who talk to it."""
