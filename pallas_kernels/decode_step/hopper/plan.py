@@ -94,6 +94,10 @@ class StepPlan:
                 f"an expert's {features} features on a device must be a multiple of {EXPERT_LINE}",
             ),
             (dense != self.formats[Kind.QKV], f"QKV is stored in {self.formats[Kind.QKV]}, gate and up in {dense}"),
+            (
+                self.router.slot_words > SLOT_WORDS,
+                f"{self.target.experts} experts are {self.router.rows} for each CTA, more than a slot has room for",
+            ),
         ]
 
     # Sizes that follow.

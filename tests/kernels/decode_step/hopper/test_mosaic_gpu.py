@@ -28,6 +28,7 @@ from tests.kernels.triton_tools import ROOT, needs_compiler
 pytestmark = [needs_compiler, pytest.mark.usefixtures("unchecked")]
 CONTEXT = 131_072
 MOST_INSTRUCTIONS = 10_000
+TINY = target_of(preset("mimo-tiny"))
 # So that XLA makes one CUDA graph of a loop, however little is in it.
 GRAPH = {
     "xla_gpu_graph_min_graph_size": 1,
@@ -152,10 +153,14 @@ def test_an_exported_round_is_compiled_by_another_process(tmp_path: Path):
         ({"ctas": 3}, "hidden_size=192 is more than 48 columns for each CTA"),
         ({"formats": PUBLISHED | {Kind.EXPERT_GATE_UP: "fp8"}}, "experts are stored in fp8, not in MXFP4"),
         ({"formats": PUBLISHED | {Kind.GATE_UP: "bf16"}}, "QKV is stored in fp8, gate and up in bf16"),
+        (
+            {"target": dataclasses.replace(TINY, experts=1024), "ctas": 30},
+            "1024 experts are 35 for each CTA, more than",
+        ),
     ],
 )
 def test_what_it_cannot_serve_is_named(changes, reason):
     """Before anything is lowered."""
-    plan = StepPlan(target_of(preset("mimo-tiny")), PUBLISHED, 8, 256)
+    plan = StepPlan(TINY, PUBLISHED, 8, 256)
     assert plan.unsupported() is None
     assert reason in str(dataclasses.replace(plan, **changes).unsupported())
