@@ -32,18 +32,21 @@ class _Buffer:
 
 
 SEVERAL = -2  # threads
+SHAPE = (WARPGROUP,)  # of what all threads hold
 
 
 class Emulated(Lanes):
     """See `Lanes`."""
 
-    def __init__(self) -> None:
-        self.buffers: list[_Buffer] = []
+    def __init__(self, counts_conflicts: bool = False) -> None:
+        self.counts_conflicts, self.buffers = counts_conflicts, list[_Buffer]()
         self.active = np.ones(WARPGROUP, bool)
         self.thread = Value(self, I32, np.arange(WARPGROUP, dtype=np.int32))
         self.state: list[np.ndarray] = []  # that a tile has returned
         self.instructions = 0
-        self.conflicts = 0  # by which loads and stores of 4-byte banks take longer than they had to
+        self.conflicts = (
+            0  # by which loads and stores of 4-byte banks take longer than they had to, if they are counted
+        )
 
     def memory(self, array: np.ndarray) -> Memory:
         self.buffers.append(_Buffer(array))
@@ -51,7 +54,8 @@ class Emulated(Lanes):
 
     def _new(self, kind: str, held: Any) -> Value:
         self.instructions += 1
-        return Value(self, kind, np.broadcast_to(np.asarray(held, TYPES[kind]), WARPGROUP))
+        held = np.asarray(held, TYPES[kind])
+        return Value(self, kind, held if held.shape == SHAPE else np.broadcast_to(held, SHAPE))
 
     def constant(self, number: float, kind: str) -> Value:
         """An integer may be signed or not."""
@@ -83,7 +87,8 @@ class Emulated(Lanes):
         places = first[:, None] + np.arange(count)
         if places.size and not (0 <= places.min() and places.max() < buffer.words.size):
             raise TileError(f"elements {places.min()} to {places.max()} of a buffer of {buffer.words.size}")
-        self._count_conflicts(places, threads, count)
+        if self.counts_conflicts:
+            self._count_conflicts(places, threads, count)
         return buffer, places, threads
 
     def _count_conflicts(self, places: np.ndarray, threads: np.ndarray, count: int) -> None:
@@ -154,15 +159,11 @@ class Emulated(Lanes):
     def mma(self, a: Sequence[Value], b: Sequence[Value], sums: Sequence[Value], kind: str = "bf16") -> list[Value]:
         """A[row, k] and B[k, n] gathered from the registers of each warp's threads (PTX ISA, m16n8k16)."""
         self._check_warps("a product")
-        a_wRK = _gather(a, kind, np.zeros((4, 16, 16), np.float64), _places_a)
-        b_wNK = _gather(b, kind, np.zeros((4, 8, 16), np.float64), _places_b)
-        thread, lane = np.arange(WARPGROUP), np.arange(WARPGROUP) % WARP
+        a_wRK = _gather(a, kind, np.zeros((4, 16, 16), np.float64), PLACES_A)
+        b_wNK = _gather(b, kind, np.zeros((4, 8, 16), np.float64), PLACES_B)
         with np.errstate(all="ignore"):
             found = a_wRK @ b_wNK.transpose(0, 2, 1)
-        return [
-            self._new(F32, (found[thread // WARP, lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2] + sums[i].held))
-            for i in range(4)
-        ]
+        return [self._new(F32, found[place] + before.held) for place, before in zip(PLACES_C, sums)]
 
     def shuffle(self, value: Value, by: int) -> Value:
         return self._new(value.kind, value.held[np.arange(WARPGROUP) ^ by])
@@ -213,20 +214,21 @@ def _mark(owners: np.ndarray, places: np.ndarray, mine: np.ndarray) -> None:
     owners[several] = SEVERAL
 
 
-def _places_a(register: int, half: int, lane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return lane // 4 + 8 * (register % 2), 2 * (lane % 4) + 8 * (register // 2) + half
+# Where each thread's numbers belong, by register and half (PTX ISA, m16n8k16): warp, row, column.
+_WARP, _GROUP, _QUAD = (np.arange(WARPGROUP) // by % of for by, of in ((WARP, 4), (4, 8), (1, 4)))
+PLACES_A = [
+    (_WARP, _GROUP + 8 * (register % 2), 2 * _QUAD + 8 * (register // 2) + half)
+    for register in range(4)
+    for half in range(2)
+]
+PLACES_B = [(_WARP, _GROUP, 2 * _QUAD + 8 * register + half) for register in range(2) for half in range(2)]
+PLACES_C = [(_WARP, _GROUP + 8 * (number // 2), 2 * _QUAD + number % 2) for number in range(4)]
 
 
-def _places_b(register: int, half: int, lane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return lane // 4, 2 * (lane % 4) + 8 * register + half
-
-
-def _gather(registers: Sequence[Value], kind: str, out: np.ndarray, places_of: Callable) -> np.ndarray:
-    thread, lane = np.arange(WARPGROUP), np.arange(WARPGROUP) % WARP
-    for number, register in enumerate(registers):
-        halves = np.ascontiguousarray(register.held).view(np.uint16).reshape(WARPGROUP, 2)
-        for half in range(2):
-            out[(thread // WARP, *places_of(number, half, lane))] = NUMBERS[kind][halves[:, half]]
+def _gather(registers: Sequence[Value], kind: str, out: np.ndarray, places: list[tuple]) -> np.ndarray:
+    halves = [np.ascontiguousarray(register.held).view(np.uint16).reshape(WARPGROUP, 2) for register in registers]
+    for number, place in enumerate(places):
+        out[place] = NUMBERS[kind][halves[number // 2][:, number % 2]]
     return out
 
 

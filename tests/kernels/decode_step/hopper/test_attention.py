@@ -114,7 +114,9 @@ class Run:
         first, blocks = map(int, attention.blocks_of(config, self.length, self.count, part, parts))
         for block in range(first, first + blocks * parts, parts):
             scalars |= dict(block=block, length=self.length, count=self.count)
-            lanes = emulated.run(attention.attend_block(config), [*held, self.load(block)], scalars, state=state)
+            lanes = emulated.Emulated(counts_conflicts=True)
+            arrays = [*held, self.load(block)]
+            lanes = emulated.run(attention.attend_block(config), arrays, scalars, lanes, state)
             assert lanes.conflicts == 0
             state = lanes.state
         return state

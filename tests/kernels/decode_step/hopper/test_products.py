@@ -52,7 +52,7 @@ def multiply(
 
     Of `ways` teams, one has a chunk, the next one the next.
     """
-    tokens, lanes = len(words), emulated.Emulated()
+    tokens, lanes = len(words), emulated.Emulated(counts_conflicts=True)
     sums = np.full((matrix.row_blocks * ways, WARPS, tokens * ROWS), GARBAGE, np.float32)
     parts = pages(words, matrix.columns.part_cols // 2)
     tile = products.multiply_chunk(matrix, tokens)
