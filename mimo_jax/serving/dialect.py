@@ -135,8 +135,11 @@ class Parser:
             self._state = self._in_key
         elif tag:
             self._end_arguments()
-            if tag in (CALL, FUNCTION):  # the ends are missing
-                self._enter(tag)
+            if tag == CALL:  # here and below, the ends are missing
+                self._enter(CALL)
+            elif tag == FUNCTION:
+                self._left = FUNCTION + self._left
+                self._enter("")
             else:
                 self._state = self._after_function if tag == END_FUNCTION else self._answer
         return bool(tag)
@@ -147,8 +150,8 @@ class Parser:
         if left.startswith(END_CALL):
             self._left, self._state = left.removeprefix(END_CALL), self._answer
         elif left.startswith(FUNCTION):
-            self._left = left.removeprefix(FUNCTION)
-            self._enter(FUNCTION)
+            self._left = left
+            self._enter("")
         elif not is_end and (END_CALL.startswith(left) or FUNCTION.startswith(left)):
             return False
         else:
@@ -192,10 +195,8 @@ class Parser:
         return text, ""
 
     def _enter(self, tag: str) -> None:
-        """A call, by its own tag or, where that is missing, by a function's, which is read again."""
+        """A call, by its own tag or, where that is missing, by none; a function's is still to be read."""
         self._entered, self._answered, self._state = tag, False, self._in_call
-        if tag == FUNCTION:
-            self._left, self._entered = FUNCTION + self._left, ""
 
     def _emit(self, part: Part, text: str, call: int = -1) -> None:
         if text:

@@ -45,31 +45,37 @@ def scale_pair_text(which: int) -> str:
     return f"{{ .reg .b32 t; prmt.b32 t, $1, 0, {SCALE_BYTES[which]:#x}; shr.b32 $0, t, 1; }}"
 
 
-def decode_text(word: str, scales: str, outputs: Sequence[str], then: str = "") -> str:
-    """PTX: the A operand of an instruction, 16 x 16 weights as four registers of bf16, from a word and two scales.
+def unscaled_text(word: str, outputs: Sequence[str], free: str) -> str:
+    """PTX: the A operand of an instruction, 16 x 16 weights times 2**-126 as four registers of bf16, from a word.
 
-    `outputs` may be its own registers a0 to a3, which what comes `then` reads.
+    Statements, which use one more register.
     """
+    turns = hopper_layout.ROTATIONS
+    return f"""and.b32 {outputs[0]}, {word}, {CODE_BITS:#x};
+shl.b32 {outputs[1]}, {word}, {turns[1]};
+and.b32 {outputs[1]}, {outputs[1]}, {CODE_BITS:#x};
+shf.l.wrap.b32 {outputs[2]}, {word}, {word}, {turns[2]};
+and.b32 {outputs[2]}, {outputs[2]}, {CODE_BITS:#x};
+shf.l.wrap.b32 {outputs[3]}, {word}, {word}, {turns[3]};
+shl.b32 {free}, {word}, {hopper_layout.LAST_MANTISSA};
+and.b32 {free}, {free}, {LAST_BITS[1]:#x};
+and.b32 {outputs[3]}, {outputs[3]}, {LAST_BITS[0]:#x};
+or.b32 {outputs[3]}, {outputs[3]}, {free};
+"""
+
+
+def decode_text(word: str, scales: str, then: str) -> str:
+    """PTX: the same from a word and two scales, as registers a0 to a3, which what comes `then` reads."""
     return f"""{{
 .reg .b32 a0, a1, a2, a3, s0, s1, t;
 .reg .b16 lo, hi;
 mov.b32 {{lo, hi}}, {scales};
 mov.b32 s0, {{lo, lo}};
 mov.b32 s1, {{hi, hi}};
-and.b32 a0, {word}, {CODE_BITS:#x};
-shl.b32 a1, {word}, {hopper_layout.ROTATIONS[1]};
-and.b32 a1, a1, {CODE_BITS:#x};
-shf.l.wrap.b32 a2, {word}, {word}, {hopper_layout.ROTATIONS[2]};
-and.b32 a2, a2, {CODE_BITS:#x};
-shf.l.wrap.b32 a3, {word}, {word}, {hopper_layout.ROTATIONS[3]};
-shl.b32 t, {word}, {hopper_layout.LAST_MANTISSA};
-and.b32 t, t, {LAST_BITS[1]:#x};
-and.b32 a3, a3, {LAST_BITS[0]:#x};
-or.b32 a3, a3, t;
-mul.rn.bf16x2 {outputs[0]}, a0, s0;
-mul.rn.bf16x2 {outputs[1]}, a1, s1;
-mul.rn.bf16x2 {outputs[2]}, a2, s0;
-mul.rn.bf16x2 {outputs[3]}, a3, s1;
+{unscaled_text(word, ("a0", "a1", "a2", "a3"), "t")}mul.rn.bf16x2 a0, a0, s0;
+mul.rn.bf16x2 a1, a1, s1;
+mul.rn.bf16x2 a2, a2, s0;
+mul.rn.bf16x2 a3, a3, s1;
 {then}}}"""
 
 
@@ -198,7 +204,7 @@ class _Emitter:
         for group in range(groups):
             b, c = first + 2 * group, first + 2 * groups + 4 * group
             products += _MULTIPLY.format(*range(4 * group, 4 * group + 4), b, b + 1, *range(c, c + 4))
-        asm = decode_text(f"${word_at}", f"${word_at + 1}", ("a0", "a1", "a2", "a3"), products)
+        asm = decode_text(f"${word_at}", f"${word_at + 1}", products)
         flat = [value for values in sums for value in values]
         inputs = [word, scales, *(value for values in operands for value in values), *flat]
         constraints = ",".join(["=f"] * len(flat) + ["r"] * (2 + 2 * groups) + ["f"] * len(flat))

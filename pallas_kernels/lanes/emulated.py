@@ -44,9 +44,7 @@ class Emulated(Lanes):
         self.thread = Value(self, I32, np.arange(WARPGROUP, dtype=np.int32))
         self.state: list[np.ndarray] = []  # that a tile has returned
         self.instructions = 0
-        self.conflicts = (
-            0  # by which loads and stores of 4-byte banks take longer than they had to, if they are counted
-        )
+        self.conflicts = 0  # by which loads and stores of 4-byte banks take longer than they had to; if counted
 
     def memory(self, array: np.ndarray) -> Memory:
         self.buffers.append(_Buffer(array))

@@ -1,7 +1,6 @@
 """The persistent kernel as a step, its launches emulated: what the loop needs of a step, beside the Flax modules."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -20,24 +19,18 @@ from tests.tiny import random_tokens
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # a tile is many thousand calls
 AUX, CTAS = (0, -1), 4
-# XLA's own threads take denormal numbers for zeros, and every thread that they begin; codes of MXFP4 are such.
-ELSEWHERE = ThreadPoolExecutor(1)
-ELSEWHERE.submit(int).result()
 
 
 def emulated(plan, table, step, tokens, weights, buffers):
     """As `persistent.launch`, by a call of the host."""
 
-    def launch(arrays):
+    def launch(*arrays):
         table, step, tokens, weights, buffers = jax.tree.map(np.array, arrays)
         threads.run(plan, table, step.tolist(), tokens, [weights], [buffers])
         return buffers
 
-    def run(*arrays):
-        return ELSEWHERE.submit(launch, arrays).result()
-
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), buffers)
-    return jax.pure_callback(run, shapes, table, step, tokens, weights, buffers)
+    return jax.pure_callback(launch, shapes, table, step, tokens, weights, buffers)
 
 
 @pytest.fixture

@@ -178,9 +178,9 @@ def test_faults_of_others(name):
 
 def test_a_call_that_is_cut_off_is_not_made():
     """Cut in a value or between values, its arguments are no JSON, so nobody runs half a command."""
-    text = call("<parameter=text>rm -rf /tmp/old</parameter><parameter=times>3</parameter>")
+    text = call("<parameter=text>rm -rf old</parameter><parameter=times>3</parameter>")
     whole = read(text)[2][0][1]
-    assert json.loads(whole) == {"text": "rm -rf /tmp/old", "times": 3}
+    assert json.loads(whole) == {"text": "rm -rf old", "times": 3}
     ends = text.index("</function>") + len("</function>")
     for last in range(len("<tool_call><function=write>"), ends):
         ((_, arguments),) = read(text[:last], is_cut=True)[2]

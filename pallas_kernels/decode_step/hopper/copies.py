@@ -13,7 +13,7 @@ from pallas_kernels.decode_step.hopper.config import CONSUMERS, GAINS, LINE_WORD
 from pallas_kernels.decode_step.hopper.cta import SCALED
 from pallas_kernels.decode_step.hopper.expert_rows import ExpertRows
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS
-from pallas_kernels.decode_step.hopper.roles import Row
+from pallas_kernels.decode_step.hopper.roles import Row, is_one_of
 from pallas_kernels.decode_step.hopper.table import Op
 from pallas_kernels.decode_step.schedule import Kind
 
@@ -85,15 +85,21 @@ class Copies(ExpertRows, AttentionRows):
             self.prefetch_floats(self.weights.rotary[is_sliding], start + first, half, count)
 
     def load_matrix(self, kind: Kind, row: Row, filled: Filled) -> Filled:
-        m, matrix = self.machine, self.plan.matrix(kind)
         layer = 0 if kind == Kind.HEAD else row.layer
-        items, words = row.last - row.first, self.weights.matrices[kind]
+        source = lambda block, chunk: self.weights.matrices[kind].at[layer, block, chunk]  # noqa: E731
+        return self.load_items(kind, row.first, row.last - row.first, source, filled)
+
+    def load_items(
+        self, kind: Kind, first: Any, items: Any, source: Callable[[Any, Any], Any], filled: Filled
+    ) -> Filled:
+        """Row blocks from `first` on, as `multiply_items` takes them: of a chunk all, then of the next one."""
+        m = self.machine
 
         def one(number: Any, filled: Filled) -> Filled:
-            chunk, block = m.div(number, items), row.first + m.rem(number, items)
-            return self.fill(filled, self.team_of(kind, block, chunk), words.at[layer, block, chunk])
+            chunk, block = m.div(number, items), first + m.rem(number, items)
+            return self.fill(filled, self.team_of(kind, block, chunk), source(block, chunk))
 
-        return m.loop(0, items * matrix.columns.chunks, one, filled)
+        return m.loop(0, items * self.plan.matrix(kind).columns.chunks, one, filled)
 
     def load_router(self, row: Row, filled: Filled) -> Filled:
         m, router = self.machine, self.plan.router
@@ -106,18 +112,15 @@ class Copies(ExpertRows, AttentionRows):
         return m.loop(0, router.columns.chunks, one, filled)
 
     def load_experts(self, row: Row, filled: Filled) -> Filled:
-        m, matrix = self.machine, self.plan.matrix(Kind.EXPERT_GATE_UP)
+        m = self.machine
         m.wait(self.shared.listed)
         first, last, blocks = self.expert_blocks(row)
-        items, stack = last - first, self.weights.matrices[Kind.EXPERT_GATE_UP]
 
-        def one(number: Any, filled: Filled) -> Filled:
-            chunk, item = m.div(number, items), m.rem(number, items)
+        def source(item: Any, chunk: Any) -> Any:
             expert = row.layer * self.plan.target.experts + self.shared.active[m.div(first + item, blocks)]
-            source = stack.at[expert, m.rem(first + item, blocks), chunk]
-            return self.fill(filled, self.team_of(Kind.EXPERT_GATE_UP, item, chunk), source)
+            return self.weights.matrices[Kind.EXPERT_GATE_UP].at[expert, m.rem(first + item, blocks), chunk]
 
-        return m.loop(0, items * matrix.columns.chunks, one, filled)
+        return self.load_items(Kind.EXPERT_GATE_UP, 0, last - first, source, filled)
 
     def load_down(self, row: Row, filled: Filled) -> Filled:
         """Of each active expert the row blocks of the CTA's own columns, side by side."""
@@ -189,7 +192,7 @@ class Copies(ExpertRows, AttentionRows):
 
     def await_fetch(self, counters: Any, epoch: Callable[[], Any], row: Row) -> None:
         ops = (*STREAM_READERS, Op.OUTPUT, Op.DOWN, Op.EXPERT_DOWN)
-        self.machine.when(self.is_one_of(row, ops), lambda: self.await_row(counters, epoch, row, reads="copies"))
+        self.machine.when(is_one_of(row.kind, ops), lambda: self.await_row(counters, epoch, row, reads="copies"))
 
     def fetch_parts(self, inputs: Inputs, source: Any, row: Row, turn: Any) -> Any:
         """Of the tokens that there can be."""

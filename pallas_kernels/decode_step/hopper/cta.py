@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +10,7 @@ from pallas_kernels.decode_step.hopper import stream
 from pallas_kernels.decode_step.hopper.config import CONSUMERS, ROWS, WARPS, Columns
 from pallas_kernels.decode_step.hopper.machine import Buffers, Machine, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import StepPlan
-from pallas_kernels.decode_step.hopper.roles import Row
+from pallas_kernels.decode_step.hopper.roles import Row, is_one_of
 from pallas_kernels.decode_step.hopper.sync import target
 from pallas_kernels.decode_step.hopper.table import Op
 from pallas_kernels.decode_step.schedule import Kind
@@ -56,10 +54,7 @@ class Cta:
 
     def begin_row(self, team: Any, row: Row) -> None:
         """The factors of a norm whose stream a product reads; they serve until the next such row."""
-        self.machine.when(self.is_one_of(row, SCALED), lambda: self.factors(team))
-
-    def is_one_of(self, row: Row, ops: Sequence[Op]) -> Any:
-        return functools.reduce(operator.or_, [row.kind == op for op in ops])
+        self.machine.when(is_one_of(row.kind, SCALED), lambda: self.factors(team))
 
     def signal_row(self, counters: Any, row: Row) -> None:
         self.machine.when(row.signal >= 0, partial(counters.signal, row.signal))

@@ -22,12 +22,16 @@ class DenseRows(Cta):
         scalars = {"count": self.count, "gain_first": 0 - self.first_gain(row), "reader": row.reader}
         return self.own_columns(row) | scalars
 
-    def resume(self, team: Any) -> None:
-        """What an earlier launch has left of the stream."""
+    def columns_of_cta(self) -> dict[str, Any]:
+        """The same where no row tells them, as the table shares them out."""
         m, blocks = self.machine, self.plan.target.width // ROWS
         first, last = (m.div(blocks * (m.cta + i), self.plan.ctas) * ROWS for i in range(2))
-        tile, scalars = stream.resume(self.plan.stream), {"first": first, "size": last - first}
-        self.of_one_team(team, lambda: m.call(tile, (self.buffers.x, self.shared.x), scalars))
+        return {"first": first, "size": last - first}
+
+    def resume(self, team: Any) -> None:
+        """What an earlier launch has left of the stream."""
+        tile, scalars = stream.resume(self.plan.stream), self.columns_of_cta()
+        self.of_one_team(team, lambda: self.machine.call(tile, (self.buffers.x, self.shared.x), scalars))
 
     def embed(self, team: Any, row: Row, turns: Turns) -> Turns:
         tile = stream.embed(self.plan.stream, self.plan.vocab_rows)
@@ -118,8 +122,7 @@ class DenseRows(Cta):
         m, b, width = self.machine, self.buffers, self.plan.target.width
         turns = self.multiply(Kind.HEAD, team, row, turns)
         self.store_rows(Kind.HEAD, b.logits, team, row)
-        first, last = (m.div(width // ROWS * (m.cta + i), self.plan.ctas) * ROWS for i in range(2))
-        scalars = {"first": first, "size": last - first, "gain_first": 2 * len(self.plan.target.layers) * width}
+        scalars = self.columns_of_cta() | {"gain_first": 2 * len(self.plan.target.layers) * width}
         refs = (b.x, self.shared.factors, self.weights.gains, b.last)
         tile = stream.finish(self.plan.stream)
         self.of_one_team(team, lambda: m.call(tile, refs, scalars))

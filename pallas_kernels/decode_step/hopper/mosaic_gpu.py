@@ -15,11 +15,10 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.decode_step.assigned import ROLES
 from pallas_kernels.decode_step.hopper import roles, sync
-from pallas_kernels.decode_step.hopper.config import CONSUMERS, SLOT_COPIES, SLOT_WORDS
+from pallas_kernels.decode_step.hopper.config import CONSUMERS, OWN_COLUMNS, SLOT_COPIES, SLOT_WORDS
 from pallas_kernels.decode_step.hopper.copies import Filled
 from pallas_kernels.decode_step.hopper.machine import STAMPS, Buffers, Shared, Weights
 from pallas_kernels.decode_step.hopper.plan import PAGE_PARTS, StepPlan
-from pallas_kernels.decode_step.hopper.products import OWN_COLUMNS
 from pallas_kernels.decode_step.hopper.program import Program
 from pallas_kernels.decode_step.hopper.roles import Queue, Ring, Row
 from pallas_kernels.decode_step.hopper.routing import list_scratch
@@ -28,6 +27,7 @@ from pallas_kernels.decode_step.hopper.table import EPOCH
 from pallas_kernels.lanes import emitted
 
 MESH_AXIS = "tensor"
+COUNTS = 2  # where each role has the first counters, behind two rows
 IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
 
@@ -165,10 +165,7 @@ def scratch(plan: StepPlan) -> tuple[Shared, tuple, tuple, Any]:
     )
     full, empty = Ring.barriers(plan.slots, fills=SLOT_COPIES)
     pages = Queue.barriers(PAGE_PARTS, 1, CONSUMERS)
-    return shared, (words((plan.slots, SLOT_WORDS)), full, empty), pages, words((len(ROLES), 3, roles.FIELDS))
-
-
-COUNTS = 2  # the place of the first counters, beside two rows
+    return shared, (words((plan.slots, SLOT_WORDS)), full, empty), pages, words((len(ROLES), COUNTS + 1, roles.FIELDS))
 
 
 def _run(program: Program, table: Any, rows: Any) -> None:

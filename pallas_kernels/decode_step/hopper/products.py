@@ -3,7 +3,7 @@
 Weights are the M operand of `mma.m16n8k16` (16 rows), tokens the N operand (8 or 16); `weights` tells their order.
 No sum depends on the number of tokens, on what other tokens hold, or on which CTA forms it. A warp adds up its quarter
 of the columns, of all of an item's chunks or of every second to fourth; who stores the item adds these parts in their
-order. They lie as the instruction leaves them: see `place`.
+order. They lie as the instruction leaves them, a thread's four side by side (`_each_sum`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +33,7 @@ from pallas_kernels.decode_step.hopper.config import (
 )
 from pallas_kernels.expert_matmul import hopper_layout
 from pallas_kernels.expert_matmul.hopper_layout import STEP
-from pallas_kernels.expert_matmul.mosaic_tile import CODE_BITS, LAST_BITS
+from pallas_kernels.expert_matmul.mosaic_tile import CODE_BITS, LAST_BITS, unscaled_text
 from pallas_kernels.lanes import WARPGROUP, Lanes, Memory, Value
 from pallas_kernels.lanes.values import F32, I32
 
@@ -44,20 +43,7 @@ TOKENS = 8  # N of the instruction
 BLOCK = 32  # columns whose operands a thread has side by side: of two instructions
 FRAGMENT = ROWS * TOKENS  # sums of one instruction
 
-_TURNS = hopper_layout.ROTATIONS
-_DECODE_MXFP4 = f"""{{
-.reg .b32 t;
-and.b32 $0, $4, {CODE_BITS:#x};
-shl.b32 t, $4, {_TURNS[1]};
-and.b32 $1, t, {CODE_BITS:#x};
-shf.l.wrap.b32 t, $4, $4, {_TURNS[2]};
-and.b32 $2, t, {CODE_BITS:#x};
-shl.b32 t, $4, {hopper_layout.LAST_MANTISSA};
-and.b32 t, t, {LAST_BITS[1]:#x};
-shf.l.wrap.b32 $3, $4, $4, {_TURNS[3]};
-and.b32 $3, $3, {LAST_BITS[0]:#x};
-or.b32 $3, $3, t;
-}}"""
+_DECODE_MXFP4 = f"{{\n.reg .b32 t;\n{unscaled_text('$4', ('$0', '$1', '$2', '$3'), 't')}}}"
 _DECODE_FP8 = """{
 .reg .b16 lo, hi;
 mov.b32 {lo, hi}, $2;
@@ -230,12 +216,6 @@ def combine(chosen: int, tokens: int, splits: int) -> Tile:
     return tile
 
 
-def place(token: Any, row: Any) -> Any:
-    """Where an item's sums have this one: a thread's four side by side, threads in order, eight tokens after eight."""
-    thread = row % 8 * 4 + token % TOKENS // 2
-    return token // TOKENS * FRAGMENT + thread * 4 + row // 8 * 2 + token % 2
-
-
 @dataclasses.dataclass(frozen=True)
 class _Operands:
     """A warp's `cols` columns of a tile: where slot and page have the thread's first codes, scales and inputs."""
@@ -362,7 +342,7 @@ def _two_scales(stored: Value, block: int) -> list[Value]:
 def _decode_mxfp4(words: np.ndarray) -> list[np.ndarray]:
     """NumPy's twin: the four registers of a word, each of two bf16, times 2**-126."""
     words = words.view(np.uint32)
-    rotated = [words << by | words >> (32 - by) if by else words for by in map(np.uint32, _TURNS)]
+    rotated = [words << by | words >> (32 - by) if by else words for by in map(np.uint32, hopper_layout.ROTATIONS)]
     registers = [word & np.uint32(CODE_BITS) for word in rotated]
     mantissa = words << np.uint32(hopper_layout.LAST_MANTISSA) & np.uint32(LAST_BITS[1])
     registers[3] = rotated[3] & np.uint32(LAST_BITS[0]) | mantissa

@@ -71,7 +71,7 @@ def read(table: Any, cta: Any, number: Any) -> Row:
 
 
 def read_held(rows: Any, role: int, number: Any) -> Row:
-    """From shared memory [roles, 2, FIELDS], where a role has its row and the next one: global memory is too far."""
+    """From shared memory [roles, places, FIELDS], for global memory is far: first a role's row and the next one."""
     return dataclasses.replace(read(rows, role, lax.rem(number, 2)), number=number)
 
 
@@ -79,6 +79,10 @@ def read_interpreted(table: Any, cta: Any, number: Any) -> Row:
     """All words at once: what the interpreter is asked for, not how much it is, takes its time."""
     words = table[cta, number]
     return Row(*(words[word] for word in range(len(STORED))), number=number)
+
+
+def is_one_of(kind: Any, kinds: Sequence[int]) -> Any:
+    return functools.reduce(operator.or_, [kind == one for one in kinds])
 
 
 def walk(
@@ -101,7 +105,7 @@ def walk(
         before(read(number))
         own = read(number).kind
         for kinds, handler in handlers.items():
-            is_own = functools.reduce(operator.or_, [own == kind for kind in kinds])
+            is_own = is_one_of(own, kinds)
             # Not `lax.switch`, which does not lower for single warps. The false branch is lowered twice.
             carry = lax.cond(is_own, lambda carry: handler(read(number), carry), lambda carry: carry, carry)  # noqa: B023
         after(read(number))

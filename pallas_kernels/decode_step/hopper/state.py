@@ -80,7 +80,7 @@ def buffer_shapes(plan: StepPlan) -> Buffers:
         expert_counts=_shape(WORDS, max(1, experts * t.experts)),
         best=_shape(WORDS, columns),
         best_logits=_shape(FLOATS, columns),
-        counts=_shape(WORDS, max(counters_of(plan), FIELDS)),
+        counts=_shape(WORDS, max(counters_of(plan), FIELDS)),  # the first of them are copied as a row is
         fault=_shape(WORDS, len(FAULT)),
     )
 

@@ -66,14 +66,14 @@ def pack_down(codes: Any, scales: Any) -> Any:
     return _pack("mxfp4", codes, scales, -(-codes.shape[-2] // ROWS), cols, cols)[..., 0, :]
 
 
-def pack_gains(norms: Sequence[np.ndarray]) -> np.ndarray:
-    """float32 [D] each -> int32, one after the other; copies of a CTA's own columns may reach beyond the last one."""
-    return np.concatenate([*norms, np.zeros(GAINS, np.float32)]).view(np.int32)
-
-
 def unpack_down(words: Any) -> tuple[Any, Any]:
     """The inverse of `pack_down`."""
     return _unpack("mxfp4", words[..., None, :], words.shape[-1] * 8 // 17)
+
+
+def pack_gains(norms: Sequence[np.ndarray]) -> np.ndarray:
+    """float32 [D] each -> int32, one after the other; copies of a CTA's own columns may reach beyond the last one."""
+    return np.concatenate([*norms, np.zeros(GAINS, np.float32)]).view(np.int32)
 
 
 def _pack(format: str, weights: Any, scales: Any, row_blocks: int, cols: int, tile_cols: int) -> Any:

@@ -227,11 +227,17 @@ def test_inline_code_does_what_its_twin_does(format):
     emulated.run(products.multiply_chunk(matrix, 8), [slot, page, sums], scalars, lanes)
 
 
+def place(token: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Where an item's sums have this one: a thread's four side by side, threads in order, eight tokens after eight."""
+    thread = row % 8 * 4 + token % products.TOKENS // 2
+    return token // products.TOKENS * products.FRAGMENT + thread * 4 + row // 8 * 2 + token % 2
+
+
 def sums_of(tokens: int, items: int, ways: int, rng: np.random.Generator, size: float = 1) -> tuple:
     """A buffer of sums whose last item has parts of this size; and these, added in their order, [tokens, 16]."""
     sums = np.full((items, ways * WARPS, tokens * ROWS), GARBAGE, np.float32)
     parts = (rng.standard_normal((ways * WARPS, tokens, ROWS)) * size).astype(np.float32)
-    sums[-1][:, products.place(np.arange(tokens)[:, None], np.arange(ROWS))] = parts
+    sums[-1][:, place(np.arange(tokens)[:, None], np.arange(ROWS))] = parts
     by_warp = [functools.reduce(operator.add, parts[warp::WARPS]) for warp in range(WARPS)]
     return sums, functools.reduce(operator.add, by_warp)
 
