@@ -39,7 +39,7 @@ class Packed(NamedTuple):
 
 class Running(NamedTuple):
     """How a step runs, for tests: on which instruction-set path (None: the fastest), on how many threads (0: all that
-    XLA has), and with random delays in its rows (a seed; 0: none)."""
+    XLA has and that have a core), and with random delays in its rows (a seed; 0: none)."""
 
     path: str | None = None
     threads: int = 0

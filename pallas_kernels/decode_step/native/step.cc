@@ -1,4 +1,7 @@
 // What XLA calls.
+#include <algorithm>
+#include <thread>
+
 #include "drafter.h"
 #include "target.h"
 #include "xla/ffi/api/ffi.h"
@@ -20,12 +23,19 @@ Struct read(Span span) {
   return out;
 }
 
-// Runs a table on XLA's threads; `threads` of 0 are all of them.
+// How many of XLA's threads have a core: it has one for each device, and of those more may be simulated. Threads that
+// wait for rows of others who wait for their core made a step ten times slower.
+int cores(const ffi::ThreadPool& pool) {
+  const int known = (int)std::thread::hardware_concurrency();
+  return known ? std::min(known, (int)pool.num_threads()) : (int)pool.num_threads();
+}
+
+// Runs a table on XLA's threads; `threads` of 0 are all that have a core.
 template <class Work>
 void run(ffi::ThreadPool pool, const IntArray& table, Work work, int threads, int delays) {
   const int rows = (int)table.dimensions()[0];
   auto round = std::make_shared<Round<Work>>((const Row*)table.typed_data(), rows, std::move(work), delays);
-  const int helpers = (threads ? threads : (int)pool.num_threads()) - 1;
+  const int helpers = (threads ? threads : cores(pool)) - 1;
   const int core = this_core();
   for (int i = 0; i < helpers; i++) pool.Schedule([round, core] { leave_core(core), round->help(); });
   round->help();
