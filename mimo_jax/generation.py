@@ -14,7 +14,8 @@ import numpy as np
 
 from mimo_jax.cli.memory import peak_memory
 from mimo_jax.decode import loop
-from mimo_jax.decode.sampling import Strategy
+from mimo_jax.decode.controls import Controls, stops_of
+from mimo_jax.decode.sampling import Strategy, rows_of
 from mimo_jax.errors import UserError
 from mimo_jax.loading import Model
 from mimo_jax.sharding import check_rows
@@ -135,7 +136,7 @@ def generate(model: Model, prompt: Prompt | Request, strategy: Strategy | None =
 def generate_batch(
     model: Model, prompts: Sequence[Prompt | Request], strategy: Strategy | None = None, **fields: Any
 ) -> list[Result]:
-    """Continues every prompt, or serves every request; no row depends on its batch mates. They share one strategy."""
+    """Continues every prompt, or serves every request; no row depends on its batch mates."""
     requests = [as_request(prompt, strategy, **fields) for prompt in prompts]
     *_, (_, results) = _serve(model, requests, is_watched=any(request.stop for request in requests))
     return results
@@ -156,13 +157,15 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
     A text that is watched is visited every VISIT_SECONDS or so, any other when it is complete.
     """
     begin = time.perf_counter()
+    if not requests:
+        raise UserError("prompt: the batch is empty")
     prompts = [encode_prompt(model, request.prompt, request.literal) for request in requests]
-    strategy = _shared_strategy(model, requests)
+    strategies = [model.strategy if request.strategy is None else request.strategy for request in requests]
     check_rows(len(prompts), model.mesh, "prompts")
     room = [model.config.max_position - len(ids) for ids in prompts]
     limits = np.array([min(request.max_tokens, left) for request, left in zip(requests, room)], np.int32)
     capacity = loop.capacity_for(max(len(ids) + int(limit) for ids, limit in zip(prompts, limits)))
-    stops = loop.as_stops(model.stop_ids)
+    controls = Controls(rows_of(strategies), stops_of([model.stop_ids] * len(prompts)))
     decoder, weights = model.decoder, model.weights
     keys = loop.row_keys([request.seed for request in requests])
     is_alone = jax.process_count() == 1  # else clocks differ, and all processes must run the same rounds
@@ -171,7 +174,7 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
 
     with compile_seconds() as prefill_compile:
         caches = loop.prefill(decoder, weights, prompts, capacity)
-        state = loop.start(decoder, *caches, limits, keys, stops, strategy)
+        state = loop.start(decoder, *caches, limits, keys, controls)
         tokens, is_done = loop.progress(state)
     first_token = time.perf_counter()
     transcripts = [Transcript(model.tokenizer, model.stop_ids, request.stop) for request in requests]
@@ -180,11 +183,11 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
 
     # A visit of no rounds: compiles and loads the program, which takes half a second even from the cache.
     resumed = time.perf_counter()
-    state = jax.block_until_ready(loop.decode(decoder, weights, state, stops, strategy, 0))
+    state = jax.block_until_ready(loop.decode(decoder, weights, state, controls, 0))
     ready = time.perf_counter()
     while not all(row.is_cut or done for row, done in zip(transcripts, is_done)):
         visited = time.perf_counter()
-        state = loop.decode(decoder, weights, state, stops, strategy, rounds)
+        state = loop.decode(decoder, weights, state, controls, rounds)
         tokens, is_done = loop.progress(state)
         if is_watched and is_alone:
             rounds = max(1, int(rounds * VISIT_SECONDS / (time.perf_counter() - visited)))
@@ -213,17 +216,6 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
 def _update(transcripts: list[Transcript], tokens: list[list[int]]) -> None:
     for transcript, ids in zip(transcripts, tokens):
         transcript.update(ids)
-
-
-def _shared_strategy(model: Model, requests: list[Request]) -> Strategy:
-    """What all requests of a batch draw by; one program draws all rows."""
-    if not requests:
-        raise UserError("prompt: the batch is empty")
-    first, *others = [model.strategy if request.strategy is None else request.strategy for request in requests]
-    for other in others:
-        if other != first:
-            raise UserError(f"strategy: {other} beside {first}; the rows of a batch share one")
-    return first
 
 
 def _acceptance(state: loop.State, used: list[int]) -> list[Acceptance]:

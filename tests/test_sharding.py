@@ -15,8 +15,9 @@ import pytest
 from mimo_jax import sharding
 from mimo_jax.config.model import PUBLISHED
 from mimo_jax.config.presets import preset
+from mimo_jax.decode.controls import alike
 from mimo_jax.decode.drafter import PLAIN
-from mimo_jax.decode.loop import _decode, as_stops, prefill, row_keys, start
+from mimo_jax.decode.loop import _decode, prefill, row_keys, start
 from mimo_jax.decode.sampling import Greedy, Sampled
 from mimo_jax.decode.step import FlaxStep
 from mimo_jax.drafters.dflash import DFlashDrafter
@@ -226,10 +227,10 @@ def test_a_step_reduces_twice_per_layer_and_moves_no_weight(mesh):
 def test_sampling_never_brings_the_vocabulary_together():
     """A drafted round with every filter: what devices exchange of the logits are sums and maxima of rows, no row."""
     model = model_of("mxfp4", MESHES["TP8"], drafter=DFLASH)
-    strategy, stops, limits = Sampled(0.8, top_k=20, top_p=0.9, min_p=0.01), as_stops([]), np.array([9], np.int32)
+    controls, limits = alike(Sampled(0.8, top_k=20, top_p=0.9, min_p=0.01), [], 1), np.array([9], np.int32)
     cache, draft_cache, logits = prefill(model.decoder, model.weights, [[1, 2, 3]], 256)
-    state = start(model.decoder, cache, draft_cache, logits, limits, row_keys([0]), stops, strategy)
-    text = _decode.lower(model.decoder, model.weights, state, stops, strategy, np.int32(1)).compile().as_text()
+    state = start(model.decoder, cache, draft_cache, logits, limits, row_keys([0]), controls)
+    text = _decode.lower(model.decoder, model.weights, state, controls, np.int32(1)).compile().as_text()
     moved = [step.instruction for step in executed(text) if is_collective(step.instruction)]
     assert len(moved) > 50
     # Router scores of 8 tokens; the sums of 64 groups of tokens that a draw chooses from.

@@ -2,7 +2,8 @@
 
 A round of the loop is draft -> verify -> commit, by a step (`decode.step`) and a drafter (`decode.drafter`). Plain
 decoding is the same loop with a drafter that proposes nothing; streaming is the same loop with a small budget of rounds
-per visit of the host.
+per visit of the host; a server is the same loop with rows that come and go between visits. Only where the host must see
+the drafts before they are verified is a round made of two calls, `propose` and `commit`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mimo_jax.config.model import MAX_BLOCK
-from mimo_jax.decode.drafter import PLAIN, DraftContext, Drafter, ReadTokens, Weights
-from mimo_jax.decode.sampling import Strategy, draw
+from mimo_jax.decode.controls import Controls, Logprobs, adjusted, empty_logprobs, masked, recorded
+from mimo_jax.decode.drafter import PLAIN, Draft, DraftContext, Drafter, ReadTokens, Weights
+from mimo_jax.decode.sampling import draw
 from mimo_jax.decode.step import Step
 from mimo_jax.decode.verify import verify
 from mimo_jax.sharding import place, using
@@ -54,7 +56,7 @@ class Counters:
 @dataclasses.dataclass(frozen=True)
 class State:
     """What the loop carries. `last` is committed but not yet in the cache; `output` holds the generated tokens, and
-    `rounds` the round that each came from: 0 for the prefill.
+    `rounds` the round that each came from: 0 for the prefill. `logprobs` are kept where they are asked for.
     """
 
     cache: Any  # the step's
@@ -67,6 +69,7 @@ class State:
     is_done: Bool[Array, "B"]
     keys: Array
     counters: Counters
+    logprobs: Logprobs | None = None
 
 
 @contextmanager
@@ -102,6 +105,20 @@ def _prefill_chunk(decoder, weights, tokens_BT, counts_B, cache, draft_cache, lo
     return cache, draft_cache, jnp.where((counts_B > 0)[:, None], new_B1C[:, 0], logits_BC)
 
 
+def empty_caches(decoder: Decoder, batch: int, capacity: int) -> tuple[Any, Any, Float[Array, "B C"]]:
+    """What prefill fills: the step's cache, the drafter's, and the logits after what has been read."""
+    caches = (decoder.step.init_cache(batch, capacity), decoder.drafter.init_cache(batch, capacity))
+    return *place(caches, decoder.step.mesh), jnp.zeros((batch, decoder.step.config.vocab_size), jnp.float32)
+
+
+def read_chunk(
+    decoder: Decoder, weights: Weights, tokens_BT: Int[Any, "B T"], counts_B: Int[Any, "B"], caches: tuple
+) -> tuple[Any, Any, Float[Array, "B C"]]:
+    """`caches`, those of `empty_caches` at first, after `counts_B` more tokens of each row. They are donated."""
+    with usual_numbers():
+        return _prefill_chunk(decoder, weights, tokens_BT, counts_B, *caches)
+
+
 def prefill(
     decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int
 ) -> tuple[Any, Any, Float[Array, "B C"]]:
@@ -112,10 +129,7 @@ def prefill(
 
 def _prefill(decoder: Decoder, weights: Weights, prompts: list[list[int]], capacity: int) -> tuple[Any, Any, Array]:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    config = decoder.step.config
-    cache = place(decoder.step.init_cache(len(prompts), capacity), decoder.step.mesh)
-    draft_cache = place(decoder.drafter.init_cache(len(prompts), capacity), decoder.step.mesh)
-    logits_BC = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    cache, draft_cache, logits_BC = empty_caches(decoder, len(prompts), capacity)
     for start, size in prefill_chunks(int(lengths.max()), decoder.step.prefill_buckets):
         tokens = np.zeros((len(prompts), size), np.int32)
         for row, prompt in enumerate(prompts):
@@ -133,16 +147,25 @@ def start(
     logits_BC: Float[Array, "B C"],
     limits_B: Int[Array | np.ndarray, "B"],
     keys_B: Array,
-    stops: Int[Array, "stops"],
-    strategy: Strategy,
+    controls: Controls,
+    masks_BW: UInt32[Any, "B W"] | None = None,
+    most_logprobs: int | None = None,
 ) -> State:
-    """The state after the first token, drawn from the prefill's logits."""
+    """The state after the first token, drawn from the prefill's logits. The caches are donated.
+
+    `masks_BW` are the tokens that it may be, see `controls.masked`; `most_logprobs` is how many logarithms are kept in
+    each place beside the token's own, None for no logarithms at all.
+    """
     with usual_numbers():
-        return _start(decoder, cache, draft_cache, logits_BC, limits_B, keys_B, stops, strategy)
+        return _start(
+            decoder, cache, draft_cache, logits_BC, limits_B, keys_B, controls, masks_BW, most_logprobs=most_logprobs
+        )
 
 
-@partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "draft_cache"))
-def _start(decoder, cache, draft_cache, logits_BC, limits_B, keys_B, stops, strategy) -> State:
+@partial(jax.jit, static_argnames=("decoder", "most_logprobs"), donate_argnames=("cache", "draft_cache"))
+def _start(
+    decoder, cache, draft_cache, logits_BC, limits_B, keys_B, controls, masks_BW=None, most_logprobs: int | None = None
+) -> State:
     batch, capacity = limits_B.shape[0], cache.capacity
     zeros_B, zeros_BM = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, decoder.drafter.block_size - 1), jnp.int32)
     state = State(
@@ -156,10 +179,17 @@ def _start(decoder, cache, draft_cache, logits_BC, limits_B, keys_B, stops, stra
         is_done=limits_B <= 0,
         keys=keys_B,
         counters=Counters(zeros_B, zeros_BM, zeros_BM),
+        logprobs=None if most_logprobs is None else empty_logprobs(batch, capacity, most_logprobs),
     )
-    first_B = draw(strategy, logits_BC, _round_keys(state))
-    state, _ = _emit(state, first_B[:, None], jnp.ones_like(zeros_B), stops)
+    none_B0, masks_B1W = jnp.zeros((batch, 0), jnp.int32), None if masks_BW is None else masks_BW[:, None]
+    drawn_B1C = masked(masks_B1W, _adjusted(controls, state, logits_BC[:, None], none_B0))
+    first_B = draw(controls.strategy, drawn_B1C[:, 0], _round_keys(state))
+    state, _ = _emit(state, first_B[:, None], jnp.ones_like(zeros_B), controls, logits_BC[:, None])
     return dataclasses.replace(state, rounds=jnp.zeros_like(state.rounds))
+
+
+def _adjusted(controls: Controls, state: State, logits_BNC: Array, drafts_BM: Array) -> Array:
+    return adjusted(controls.adjustments, logits_BNC, state.output, state.counts, drafts_BM)
 
 
 def _round_keys(state: State) -> Array:
@@ -167,14 +197,16 @@ def _round_keys(state: State) -> Array:
     return jax.vmap(jax.random.fold_in)(state.keys, state.counts)
 
 
-def _emit(state: State, tokens_BN: Array, offered_B: Array, stops: Array) -> tuple[State, Array]:
+def _emit(
+    state: State, tokens_BN: Array, offered_B: Array, controls: Controls, logits_BNC: Array
+) -> tuple[State, Array]:
     """Appends the first `offered_B` tokens of every unfinished row, as far as its limit and its first stop.
 
-    Returns how many were appended, too; of finished rows none are.
+    `logits_BNC` are the model's in their places. Returns how many were appended, too; of finished rows none are.
     """
     batch, size = tokens_BN.shape
     row_N = jnp.arange(size)
-    is_stop_BN = jnp.any(tokens_BN[..., None] == stops, axis=-1)
+    is_stop_BN = jnp.any(tokens_BN[..., None] == controls.stops_BS[:, None], axis=-1)
     to_stop_B = jnp.min(jnp.where(is_stop_BN, row_N + 1, size), axis=-1)
     kept_B = jnp.minimum(jnp.minimum(offered_B, to_stop_B), state.limits - state.counts)
     kept_B = jnp.where(state.is_done, 0, kept_B)
@@ -186,31 +218,52 @@ def _emit(state: State, tokens_BN: Array, offered_B: Array, stops: Array) -> tup
     stopped_B = jnp.any(is_stop_BN & is_kept_BN, axis=-1)
     emitted = dataclasses.replace(
         state,
-        last=jnp.where(state.is_done, state.last, newest_B),
+        last=jnp.where(kept_B > 0, newest_B, state.last),
         output=state.output.at[index].set(tokens_BN, mode="drop"),
         rounds=state.rounds.at[index].set(jnp.broadcast_to(number_B1, column_BN.shape), mode="drop"),
         counts=counts_B,
         is_done=state.is_done | stopped_B | (counts_B >= state.limits),
+        logprobs=recorded(state.logprobs, logits_BNC, tokens_BN, column_BN),
     )
     return emitted, kept_B
 
 
-def _round(decoder: Decoder, weights: Weights, state: State, stops: Array, strategy: Strategy) -> State:
+def _round(decoder: Decoder, weights: Weights, state: State, controls: Controls) -> State:
     """One round of every unfinished row: draft, verify in one pass of the target, commit what was accepted."""
-    drafter, keys_B, before_B = decoder.drafter, _round_keys(state), state.cache.lengths
+    return _commit(decoder, weights, state, controls, _propose(decoder, weights, state, controls), None)
+
+
+def _propose(decoder: Decoder, weights: Weights, state: State, controls: Controls) -> Draft:
+    context = DraftContext(
+        weights, state.draft_cache, state.last, state.cache.lengths, controls.strategy, _round_keys(state)
+    )
     with using(decoder.step.mesh):
-        draft = drafter.propose(DraftContext(weights, state.draft_cache, state.last, before_B, strategy, keys_B))
+        return decoder.drafter.propose(context)
+
+
+def _commit(
+    decoder: Decoder, weights: Weights, state: State, controls: Controls, draft: Draft, masks_BNW: Array | None
+) -> State:
+    drafter, keys_B, before_B = decoder.drafter, _round_keys(state), state.cache.lengths
     tokens_BN = jnp.concatenate([state.last[:, None], draft.tokens], axis=1)
     read_B = jnp.where(state.is_done, 0, tokens_BN.shape[1])
     logits_BNC, features, cache = decoder.step(weights.target, tokens_BN, state.cache, read_B)
+    is_plain = controls.adjustments is None and masks_BNW is None
+    drawn_BNC = masked(masks_BNW, _adjusted(controls, state, logits_BNC, draft.tokens))
     accepted_B, next_B = verify(
-        strategy, decoder.rule, logits_BNC, draft.tokens, draft.probabilities, keys_B, features.best
+        controls.strategy,
+        decoder.rule,
+        drawn_BNC,
+        draft.tokens,
+        draft.probabilities,
+        keys_B,
+        features.best if is_plain else None,
     )
 
     row_N = jnp.arange(tokens_BN.shape[1])
     padded_BN = jnp.concatenate([draft.tokens, next_B[:, None]], axis=1)
     offered_BN = jnp.where(row_N < accepted_B[:, None], padded_BN, next_B[:, None])
-    emitted, kept_B = _emit(state, offered_BN, accepted_B + 1, stops)
+    emitted, kept_B = _emit(state, offered_BN, accepted_B + 1, controls, logits_BNC)
     # The anchor and the accepted drafts have been read; the newest token has not. The rest of the block is taken back.
     read = ReadTokens(tokens_BN, features, before_B, kept_B)
     draft_cache = drafter.update_cache(weights, state.draft_cache, read)
@@ -233,26 +286,86 @@ def _count(counters: Counters, accepted_B: Array, kept_B: Array) -> Counters:
 
 
 def decode(
-    decoder: Decoder, weights: Weights, state: State, stops: Int[Array, "stops"], strategy: Strategy, budget: int
+    decoder: Decoder,
+    weights: Weights,
+    state: State,
+    controls: Controls,
+    budget: int,
+    held_B: Bool[Any, "B"] | None = None,
+    is_eager: bool = False,
 ) -> State:
-    """Up to `budget` rounds; ends early when every row is done. `state` is donated."""
+    """Up to `budget` rounds; ends early when every row is done, or if it `is_eager` when any is. `state` is donated.
+
+    Rows that are `held_B` stay as they are.
+    """
     with usual_numbers():
-        return _decode(decoder, weights, state, stops, strategy, np.int32(budget))
+        return _decode(decoder, weights, state, controls, np.int32(budget), held_B, np.bool_(is_eager))
 
 
 @partial(jax.jit, static_argnames="decoder", donate_argnames="state")
 def _decode(
-    decoder: Decoder, weights: Weights, state: State, stops: Array, strategy: Strategy, budget: Int[Array, ""]
+    decoder: Decoder,
+    weights: Weights,
+    state: State,
+    controls: Controls,
+    budget: Int[Array, ""],
+    held_B: Bool[Array, "B"] | None = None,
+    is_eager: Bool[Any, ""] = np.False_,
 ) -> State:
+    begun = _holding(state, held_B)
+
     def unfinished(carry: tuple[Array, State]) -> Array:
         rounds, state = carry
-        return (rounds < budget) & ~jnp.all(state.is_done)
+        is_ended = jnp.all(state.is_done) | (is_eager & jnp.any(state.is_done & ~begun.is_done))
+        return (rounds < budget) & ~is_ended
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         rounds, state = carry
-        return rounds + 1, _round(decoder, weights, state, stops, strategy)
+        return rounds + 1, _round(decoder, weights, state, controls)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    return _released(state, jax.lax.while_loop(unfinished, body, (jnp.int32(0), begun))[1], held_B)
+
+
+def _holding(state: State, held_B: Array | None) -> State:
+    return state if held_B is None else dataclasses.replace(state, is_done=state.is_done | held_B)
+
+
+def _released(before: State, state: State, held_B: Array | None) -> State:
+    if held_B is None:
+        return state
+    return dataclasses.replace(state, is_done=jnp.where(held_B, before.is_done, state.is_done))
+
+
+def propose(decoder: Decoder, weights: Weights, state: State, controls: Controls) -> Draft:
+    """What the drafter proposes, for the host to see; `commit` goes on with it."""
+    with usual_numbers():
+        return _propose_alone(decoder, weights, state, controls)
+
+
+_propose_alone = jax.jit(_propose, static_argnames="decoder")
+
+
+def commit(
+    decoder: Decoder,
+    weights: Weights,
+    state: State,
+    controls: Controls,
+    draft: Draft,
+    masks_BNW: UInt32[Any, "B N W"],
+    held_B: Bool[Any, "B"],
+) -> State:
+    """Verifies a draft when only the tokens of `masks_BNW` are possible after each of its tokens. `state` is donated.
+
+    Masks belong to the model: what is generated has exactly the distribution of the masked model.
+    """
+    with usual_numbers():
+        return _commit_alone(decoder, weights, state, controls, draft, masks_BNW, held_B)
+
+
+@partial(jax.jit, static_argnames="decoder", donate_argnames="state")
+def _commit_alone(decoder, weights, state, controls, draft, masks_BNW, held_B) -> State:
+    begun = _holding(state, held_B)
+    return _released(state, _commit(decoder, weights, begun, controls, draft, masks_BNW), held_B)
 
 
 def row_keys(seeds: list[int]) -> Array:
@@ -264,8 +377,3 @@ def progress(state: State) -> tuple[list[list[int]], list[bool]]:
     """The tokens generated so far, and whether that is all, per row."""
     output, counts, is_done = jax.device_get((state.output, state.counts, state.is_done))
     return [row[:count].tolist() for row, count in zip(output, counts)], is_done.tolist()
-
-
-def as_stops(ids: Any) -> Int[Array, "stops"]:
-    """Stop ids as an array that is never empty (-1 matches no token)."""
-    return jnp.asarray([*ids, -1], jnp.int32)

@@ -55,6 +55,7 @@ class PersistentStep:
     aux_layers: tuple[int, ...] = ()
     mesh: None = None
     prefill_buckets: tuple[int, ...] = (MOST_TOKENS, 8 * MOST_TOKENS)
+    groups_freely: bool = False  # as far as hardware has shown
 
     def init_cache(self, batch: int, capacity: int) -> PersistentCache:
         plans = {tokens: self.plan(tokens, capacity) for tokens in KERNELS}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,10 @@ class Greedy:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Samples at `temperature` from what the filters keep; a filter that is None is off."""
+    """Samples at `temperature` from what the filters keep; a filter that is None is off.
+
+    Where rows draw by strategies of their own, every number is an array[B], see `rows_of`.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -82,24 +86,64 @@ def strategy_of(values: dict[str, Any], where: str) -> Strategy:
 _OFF: dict[str, tuple[float, ...]] = {"temperature": (), "top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
 
 
+def rows_of(strategies: Sequence[Strategy]) -> Strategy:
+    """One strategy for a batch whose row b draws by `strategies[b]`, with the same result as each has alone."""
+    first, *others = strategies
+    return first if all(other == first for other in others) else columns_of(strategies)
+
+
+def columns_of(strategies: Sequence[Strategy]) -> Strategy:
+    """The same for rows that come and go: one of three programs, whatever the rows.
+
+    All are greedy; or no row uses more than temperature and top-p; or every filter is there. A filter that a row does
+    not use is given a number that filters nothing, and greedy rows among others have temperature 0.
+    """
+    sampled = [row for row in strategies if isinstance(row, Sampled)]
+    if not sampled:
+        return Greedy()
+    is_usual = all(row.top_k is None and row.min_p is None for row in sampled)
+    names = ("temperature", "top_p") if is_usual else _UNUSED
+
+    def column(name: str) -> Any:
+        off = 0.0 if name == "temperature" else _UNUSED[name]
+        values = [getattr(row, name, off) for row in strategies]
+        dtype = np.int32 if name == "top_k" else np.float32
+        return np.array([_UNUSED[name] if value is None else value for value in values], dtype)
+
+    return Sampled(**{name: column(name) for name in names})
+
+
+_UNUSED = {"temperature": 1.0, "top_k": INT32_MAX, "top_p": 1.0, "min_p": 0.0}
+
+
 def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     """The distribution `strategy` draws the next token from, in float32."""
     if isinstance(strategy, Greedy):
         return jax.nn.one_hot(most_likely(logits), logits.shape[-1])
-    temperature = jnp.maximum(strategy.temperature, LEAST_TEMPERATURE)
-    p = jax.nn.softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    temperature, top_k, top_p, min_p = (_per_row(getattr(strategy, name), logits.ndim) for name in _UNUSED)
+    p = jax.nn.softmax(logits.astype(jnp.float32) / jnp.maximum(temperature, LEAST_TEMPERATURE), axis=-1)
     # Every threshold is one of the values of `p` itself, so that no rounding tells equal probabilities apart.
     threshold = jnp.zeros_like(p[..., :1])
-    if strategy.top_k is not None:
-        threshold = _least_kept(p, jnp.ones_like(p), strategy.top_k)
-    if strategy.top_p is not None:
+    if top_k is not None:
+        threshold = _least_kept(p, jnp.ones_like(p), top_k)
+    if top_p is not None:
         candidates = jnp.where(p >= threshold, p, 0.0)
         total = jnp.sum(candidates, axis=-1, keepdims=True)
-        threshold = jnp.maximum(threshold, _least_kept(p, candidates, strategy.top_p * total))
-    if strategy.min_p is not None:
-        threshold = jnp.maximum(threshold, strategy.min_p * jnp.max(p, axis=-1, keepdims=True))
+        # All of them may seem to be reached without the least ones, which add nothing to a sum in float32.
+        nucleus = jnp.where(top_p < 1, _least_kept(p, candidates, top_p * total), 0.0)
+        threshold = jnp.maximum(threshold, nucleus)
+    if min_p is not None:
+        threshold = jnp.maximum(threshold, min_p * jnp.max(p, axis=-1, keepdims=True))
     kept = jnp.where(p >= threshold, p, 0.0)
-    return kept / jnp.sum(kept, axis=-1, keepdims=True)
+    drawn = kept / jnp.sum(kept, axis=-1, keepdims=True)
+    if not jnp.ndim(strategy.temperature):
+        return drawn
+    return jnp.where(temperature > 0, drawn, jax.nn.one_hot(most_likely(logits), logits.shape[-1]))
+
+
+def _per_row(value: Any, rank: int) -> Any:
+    """A number as it is; an array[B] beside logits of so many axes, whose first is B."""
+    return value if value is None or not jnp.ndim(value) else jnp.reshape(value, (-1,) + (1,) * (rank - 1))
 
 
 def _least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: Array | int) -> Float[Array, "*B 1"]:

@@ -41,6 +41,11 @@ class Step(Protocol):
         """How many tokens of each row a call of a prefill may have; the last is the most."""
         ...
 
+    @property
+    def groups_freely(self) -> bool:
+        """Whether no bit of a token depends on the tokens that are read in the same call."""
+        ...
+
     def init_cache(self, batch: int, capacity: int) -> Any:
         """An empty cache of `batch` rows of at most `capacity` tokens; its `lengths` are the committed ones."""
         ...
@@ -68,6 +73,7 @@ class FlaxStep:
     aux_layers: tuple[int, ...] = ()
     mesh: Mesh | None = None
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
+    groups_freely: bool = False  # XLA adds sums in an order that may change with their number
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         return init_cache(self.config, batch, capacity)
@@ -124,6 +130,7 @@ class FusedStep:
     running: decode_step.Running = decode_step.NORMALLY
     mesh: None = None
     prefill_buckets: tuple[int, ...] = (decode_step.CHUNK,)
+    groups_freely: bool = True
 
     def __post_init__(self) -> None:
         if reason := reason_against(self.config):

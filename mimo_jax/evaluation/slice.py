@@ -22,6 +22,7 @@ from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.presets import drafter_preset, preset, preset_format
 from mimo_jax.decode import loop
+from mimo_jax.decode.controls import alike
 from mimo_jax.decode.drafter import PLAIN, Draft, DraftContext, Drafter, NoDrafter, Weights
 from mimo_jax.decode.sampling import Greedy
 from mimo_jax.decode.step import FlaxStep
@@ -114,13 +115,13 @@ def seconds_per_round(
     cache = init_cache(config, 1, capacity)
     cache = dataclasses.replace(cache, lengths=jnp.full(1, context, jnp.int32))
     draft_cache = drafter.init_cache(1, capacity)
-    logits, stops = jnp.zeros((1, config.vocab_size)), loop.as_stops(())
+    logits, controls = jnp.zeros((1, config.vocab_size)), alike(Greedy(), (), 1)
     limits, keys = np.full(1, capacity, np.int32), loop.row_keys([0])
-    state = loop.start(decoder, cache, draft_cache, logits, limits, keys, stops, Greedy())
+    state = loop.start(decoder, cache, draft_cache, logits, limits, keys, controls)
     found = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        state = loop.decode(decoder, weights, state, stops, Greedy(), rounds)
+        state = loop.decode(decoder, weights, state, controls, rounds)
         jax.block_until_ready(state)
         found.append((time.perf_counter() - started) / rounds)
     return found[1:]

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from mimo_jax import layouts
 from mimo_jax.decode import loop
+from mimo_jax.decode.controls import alike
 from mimo_jax.decode.drafter import Weights
 from mimo_jax.decode.sampling import Greedy
 from mimo_jax.decode.step import FlaxStep
@@ -97,11 +98,11 @@ class _Inputs:
         )
 
     def lower_decode(self) -> Any:
-        limits, stops = np.ones(self.rows, np.int32), np.zeros(1, np.int32)
+        limits, controls = np.ones(self.rows, np.int32), alike(Greedy(), (), self.rows)
         keys = jax.eval_shape(lambda: loop.row_keys([0] * self.rows))
-        arguments = (self.cache, self.draft_cache, self.logits, limits, keys, stops, Greedy())
+        arguments = (self.cache, self.draft_cache, self.logits, limits, keys, controls)
         state = jax.eval_shape(lambda *inputs: loop._start(self.decoder, *inputs), *arguments)
-        return loop._decode.lower(self.decoder, self.weights, self._on_mesh(state), stops, Greedy(), np.int32(1))
+        return loop._decode.lower(self.decoder, self.weights, self._on_mesh(state), controls, np.int32(1))
 
 
 def _compiled(plan: Plan, context: int, tokens: int, depth: int, lowered: Any) -> Program:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Int
 from mimo_jax.checkpoint.files.tensorfile import as_bytes
 from mimo_jax.cli.progress import progress
 from mimo_jax.decode import loop
+from mimo_jax.decode.controls import alike
 from mimo_jax.decode.sampling import Strategy, strategy_at
 from mimo_jax.errors import UserError, check_real, check_whole
 from mimo_jax.files import write_atomically
@@ -76,13 +77,13 @@ def generate_chunk(model: Model, corpus: np.ndarray, settings: DistillationConfi
     places = rng.integers(0, len(corpus) - settings.longest, settings.rows)
     lengths = rng.integers(settings.shortest, settings.longest + 1, settings.rows)
     prompts = [corpus[place : place + size].astype(int).tolist() for place, size in zip(places, lengths)]
-    strategy, stops = settings.strategy(chunk), loop.as_stops(model.stop_ids)
+    controls = alike(settings.strategy(chunk), model.stop_ids, len(prompts))
     keys = loop.row_keys(rng.integers(0, 2**32, settings.rows).tolist())
     limits = np.asarray(settings.length - lengths, np.int32)
     capacity = loop.capacity_for(settings.length)
     caches = loop.prefill(model.decoder, model.weights, prompts, capacity)
-    state = loop.start(model.decoder, *caches, limits, keys, stops, strategy)
-    state = loop.decode(model.decoder, model.weights, state, stops, strategy, settings.length)
+    state = loop.start(model.decoder, *caches, limits, keys, controls)
+    state = loop.decode(model.decoder, model.weights, state, controls, settings.length)
     rows = [prompt + written for prompt, written in zip(prompts, loop.progress(state)[0])]
     tokens = np.zeros((settings.rows, settings.length), np.uint16)
     for target, row in zip(tokens, rows):

@@ -59,6 +59,8 @@ def pair(kind: str, drafts: int, seed: int = 0) -> tuple[Model, Model]:
         return p, one_hot_model(rng, drafts)
     if kind == "both certain":
         return one_hot_model(rng, drafts + 1), one_hot_model(rng, drafts)
+    if kind == "masked target":  # a grammar's, whose drafts know nothing of it
+        return sparse_model(rng, drafts + 1), q
     if kind == "zeros in both":
         return sparse_model(rng, drafts + 1), sparse_model(rng, drafts)
     assert kind == "random"
@@ -67,5 +69,5 @@ def pair(kind: str, drafts: int, seed: int = 0) -> tuple[Model, Model]:
 
 KINDS = (
     *("random", "without history", "equal", "nearly equal", "equal but for rounding", "equal at first"),
-    *("disjoint", "certain target", "certain drafts", "both certain", "zeros in both"),
+    *("disjoint", "certain target", "certain drafts", "both certain", "masked target", "zeros in both"),
 )
