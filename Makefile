@@ -20,10 +20,16 @@ TRAIN_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 TF_CPP_MIN_LOG_LEVEL=3 \
 WHOLE := --data runs/corpus --batch 8 --length 1024
 LONG := --data runs/corpus --batch 16 --length 512
 
-.PHONY: generate install test lint lock gpu train drafter controls clean
+.PHONY: generate chat serve install test lint lock gpu train drafter controls clean
 
 generate: $(VENV)/generate.stamp
 	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
+
+chat: $(VENV)/serve.stamp
+	@$(BIN)/python scripts/chat.py $(ARGS)
+
+serve: $(VENV)/serve.stamp
+	@$(BIN)/python scripts/serve.py $(ARGS)
 
 test: lint $(VENV)/compile.stamp
 	PYTHONPATH=$(CURDIR)/$(COMPILE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
@@ -121,6 +127,12 @@ $(VENV)/generate.stamp: .ci/generate.lock pyproject.toml | $(BIN)/python
 	$(PROJECT)
 	@touch $@
 
+$(VENV)/serve.stamp: .ci/serve.lock pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) what chat and the server need (once; less than a minute)" >&2
+	$(LOCKED) .ci/serve.lock
+	$(PROJECT)
+	@touch $@ $(VENV)/generate.stamp
+
 $(VENV)/install.stamp: .ci/install.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) what all commands need (once; a minute or two)" >&2
 	$(LOCKED) .ci/install.lock
@@ -133,7 +145,7 @@ $(VENV)/dev.stamp: .ci/test.lock pyproject.toml | $(BIN)/python
 	$(PIP) torch==2.13.0
 	$(LOCKED) .ci/test.lock
 	$(PROJECT)
-	@touch $@ $(VENV)/install.stamp $(VENV)/generate.stamp
+	@touch $@ $(VENV)/install.stamp $(VENV)/serve.stamp $(VENV)/generate.stamp
 
 # What compiles for GPUs that are not here, in a folder of its own: beside the CUDA plugin but without CUDA's libraries, JAX
 # complains at every start.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,27 @@ class Tokenizer:
             encodings = self._literal.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens; incomplete UTF-8 shows as U+FFFD."""
+    def decode(self, ids: Iterable[int], visible: Collection[int] = ()) -> str:
+        """Text of `ids` without special tokens, but for `visible` ones; incomplete UTF-8 shows as U+FFFD."""
+        hidden = self._special_ids.difference(visible)
         with _refusing("tokenizer: these ids cannot be decoded"):
-            return self.backend.decode(list(ids), skip_special_tokens=True)
+            return self.backend.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Ids by name of what stands beside the merges: special tokens, and others that are read whole all the same."""
+        return {token.content: token_id for token_id, token in self.backend.get_added_tokens_decoder().items()}
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @functools.cached_property
     def _literal(self) -> tokenizers.Tokenizer:
-        """The same without special tokens in what it reads."""
+        """The same without added tokens in what it reads; the library passes over special ones only."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens(list(self.added_tokens))
         backend.encode_special_tokens = True
         return backend
 
@@ -109,9 +121,8 @@ class Tokenizer:
     def byte_lengths(self) -> list[int]:
         """How many bytes of text each id stands for; special tokens stand for none."""
         lengths = [0] * self.vocab_size
-        special = {token_id for token_id, token in self.backend.get_added_tokens_decoder().items() if token.special}
         for token, token_id in self.backend.get_vocab().items():
-            lengths[token_id] = 0 if token_id in special else len(token)
+            lengths[token_id] = 0 if token_id in self._special_ids else len(token)
         return lengths
 
 

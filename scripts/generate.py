@@ -14,7 +14,15 @@ import sys
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import Parser, add_mesh_options, mesh_of
+from mimo_jax.cli.options import (
+    Parser,
+    add_mesh_options,
+    add_model_options,
+    add_sampling_options,
+    load_options,
+    mesh_of,
+    sampling_of,
+)
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,30 +38,15 @@ SUSPICIOUS_SHARE = 0.25  # of the accepted drafts to expect
 
 def parser() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
+    add_model_options(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch")
     prompt.add_argument("--prompt-ids", action="append", help="comma-separated token ids instead of text")
     prompt.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
     parser.add_argument("--literal", action="store_true", help="names of special tokens in the prompt are plain text")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--greedy", action="store_true", help="always the most likely token")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: what the checkpoint says)")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument(
-        "--no-generation-config",
-        action="store_true",
-        help="greedy by default, whatever the checkpoint's generation_config.json says",
-    )
+    add_sampling_options(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--draft",
-        action=argparse.BooleanOptionalAction,
-        help="with the checkpoint's drafter, or one token per round (default: one on a CPU, where that is faster)",
-    )
-    parser.add_argument("--verify", action="store_true", help="compare every file with the checkpoint's manifest first")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the generation; may be repeated")
     add_mesh_options(parser)
     return parser
@@ -82,31 +75,16 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
     return args.prompt
 
 
-def read_strategy(args: argparse.Namespace) -> Strategy | None:
-    """What the options ask for; None where they leave it to the checkpoint."""
-    from mimo_jax.decode.sampling import Greedy, Sampled
-
-    filters = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
-    given = {name: value for name, value in filters.items() if value is not None}
-    if args.greedy or args.temperature == 0:
-        if given or args.temperature:
-            raise UserError("sampling: --greedy leaves nothing to --temperature, --top-k, --top-p and --min-p")
-        return Greedy()
-    if args.temperature is None and not given:
-        return None
-    return Sampled(1.0 if args.temperature is None else args.temperature, **given)
-
-
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    prompts, strategy = read_prompts(args), read_strategy(args)
+    prompts, sampling = read_prompts(args), sampling_of(args)
     mesh = mesh_of(args)
+    from mimo_jax.decode.sampling import strategy_of
     from mimo_jax.generation import Request, encode_prompt, generate_batch, stream
     from mimo_jax.loading import BUNDLED, load
 
-    follow = not args.no_generation_config
-    options = {"draft": args.draft, "mesh": mesh, "generation_config": follow, "verify": args.verify}
-    model = load(args.model or BUNDLED, **options)
+    strategy = strategy_of(sampling, "sampling") if sampling else None
+    model = load(args.model or BUNDLED, mesh=mesh, **load_options(args))
     ids = [encode_prompt(model, prompt, args.literal) for prompt in prompts]  # before anything is printed
     requests = [Request(prompt, strategy, args.max_tokens, args.seed, args.stop) for prompt in ids]
     if len(prompts) > 1:

@@ -13,8 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OURS = {"mimo_jax", "pallas_kernels", "tests", "generate"}  # the last is a script that a test imports
-MODULES = {"orbax-checkpoint": "orbax", "jax-triton": "jax_triton", "compressed-tensors": "compressed_tensors"}
+OURS = {"mimo_jax", "pallas_kernels", "tests", "generate", "serve"}  # the last two are scripts that tests import
+MODULES = {
+    "orbax-checkpoint": "orbax",
+    "jax-triton": "jax_triton",
+    "compressed-tensors": "compressed_tensors",
+    "prometheus-client": "prometheus_client",
+}
 COMMANDS = {"pyrefly", "pytest-xdist", "ruff"}  # run, not imported
 
 
@@ -40,7 +45,7 @@ def imported(*folders: str) -> set[str]:
 def test_the_package_imports_what_it_declares():
     """Every dependency is imported by the package, and everything imported is a dependency or part of an extra."""
     used, needed = imported("mimo_jax", "pallas_kernels", "scripts"), declared(PROJECT["dependencies"])
-    optional = declared([requirement for extra in ("triton", "plots", "references") for requirement in EXTRAS[extra]])
+    optional = declared([one for extra in ("triton", "plots", "serve", "references") for one in EXTRAS[extra]])
     assert needed <= used
     assert used - needed - optional <= {"triton", "jaxlib"}  # parts of jax-triton and of jax
 
@@ -50,7 +55,7 @@ def test_the_tests_import_what_they_declare():
     used = imported("tests")
     extra = declared(EXTRAS["dev"] + EXTRAS["references"])
     assert extra <= used | imported("mimo_jax")
-    assert used <= extra | declared(PROJECT["dependencies"] + EXTRAS["triton"])
+    assert used <= extra | declared(PROJECT["dependencies"] + EXTRAS["serve"] + EXTRAS["triton"])
 
 
 _IMPORTED = """

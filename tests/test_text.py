@@ -38,12 +38,23 @@ def test_pieces_join_to_the_text_and_tokens_spell_it(tokenizer, seed):
     ids = tokenizer.encode(text)
     first = rng.randrange(len(text) - 5)
     stop = [text[first : first + rng.randint(1, 5)], *(["\n\nclass"] if rng.random() < 0.5 else [])]
-    expected = text[: min(place for word in stop if (place := text.find(word)) >= 0)]
+    _, end = min((place + len(word), place) for word in stop if (place := text.find(word)) >= 0)
+    expected = text[:end]
     transcript, pieces = arrived(tokenizer, ids, stop, rng)
     assert "".join(pieces) == transcript.text == expected
     assert tokenizer.decode(transcript.tokens) == expected
     assert transcript.is_cut and transcript.used <= len(ids)
     assert tokenizer.decode(ids[: transcript.used]).startswith(expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_of_two_stop_strings_the_first_that_is_complete_ends_the_text(tokenizer, size):
+    """However many tokens come at once; of two that are complete together it is the longer one."""
+    for stop, found, text in [(["items):\n", "tem"], "tem", "def f(i"), (["m", "em", "tem"], "tem", "def f(i")]:
+        transcript, ids = Transcript(tokenizer, (), stop), tokenizer.encode(TEXT)
+        for end in range(size, len(ids) + size, size):
+            transcript.update(ids[:end])
+        assert (transcript.stop_string, transcript.text) == (found, text)
 
 
 @pytest.mark.parametrize("seed", range(10))

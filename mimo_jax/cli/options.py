@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mimo_jax.cli.distributed import join
 from mimo_jax.cli.values import address, whole
@@ -32,6 +32,47 @@ def need_packages(what: str, extra: str, *packages: str) -> None:
     """Raises, before any work is done, where packages of an extra are absent."""
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(f"{what}: not installed: {', '.join(absent)}; install them with: pip install -e '.[{extra}]'")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, and the options that `load_options` reads."""
+    parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
+    parser.add_argument(
+        "--draft",
+        action=argparse.BooleanOptionalAction,
+        help="with the checkpoint's drafter, or one token per round (default: one on a CPU, where that is faster)",
+    )
+    parser.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="greedy by default, whatever the checkpoint's generation_config.json says",
+    )
+    parser.add_argument("--verify", action="store_true", help="compare every file with the checkpoint's manifest first")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `loading.load` is told beside the checkpoint."""
+    return {"draft": args.draft, "generation_config": not args.no_generation_config, "verify": args.verify}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `sampling_of` reads."""
+    parser.add_argument("--greedy", action="store_true", help="always the most likely token")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: what the checkpoint says)")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--min-p", type=float)
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What is asked for, in the words of a generation_config.json; empty where that is to decide."""
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not args.greedy and args.temperature != 0:
+        return given
+    if given.keys() - {"temperature"} or args.temperature:
+        raise UserError("sampling: --greedy leaves nothing to --temperature, --top-k, --top-p and --min-p")
+    return {"do_sample": False}
 
 
 def add_drafter_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,1 @@
+"""The engine over HTTP, as clients of the OpenAI API expect it."""
