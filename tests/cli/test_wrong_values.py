@@ -43,6 +43,8 @@ WORK = (
     "mimo_jax.generation.stream",
     "mimo_jax.planning.compiled.compile_programs",
     "mimo_jax.planning.report.record_of",
+    "mimo_jax.planning.timeline.step_timeline",
+    "mimo_jax.serving.engine.Engine",
     "mimo_jax.training.corpus.collect",
     "mimo_jax.training.drafter.latest_state",
     "mimo_jax.training.launch._go",
@@ -192,8 +194,8 @@ def wrong_values(folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize(("script", "name"), COMMANDS)
 def test_good_arguments_begin_the_work(script, name, folder, capsys):
-    """What the test below changes is a call that is accepted."""
-    absent = script == "gpu_report" or name in ("round", "soak", "verify")  # a GPU, and a manifest
+    """What the test below changes is a call that is accepted, unless it lacks a package, a GPU or a manifest."""
+    absent = script in ("dynamo_worker", "gpu_report", "serve_replicas") or name in ("round", "soak", "verify")
     expected = 2 if absent else 0
     changes = {"beside": ["--beside=nothing"]} if name == "decode" else {}
     assert outcome(script, arguments_with(folder, script, name, changes), capsys) == expected
