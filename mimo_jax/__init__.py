@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from mimo_jax.generation import Piece, Request, Result, Timing, generate, generate_batch, stream
     from mimo_jax.loading import BUNDLED, Model, load
     from mimo_jax.modeling.backbone import Backbone
+    from mimo_jax.paths import Best, Candidate, best_of, tree_search
+    from mimo_jax.serving.engine import Engine, Limits
 
 __all__ = [
     "BUNDLED",
     "Backbone",
+    "Best",
+    "Candidate",
+    "Engine",
     "Greedy",
+    "Limits",
     "Model",
     "ModelConfig",
     "Piece",
@@ -31,18 +37,24 @@ __all__ = [
     "Sampled",
     "Timing",
     "UserError",
+    "best_of",
     "generate",
     "generate_batch",
     "load",
     "preset",
     "stream",
+    "tree_search",
 ]
 
 # Where each public name lives: importing the package must not import JAX.
 _HOMES = {
     "BUNDLED": "loading",
     "Backbone": "modeling.backbone",
+    "Best": "paths",
+    "Candidate": "paths",
+    "Engine": "serving.engine",
     "Greedy": "decode.sampling",
+    "Limits": "serving.engine",
     "Model": "loading",
     "ModelConfig": "config.model",
     "Piece": "generation",
@@ -51,11 +63,13 @@ _HOMES = {
     "Sampled": "decode.sampling",
     "Timing": "generation",
     "UserError": "errors",
+    "best_of": "paths",
     "generate": "generation",
     "generate_batch": "generation",
     "load": "loading",
     "preset": "config.presets",
     "stream": "generation",
+    "tree_search": "paths",
 }
 
 

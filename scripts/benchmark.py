@@ -5,6 +5,8 @@ scripts/benchmark.py decode --beside llama.cpp --llama runs/llama.cpp    # plain
 scripts/benchmark.py random --out DIR      # a checkpoint of 105 M random weights for it (--model DIR)
 scripts/benchmark.py step                  # the native step: batches, block sizes, and how near to the memory's speed
 scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
+scripts/benchmark.py paths                 # 1, 4, 8 and 16 paths, and a tree of them, beside one (needs a corpus)
+scripts/benchmark.py serve                 # how long a server's clients wait, at the engine and through HTTP
 scripts/benchmark.py slice --layers 2         # one device's share of the full model, random weights
 scripts/benchmark.py round                    # the same by the persistent kernel, and each kind of its rows (Hopper)
 scripts/benchmark.py soak                     # 10,000 rounds of it, each compared with the first
@@ -139,6 +141,47 @@ def speculation_command(args: argparse.Namespace) -> dict:
     return {"prompts": args.prompts, "tokens": args.tokens, "temperature": args.temperature, **found}
 
 
+def paths_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.checkpoint.dflash import has_drafter
+    from mimo_jax.evaluation.acceptance import prompts_of
+    from mimo_jax.evaluation.paths import PROMPT_TOKENS, path_seconds
+    from mimo_jax.loading import BUNDLED, load
+    from mimo_jax.training.corpus import load_tokens
+
+    directory = Path(args.model or BUNDLED)
+    prompts = prompts_of(load_tokens(Path(args.data), "heldout"), args.repeats + 1, PROMPT_TOKENS)
+    record: dict = {"repeats": args.repeats, "tokens": args.tokens}
+    for name in ("plain", "drafted")[: 1 + has_drafter(directory)]:
+        record[name] = path_seconds(load(directory, draft=name == "drafted"), prompts, args.tokens)
+        for paths, row in record[name].items():
+            times = "{median:6.2f} times one ({lowest:.2f} to {highest:.2f})".format(**row["times one"])
+            print(f"{name:<8} {paths:<17}{1e3 * row['seconds']['median']:7.0f} ms, {times}")
+    return record
+
+
+def serve_command(args: argparse.Namespace) -> dict:
+    need_packages("serving", "serve", "jinja2", "llguidance", "starlette", "uvicorn")
+    from mimo_jax.evaluation.serving import PROMPTS, measure
+    from mimo_jax.loading import BUNDLED
+
+    record: dict = {"tokens": args.tokens, "prompts": PROMPTS, "rounds": args.rounds}
+    for slots in args.slots:
+        record[f"{slots} slots"] = found = measure(
+            Path(args.model or BUNDLED), slots, args.clients, args.tokens, args.rounds
+        )
+        for load, ways in found.items():
+            for way, row in ways.items():
+                first, between = (
+                    "{:.1f} / {:.1f} ms".format(*(row[f"{what}, {of}, ms"]["median"] for of in ("p50", "p99")))
+                    for what in ("first token", "between tokens")
+                )
+                rates = "{:.1f} requests/s, {:.0f} tokens/s".format(
+                    *(row[f"{what} per second"]["median"] for what in ("requests", "tokens"))
+                )
+                print(f"{slots} slots, {load:<18}{way:<7} first token {first}, between tokens {between}; {rates}")
+    return record
+
+
 def streaming_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.speed import streaming
     from mimo_jax.loading import BUNDLED, load
@@ -241,6 +284,21 @@ def parser() -> Parser:
     step.add_argument("--tokens", type=whole(1), default=48)
     step.add_argument("--repeats", type=whole(1), default=5)
     step.set_defaults(command=step_command)
+    paths = commands.add_parser("paths", help="many samples of one prompt, and a tree of them, beside one sample")
+    paths.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    paths.add_argument("--data", default="runs/corpus", help="folder of the corpus")
+    paths.add_argument("--tokens", type=whole(1), default=64, help="of each path")
+    paths.add_argument("--repeats", type=whole(1), default=9, help="rounds, each with a held-out prompt of 128 tokens")
+    paths.set_defaults(command=paths_command)
+    serve = commands.add_parser(
+        "serve", help="how long clients wait for tokens (p50 / p99), and what is served per second"
+    )
+    serve.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    serve.add_argument("--slots", type=whole(1, 64), nargs="+", default=[4, 16])
+    serve.add_argument("--clients", type=whole(1, 64), nargs="+", default=[1, 4, 16])
+    serve.add_argument("--tokens", type=whole(2, 256), default=64, help="of each reply")
+    serve.add_argument("--rounds", type=whole(1), default=5)
+    serve.set_defaults(command=serve_command)
     streaming = commands.add_parser("streaming", help="what streaming a text costs over making it in one visit")
     streaming.add_argument("--lengths", type=whole(1), nargs="+", default=[32, 128, 512], help="tokens to generate")
     streaming.add_argument("--repeats", type=whole(1), default=15)

@@ -3,6 +3,7 @@
 scripts/evaluate.py bits --model path/to/checkpoint            # bits per byte of a checkpoint
 scripts/evaluate.py qat --run runs/qat                         # what MXFP4 costs, with and without QAT
 scripts/evaluate.py acceptance --model path/to/checkpoint      # what the target accepts of its drafter's blocks
+scripts/evaluate.py paths                                      # functions that compile: best of 8 against one
 """
 
 from __future__ import annotations
@@ -92,6 +93,28 @@ def _rows(found: dict) -> list[dict]:
     return [found | row for row in subsets]
 
 
+def paths_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.decode.sampling import strategy_at
+    from mimo_jax.evaluation.bits import heldout_of
+    from mimo_jax.evaluation.paths import compiled, functions_of
+    from mimo_jax.loading import BUNDLED, load
+
+    directory = Path(args.model or BUNDLED)
+    tokens, _ = heldout_of(Path(args.data), directory)
+    model = load(directory, draft=args.draft)
+    functions = functions_of(tokens, model.tokenizer, args.prompts)
+    found = compiled(model, functions, args.n, strategy_at(args.temperature), args.tokens)
+    for name, row in found.items():
+        low, high = row["interval"]
+        print(
+            f"{name:<14}{100 * row['rate']:6.1f} % compile ({100 * low:.1f} to {100 * high:.1f}), "
+            f"{1e3 * row['seconds']['median']:5.0f} ms, {row['times one']['median']:.2f} times one",
+            file=sys.stderr,
+        )
+    about = {"functions": len(functions), "temperature": args.temperature, "max_tokens": args.tokens}
+    return about | {"drafter": model.drafter.block_size > 1, **found}
+
+
 def parser() -> Parser:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -116,9 +139,19 @@ def parser() -> Parser:
     acceptance.add_argument("--rows", type=whole(1), default=40, help="prompts per batch")
     acceptance.add_argument("--temperature", type=real(0, HOTTEST), nargs="+", default=[0.0, 0.7, 1.0])
     acceptance.set_defaults(command=acceptance_command)
+    paths = commands.add_parser("paths", help="held-out functions that compile: the best of many samples against one")
+    paths.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    paths.add_argument(
+        "--draft", action=argparse.BooleanOptionalAction, help="with the checkpoint's drafter or without"
+    )
+    paths.add_argument("--n", type=whole(1, 64), default=8, help="samples of each function")
+    paths.add_argument("--prompts", type=whole(2), default=300, help="held-out functions")
+    paths.add_argument("--tokens", type=whole(1), default=128, help="of a body, at most")
+    paths.add_argument("--temperature", type=real(0, HOTTEST), default=0.7)
+    paths.set_defaults(command=paths_command)
     for command in (bits, qat):
         command.add_argument("--windows", type=whole(2), default=400, help="held-out windows of 512 tokens")
-    for command in (bits, qat, acceptance):
+    for command in (bits, qat, acceptance, paths):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
         command.add_argument("--out", type=output_file, help="also write the result to this JSON file")
     return parser

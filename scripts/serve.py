@@ -14,6 +14,7 @@ from mimo_jax.cli.guard import main_guard
 from mimo_jax.cli.options import Parser
 from mimo_jax.serving.launch import (
     account_rules,
+    add_account_options,
     add_engine_options,
     add_http_options,
     app_of,
@@ -29,6 +30,7 @@ def parser() -> Parser:
     parser = Parser(description=__doc__)
     add_engine_options(parser)
     add_http_options(parser)
+    add_account_options(parser)
     return parser
 
 
@@ -36,12 +38,12 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     keys = read_keys(args)
     check_reach(args.host, keys)
-    account_rules(args)
+    rules = account_rules(args)
     need_server_packages()
     from mimo_jax.serving.http.server import Server, listen
 
     with listen(args.host, args.port) as listener:  # an address that is taken is no reason to load a model
-        with engine_of(args) as engine:
+        with engine_of(args, rules) as engine:
             service, app = app_of(args, keys, engine)
             host, port = listener.getsockname()[:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -99,7 +99,7 @@ class Engine:
     ) -> None:
         limits = limits or Limits()
         self.accounts = Accounts(rules or AccountRules(), clock)
-        check_rows(limits.slots, model.mesh, "slots")
+        check_rows(1, model.mesh, "prompts read at a time")  # copies of a model have engines of their own
         self.model, self.limits, self._clock = model, limits, clock
         self.context = min(limits.context, model.config.max_position)
         chunk = model.decoder.step.prefill_buckets[-1]
@@ -145,7 +145,7 @@ class Engine:
         """See `requests.Serving`."""
         with self._changed:
             if job := self._jobs.get(ticket):
-                job.unwanted.update(job.samples if sample is None else [sample])
+                job.unwanted.update(one for one in job.samples if sample in (None, one))
                 self._changed.notify()
 
     def stats(self) -> Stats:

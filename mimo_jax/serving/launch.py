@@ -39,6 +39,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="with the checkpoint's drafter, or one token per round (default: one on a CPU, where that is faster)",
     )
+
+
+def add_account_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `account_rules` reads."""
     group = parser.add_argument_group("accounts", "Each key is one; without keys, all clients together are one.")
     group.add_argument("--account-entries", type=whole(1, MOST_ENTRIES), help="requests an account has at once")
     group.add_argument("--sessions", type=whole(1, MOST_ENTRIES), help="accounts at once; others wait in line")
@@ -114,12 +118,11 @@ def model_of(args: argparse.Namespace) -> tuple[Path, str]:
     return directory, args.served_name or directory.resolve().name
 
 
-def engine_of(args: argparse.Namespace) -> Engine:
+def engine_of(args: argparse.Namespace, rules: AccountRules | None = None) -> Engine:
     """Loads the checkpoint. Whoever calls this closes the engine."""
     from mimo_jax.loading import load
     from mimo_jax.serving.engine import Engine, Limits
 
-    rules = account_rules(args)
     model = load(model_of(args)[0], draft=args.draft)
     context = args.context or model.config.max_position
     return Engine(model, Limits(args.slots, context, args.cache_mb * 10**6), rules)

@@ -49,7 +49,8 @@ class Reader:
         *read, self._logits = loop.read_chunk(self._decoder, self._weights, tokens, np.array([count], np.int32), caches)
         self._caches = tuple(read)
         self.length += count
-        if self._cache is not None and self.length in self._worthwhile:
+        is_end = not self.left and self._decoder.step.groups_freely  # where the answer to it begins
+        if self._cache is not None and (is_end or self.length in self._worthwhile):
             self._cache.keep(self._account, self.prompt[: self.length], self._caches)
 
     def start(

@@ -13,7 +13,7 @@ import pytest
 
 import mimo_jax as mimo
 from mimo_jax.errors import UserError
-from mimo_jax.generation import generate
+from mimo_jax.generation import Request, generate, generate_batch
 from mimo_jax.loading import Model
 from mimo_jax.serving.accounts import AccountLimit, AccountRules
 from mimo_jax.serving.engine import Engine, Limits
@@ -91,13 +91,13 @@ def test_texts_are_those_of_generate(draft):
             time.sleep(rng.choice((0, 0, 0.01)))
         for sink in sinks:
             sink.wait()
-    for request, sink in zip(requests, sinks):
-        expected = generate(model, request.prompt, request.strategy, max_tokens=request.max_tokens, seed=request.seed)
+    alone = [Request(one.prompt, one.strategy, one.max_tokens, one.seed) for one in requests]
+    for request, sink, expected in zip(requests, sinks, generate_batch(model, alone)):
         update, tokens = sink.last[0], sink.tokens[0]
         if update.finish == "cancelled":
             assert tokens == expected.tokens[: len(tokens)]
         else:
-            assert (tokens, update.finish) == (expected.tokens, expected.finish_reason)
+            assert (tokens, update.finish) == (expected.tokens, expected.finish_reason), request
             assert update.usage.generated_tokens == len(tokens)
 
 
@@ -126,7 +126,8 @@ def test_one_sample_can_be_cancelled(engine, bundled):
     """The others go on."""
     prompt, sink = tuple(bundled.tokenizer.encode("class Node:")), Sink()
     ticket = engine.submit(TokenRequest(prompt, 400, mimo.Sampled(0.9), 1, samples=2), sink)
-    engine.cancel(ticket, 1)
+    for sample in (1, 2, -1):  # the last two are none of its
+        engine.cancel(ticket, sample)
     sink.wait(2)
     assert sink.last[1].finish == "cancelled"
     assert sink.tokens[0] == generate(bundled, prompt, mimo.Sampled(0.9), max_tokens=400, seed=1).tokens
@@ -163,8 +164,8 @@ def test_a_hit_equals_a_cold_run(draft):
 
     with Engine(model, Limits(slots=2)) as engine:
         warm = [run(engine, prompt) for prompt in asked]
-        second = asked[0] + warm[0][0] + [17, 18]
-        warm += [run(engine, asked[0]), run(engine, second)]
+        second, other = asked[0] + warm[0][0] + [17, 18], asked[0] + [19] * 60
+        warm += [run(engine, prompt) for prompt in (asked[0], second, other)]
     chunk = model.decoder.step.prefill_buckets[-1]
     assert [cached for *_, cached in warm] == [
         0,
@@ -172,10 +173,11 @@ def test_a_hit_equals_a_cold_run(draft):
         256,
         256,
         len(asked[0]) + 40 - 1,  # all of the turn before but its last token, which nobody has read yet
+        len(asked[0]),  # where an answer began that comes back in other tokens
     ]
     assert chunk == 128
     with Engine(model, Limits(slots=2, cache_bytes=0)) as engine:
-        cold = [run(engine, prompt) for prompt in (*asked, asked[0], second)]
+        cold = [run(engine, prompt) for prompt in (*asked, asked[0], second, other)]
     assert [found[:2] for found in warm] == [found[:2] for found in cold]
     assert {cached for *_, cached in cold} == {0}
 

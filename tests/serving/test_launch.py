@@ -7,20 +7,21 @@ import pytest
 from mimo_jax.cli.options import Parser
 from mimo_jax.errors import UserError
 from mimo_jax.serving.accounts import AccountLimit
-from mimo_jax.serving.launch import account_rules, add_engine_options, engine_of
+from mimo_jax.serving.launch import account_rules, add_account_options, add_engine_options, engine_of
 from mimo_jax.serving.requests import TokenRequest
 
 
 def parsed(*arguments: str):
     parser = Parser()
     add_engine_options(parser)
+    add_account_options(parser)
     return parser.parse_args(arguments)
 
 
 def test_an_engine_is_as_its_options_say():
     """Slots, context, cache; and what an account may have, for whoever submits."""
     args = parsed(*"--slots 1 --context 64 --cache-mb 3 --account-entries 1 --sessions 1".split())
-    with engine_of(args) as engine:
+    with engine_of(args, account_rules(args)) as engine:
         stats = engine.stats()
         assert (stats.slots, engine.context, stats.cache_limit) == (1, 64, 3_000_000)
         over = threading.Event()
