@@ -1,8 +1,9 @@
 """The engine: requests of token ids in, updates out. One thread owns the device; any thread may submit.
 
-A round of the thread: what is no longer wanted leaves, a waiting prompt is read for one chunk, texts take free slots,
-all of them decode for some milliseconds, and what is new goes to the sinks. So whoever arrives, leaves or is late waits
-for one chunk and one visit, and a text is never changed by others: it is `generate`'s, token for token.
+A round of the thread: what is no longer wanted leaves, waiting prompts are read, a chunk of one or, while slots are
+free, some short ones, all texts decode for some milliseconds, and what is new goes to the sinks. So whoever arrives,
+leaves or is late waits for some tens of milliseconds and a chunk, and a text is never changed by others: it is
+`generate`'s, token for token.
 """
 
 from __future__ import annotations
@@ -221,8 +222,7 @@ class Engine:
         try:
             while self._wait():
                 self._let_go()
-                self._read_on()
-                self._fill_slots()
+                self._admit()
                 if self._slots.running:
                     self._decode()
             self._end_all("cancelled")
@@ -250,6 +250,16 @@ class Engine:
             for job, sample in found:
                 if sample not in job.ended:
                     self._end(job, sample, finish)
+
+    def _admit(self) -> None:
+        """Reads a chunk; and further prompts, as long as there are slots for them and a visit's time allows."""
+        until = self._clock() + VISIT_SECONDS
+        while True:
+            self._read_on()
+            self._fill_slots()
+            is_busy = self._reading is not None or not self._slots.has_room
+            if is_busy or not len(self._waiting) or self._clock() >= until:
+                return
 
     def _read_on(self) -> None:
         """A chunk of the prompt whose turn it is."""

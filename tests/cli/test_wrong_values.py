@@ -36,6 +36,8 @@ WORK = (
     "mimo_jax.evaluation.bits._nats_per_window",
     "mimo_jax.evaluation.bits.latest_state",
     "mimo_jax.evaluation.native_speed.plain_rate",
+    "mimo_jax.evaluation.paths._engine",
+    "mimo_jax.evaluation.paths.functions_of",
     "mimo_jax.evaluation.random_checkpoint.init_params",
     "mimo_jax.evaluation.slice.random_weights",
     "mimo_jax.evaluation.speed.generate",
@@ -44,7 +46,7 @@ WORK = (
     "mimo_jax.planning.compiled.compile_programs",
     "mimo_jax.planning.report.record_of",
     "mimo_jax.planning.timeline.step_timeline",
-    "mimo_jax.serving.engine.Engine",
+    "mimo_jax.serving.engine.Engine.__init__",
     "mimo_jax.training.corpus.collect",
     "mimo_jax.training.drafter.latest_state",
     "mimo_jax.training.launch._go",
@@ -152,6 +154,7 @@ def good_arguments(folder: Path, script: str, name: str) -> dict[str, list[str]]
         ("benchmark", "slice"): {"layers": 1},
         ("evaluate", "bits"): {"windows": 3, "out": "result.json"},
         ("evaluate", "acceptance"): {"plot": "plot.png", "out": "result.json"},
+        ("evaluate", "paths"): {"out": "result.json"},
     }
     given |= own.get((script, name), {})
     arguments = {}

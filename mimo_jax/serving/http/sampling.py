@@ -21,7 +21,7 @@ from mimo_jax.serving.requests import MOST_SAMPLES, MOST_SEED, MOST_TOP_LOGPROBS
 if TYPE_CHECKING:
     from mimo_jax.serving.http.service import Service
 
-MOST_STOPS, LONGEST_STOP = 16, 1000  # strings, and characters of one
+MOST_STOPS, LONGEST_STOP = 16, 1000  # strings, or token ids; characters of a string
 MOST_BIASES = 1024
 MOST_CHOICES = 256  # of all prompts together
 LARGEST = 10**9  # of a count
@@ -80,6 +80,10 @@ def is_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(is_whole(token) for token in value)
 
 
+def _are_stop_ids(value: Any) -> bool:
+    return is_tokens(value) and len(value) <= MOST_STOPS  # each length of their arrays is compiled by itself
+
+
 TEXT = Field(lambda value: isinstance(value, str), "a string")
 FLAG = Field(lambda value: isinstance(value, bool), "true or false")
 OBJECT = Field(lambda value: isinstance(value, dict), "an object")
@@ -103,7 +107,7 @@ SAMPLING = {
     "n": whole(1, MOST_SAMPLES),
     "seed": whole(-(2**63), 2**64 - 1),
     "stop": Field(is_stop, f"a string, or up to {MOST_STOPS} of them, each of 1 to {LONGEST_STOP} characters"),
-    "stop_token_ids": TOKENS,
+    "stop_token_ids": Field(_are_stop_ids, f"a list of up to {MOST_STOPS} token ids"),
     "ignore_eos": FLAG,
     "logit_bias": Field(_is_bias, f"an object of up to {MOST_BIASES} token ids with numbers in -100..100"),
     "presence_penalty": real(-2, 2),

@@ -330,6 +330,7 @@ def test_the_context_is_the_limit(client, engine):
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"4096": 1}}, "logit_bias"),
         ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids"),
+        ({"extra_body": {"stop_token_ids": [*range(17)]}}, "stop_token_ids"),
         ({"extra_body": {"min_p": 2}}, "min_p"),
         ({"extra_body": {"stream_options": {"include_usage": 1}}}, "stream_options.include_usage"),
         ({"extra_body": {"thinking": {"type": "maybe"}}}, "thinking.type"),
