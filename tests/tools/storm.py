@@ -90,11 +90,12 @@ def started(patience: float) -> Iterator[Process]:
                 process.kill()
 
 
-async def gauges(server: Server) -> tuple[float, ...]:
+async def gauges(server: Server) -> tuple[float, float]:
     """How many run and wait."""
     status, said = await ask(server, request("/metrics", b"").replace(b"POST", b"GET", 1))
     assert status == 200, said
-    return tuple(float(number) for number in re.findall(r"^mimo:num_requests_\w+{.*} (\S+)$", said, re.MULTILINE))
+    running, waiting = re.findall(r"^mimo:num_requests_\w+{.*} (\S+)$", said, re.MULTILINE)
+    return float(running), float(waiting)
 
 
 @dataclasses.dataclass(frozen=True)
