@@ -79,6 +79,14 @@ class Script:
             thread.join()
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Ctrl-C comes through, as in a terminal. A background job's shell has it ignored, and tests would wait."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def model() -> Model:
     return load(BUNDLED)
@@ -263,13 +271,6 @@ def interrupted_when(holds: Callable[[], bool]) -> Iterator[None]:
     thread.join()
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def printed(monkeypatch) -> Callable[[str], Callable[[], bool]]:
     """Makes questions whether a text was printed."""
     out, write = [], sys.stdout.write
@@ -277,7 +278,7 @@ def printed(monkeypatch) -> Callable[[str], Callable[[], bool]]:
     return lambda word: lambda: word in "".join(out)
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat, played, handlers, monkeypatch, capsys):
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat, played, monkeypatch, capsys):
     """Twice in a session, with the guard's own handler around it, which would end the process the second time."""
     engine = played("One...", "Two.", "Three...", "Four.")
     typed(monkeypatch, b"a", b"b", b"c", b"d")
@@ -290,7 +291,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(chat, played, handlers, m
     assert captured.err.count("stopped") == 2 and engine.is_closed
 
 
-def test_a_second_ctrl_c_leaves_an_answer_that_does_not_end(chat, played, handlers, monkeypatch):
+def test_a_second_ctrl_c_leaves_an_answer_that_does_not_end(chat, played, monkeypatch):
     engine = played("One...")
     engine.is_deaf = True
     typed(monkeypatch, b"a")
@@ -329,7 +330,7 @@ def test_ctrl_c_at_the_prompt_leaves(chat, played, monkeypatch, capsys):
         (["--max-tokens", "0"], "--max-tokens: 0 must be"),
     ],
 )
-def test_wrong_options_are_one_line(chat, handlers, monkeypatch, capsys, arguments, error):
+def test_wrong_options_are_one_line(chat, monkeypatch, capsys, arguments, error):
     typed(monkeypatch)
     with pytest.raises(SystemExit, match="2"):
         main_guard(lambda: chat.main(arguments))

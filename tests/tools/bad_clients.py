@@ -125,7 +125,8 @@ async def slow(server: Server, number: int, rng: random.Random) -> str:
         taker.setblocking(False)
         taker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await loop.sock_connect(taker, ("127.0.0.1", server.port))
-        body = {"messages": SAY, "max_tokens": 160, "logprobs": True, "top_logprobs": 20, "stream": True}
+        much = {"n": 4, "max_tokens": 900} if number % 50 == 49 else {"max_tokens": 160}  # for the system's buffers
+        body = {"messages": SAY, **much, "logprobs": True, "top_logprobs": 20, "stream": True}
         await loop.sock_sendall(taker, request("/v1/chat/completions", {**body, "ignore_eos": True, "seed": number}))
         end, last = time.monotonic() + server.patience, b""
         try:
@@ -142,7 +143,7 @@ async def slow(server: Server, number: int, rng: random.Random) -> str:
 
 
 async def _taken(taker: socket.socket, most: int) -> bytes:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):  # longer than the server is silent
         return await asyncio.get_running_loop().sock_recv(taker, most)
 
 

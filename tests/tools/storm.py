@@ -31,6 +31,7 @@ from tests.tools.bad_clients import (
     BODIES,
     GROUPS,
     KEY,
+    LONG,
     ORDINARY,
     SAY,
     Group,

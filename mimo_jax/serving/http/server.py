@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -55,7 +56,7 @@ class Connection(H11Protocol):
 
     _deadline: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:  # asyncio's or uvloop's
         super().connection_made(transport)
         self._watch()
 
