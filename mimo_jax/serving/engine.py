@@ -188,6 +188,7 @@ class Engine:
             reader, text = self._reader(job, None), self._text(job, 0)
             reader.read()
             self._slots.enter(reader, text)
+            self._slots.news()
             self._slots.visit(1, is_eager=True)
             self._slots.news()
             self._slots.leave(text)
@@ -303,6 +304,8 @@ class Engine:
                 self._slots.enter(self._reading.reader, text)
         if not waiting:
             self._reading = None
+        for news in self._slots.news():  # first tokens, which wait for no visit
+            self._tell(news)
 
     def _text(self, job: _Job, sample: int) -> Text:
         request, model = job.request, self.model
@@ -321,8 +324,9 @@ class Engine:
         began = self._clock()
         self._slots.visit(rounds, is_eager=bool(self._reading or len(self._waiting)))
         news = self._slots.news()
-        if not any(each.finish for each in news):  # else there may have been fewer rounds
-            self._round_seconds = max(self._clock() - began, LEAST_SECONDS) / rounds
+        seconds = max(self._clock() - began, LEAST_SECONDS) / rounds
+        has_ended = any(each.finish for each in news)  # then there were fewer rounds, perhaps, and longer ones
+        self._round_seconds = max(seconds, self._round_seconds) if has_ended else seconds
         for each in news:
             self._tell(each)
 

@@ -73,6 +73,40 @@ def ask(engine: Engine, prompt, *arguments, **fields) -> Sink:
     return sink.wait(fields.get("samples", 1))
 
 
+def test_first_tokens_are_told_at_once(engine):
+    """By themselves, before anything else is decoded."""
+    sink = Sink()
+    engine.submit(TokenRequest((5, 6), 20, samples=3), sink)
+    first = [sink.updates.get(timeout=PATIENCE) for _ in range(3)]
+    assert [(update.sample, len(update.tokens)) for update in first] == [(0, 1), (1, 1), (2, 1)]
+    sink.wait(3)
+
+
+def test_rounds_that_get_slower_are_noticed(bundled):
+    """By texts that all end within a visit, too: the next ones come in small pieces again."""
+
+    class Clock:
+        now, step = 0.0, 1e-5
+
+        def __call__(self) -> float:
+            self.now += self.step
+            return self.now
+
+    def pieces(engine: Engine) -> int:
+        sink, told = Sink(), []
+        engine.submit(TokenRequest((5, 6), 40, stop_ids=()), lambda update: (told.append(update), sink(update)))
+        sink.wait()
+        return len(told)
+
+    clock = Clock()
+    with Engine(bundled, Limits(slots=1), clock=clock) as engine:
+        pieces(engine)
+        assert pieces(engine) == 2
+        clock.step = 1.0
+        assert pieces(engine) == 2
+        assert pieces(engine) > 10
+
+
 @pytest.mark.parametrize("draft", [False, True])
 def test_texts_are_those_of_generate(draft):
     """200 requests in any order, long and short, greedy and sampled; one in eight is cancelled on its way."""
