@@ -178,7 +178,7 @@ def serve_command(args: argparse.Namespace) -> dict:
                 rates = "{:.1f} requests/s, {:.0f} tokens/s".format(
                     *(row[f"{what} per second"]["median"] for what in ("requests", "tokens"))
                 )
-                print(f"{slots} slots, {load:<18}{way:<7} first token {first}, between tokens {between}; {rates}")
+                print(f"{slots} slots, {load:<19}{way:<7}first token {first}, between tokens {between}; {rates}")
     return record
 
 

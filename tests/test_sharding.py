@@ -92,7 +92,7 @@ def test_logits_are_those_of_one_device(mesh, file_format, length):
 class Text:
     """A tokenizer's stand-in."""
 
-    def decode(self, ids):
+    def decode(self, ids, visible=()):
         return " ".join(map(str, ids))
 
 

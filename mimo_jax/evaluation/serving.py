@@ -45,7 +45,7 @@ class Load:
     has_pauses: bool
 
     def __str__(self) -> str:
-        return f"{'idle' if self.has_pauses else 'loaded'}, {self.clients} clients"
+        return f"{'idle' if self.has_pauses else 'loaded'}, {self.clients} client{'s' * (self.clients > 1)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def logits_of(params, tokens, mesh=None) -> np.ndarray:
 class Text:
     """A tokenizer's stand-in."""
 
-    def decode(self, ids):
+    def decode(self, ids, visible=()):
         return " ".join(map(str, ids))
 
 

@@ -24,7 +24,7 @@ from mimo_jax.sharding import MeshShape, make_mesh, parameter_sharding
 class Ids:
     """A tokenizer's stand-in."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], visible: object = ()) -> str:
         return " ".join(map(str, ids))
 
 
