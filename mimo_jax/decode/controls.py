@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from mimo_jax.decode.sampling import Strategy
 
 NO_TOKEN = -1
-STOPS = 4  # the arrays of stop ids are as wide as a multiple of it
+STOPS = 24  # the arrays of stop ids are as wide as a multiple of it: each width is a program of its own
 
 
 @jax.tree_util.register_dataclass

@@ -55,8 +55,10 @@ def schemas_of(tools: Sequence[Mapping[str, Any]] | None) -> Schemas | None:
 class Parser:
     """`feed` and `close` return the pieces that are certain by then."""
 
-    def __init__(self, thinking: bool = False, schemas: Schemas | None = None) -> None:
-        self.schemas, self.calls = schemas, 0
+    def __init__(self, thinking: bool = False, schemas: Schemas | None = None, is_parallel: bool = True) -> None:
+        """Unless it `is_parallel`, a reply is over after its first call; what follows is not read."""
+        self.schemas, self.calls, self.is_over = schemas, 0, False
+        self._is_parallel = is_parallel
         self._left, self._pieces = "", list[Piece]()
         self._state = self._thinking if thinking else self._answer
         self._answered = False  # since the last tag
@@ -135,7 +137,9 @@ class Parser:
             self._state = self._in_key
         elif tag:
             self._end_arguments()
-            if tag == CALL:  # here and below, the ends are missing
+            if not self._is_parallel:
+                self._state, self.is_over = self._nothing, True
+            elif tag == CALL:  # here and below, the ends are missing
                 self._enter(CALL)
             elif tag == FUNCTION:
                 self._left = FUNCTION + self._left
@@ -163,7 +167,7 @@ class Parser:
         if not found:
             return False
         self._left, self._state = rest, self._in_value
-        self._value = _Value(_is_text((self.schemas or {}).get(self._name, {}).get(key)))
+        self._value = _Value(is_text((self.schemas or {}).get(self._name, {}).get(key)))
         prefix = ", " if self._has_arguments else "{"
         self._has_arguments = True
         self._emit(Part.ARGUMENTS, f"{prefix}{_quoted(key)}: {self._value.begin()}", self.calls - 1)
@@ -176,6 +180,10 @@ class Parser:
             self._emit(Part.ARGUMENTS, self._value.end(), self.calls - 1)
             self._state = self._in_function
         return bool(tag)
+
+    def _nothing(self, is_end: bool) -> bool:
+        self._left = ""
+        return False
 
     # What states share.
 
@@ -232,7 +240,7 @@ class _Value:
             return _quoted(self.whole)
 
 
-def _is_text(schema: Any) -> bool:
+def is_text(schema: Any) -> bool:
     """Whether a parameter is a string, for all that its schema says; then `null` is a word."""
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     return kind is None or kind == "string" or (isinstance(kind, list) and "string" in kind)

@@ -337,7 +337,8 @@ class Engine:
         if news.finish:
             self._end(job, news.text.sample, news.finish, news)
         else:
-            self._send(job, Update(news.text.sample, news.tokens, news.logprobs))
+            usage = self._usage(job, news.text)
+            self._send(job, Update(news.text.sample, news.tokens, news.logprobs, None, usage))
 
     def _end(self, job: _Job, sample: int, finish: Finish, news: News | None = None) -> None:
         """The last update of a sample, wherever it is; with the last one of a request that is over, too."""
@@ -379,7 +380,7 @@ class Engine:
             queue_seconds=reading - job.submitted,
             prefill_seconds=read - reading,
             decode_seconds=now - read,
-            acceptance=self._slots.acceptance_of(text) if text else Acceptance(0, 0, [], []),
+            acceptance=text.acceptance if text else Acceptance(0, 0, [], []),
         )
 
     def _count(self, finish: Finish, usage: Usage) -> None:

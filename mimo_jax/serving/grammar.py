@@ -56,11 +56,21 @@ class Grammars:
         self, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any] = "required", parallel: bool = True
     ) -> Grammar:
         """Calls of tools and nothing else, one or, if `parallel`, more; `choice`: "required", or a named function."""
-        functions = tool_grammar.chosen(tools, choice)
+        return self._calls("tools", tool_grammar.chosen(tools, choice), parallel)
+
+    def tool_calls_or_json(
+        self, tools: Sequence[Mapping[str, Any]], parallel: bool, schema: Mapping[str, Any], strict: bool = False
+    ) -> Grammar:
+        """Calls of tools, or the answer that `json_schema` allows."""
+        _check_size("response_format", schema)
+        functions = tool_grammar.chosen(tools, "required")
+        return self._calls("response_format beside tools", functions, parallel, _json_value(schema, strict))
+
+    def _calls(self, what: str, functions: Sequence[Mapping[str, Any]], parallel: bool, answer: str = "") -> Grammar:
         for function in functions:
             _check_size("tools", function.get("parameters"))
-        source = tool_grammar.grammar_of(functions, parallel, self._tag, _json_value)
-        return self._compiled("tools", source, (CALL.encode(),))
+        source = tool_grammar.grammar_of(functions, parallel, self._tag, _json_value, answer)
+        return self._compiled(what, source, (CALL.encode(),))
 
     def regex(self, pattern: str) -> Grammar:
         """Texts that match as a whole."""

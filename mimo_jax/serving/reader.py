@@ -47,7 +47,7 @@ class Reader:
         tokens[0, :count] = self.prompt[self.length : self.length + count]
         caches = (*self._caches, self._logits)
         *read, self._logits = loop.read_chunk(self._decoder, self._weights, tokens, np.array([count], np.int32), caches)
-        self._caches = tuple(read)
+        self._caches = tuple(jax.block_until_ready(read))  # else what it takes is part of the decoding after it
         self.length += count
         is_end = not self.left and self._decoder.step.groups_freely  # where the answer to it begins
         if self._cache is not None and (is_end or self.length in self._worthwhile):

@@ -35,6 +35,11 @@ class Reply:
         return self.stop_string is not None
 
     @property
+    def is_over(self) -> bool:
+        """Nothing that comes after this is part of the answer."""
+        return self.is_stopped or bool(self._parser and self._parser.is_over)
+
+    @property
     def used(self) -> int:
         """How many tokens the answer takes, the one in which a stop string begins included."""
         return self._transcript.used

@@ -91,7 +91,7 @@ class Logprob:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one sample took. Its seconds follow one another: it waits, its prompt is read, it decodes."""
+    """What one sample has taken. Its seconds follow one another: it waits, its prompt is read, it decodes."""
 
     prompt_tokens: int
     cached_tokens: int  # of the prompt, that were not read anew
@@ -110,7 +110,7 @@ class Update:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprob, ...] = ()  # one per token, where they were asked for
     finish: Finish | None = None
-    usage: Usage | None = None  # beside `finish`
+    usage: Usage | None = None  # up to now; always there beside `finish`
 
 
 Sink = Callable[[Update], None]  # called by the engine's thread, so it returns at once

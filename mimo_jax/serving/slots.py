@@ -17,7 +17,7 @@ import numpy as np
 
 from mimo_jax.decode import loop
 from mimo_jax.decode.controls import Adjustments, Controls, Logprobs, empty_logprobs, stops_of
-from mimo_jax.decode.loop import State
+from mimo_jax.decode.loop import Counters, State
 from mimo_jax.decode.sampling import Greedy, Strategy, columns_of
 from mimo_jax.generation import Acceptance
 from mimo_jax.loading import Model
@@ -42,6 +42,7 @@ class Text:
     tokens: list[int] = dataclasses.field(default_factory=list)
     matched: int = 0  # how many of its tokens the matcher has seen
     is_broken: bool = False  # its matcher has failed
+    acceptance: Acceptance = dataclasses.field(default_factory=lambda: Acceptance(0, 0, [], []))
 
     @property
     def is_adjusted(self) -> bool:
@@ -108,31 +109,19 @@ class Slots:
         assert self.axes is not None
         return rows.take(self.axes, self._state, np.int32(self.texts.index(text)))
 
-    def acceptance_of(self, text: Text) -> Acceptance:
-        """How drafting went for its row."""
-        slot, counters = self.texts.index(text), jax.device_get(self._state.counters)
-        return Acceptance(
-            int(counters.rounds[slot]),
-            max(len(text.tokens) - 1, 0),  # the first token came with the prefill
-            counters.tested[slot].tolist(),
-            counters.accepted[slot].tolist(),
-        )
-
     def visit(self, rounds: int, is_eager: bool) -> None:
         """Up to `rounds` rounds of every row; if it `is_eager`, until one has ended."""
         is_matched = np.array([text is not None and text.matcher is not None for text in self.texts])
-        if not is_matched.any():
-            self._decode(rounds, None, is_eager)
-            return
         if any(text.matcher is None for text in self.running):
-            self._decode(rounds, is_matched, is_eager)
-        for _ in range(rounds):
+            arguments = self.decoder, self.weights, self._state, self._controls
+            self._state = loop.decode(*arguments, rounds, is_matched, is_eager)
+        for _ in range(rounds if is_matched.any() else 0):
             if not self._masked_round(~is_matched):
                 return
 
     def news(self) -> list[News]:
         """What is new of every text since it was asked for last."""
-        counts, is_done = jax.device_get((self._state.counts, self._state.is_done))
+        counts, is_done, counters = jax.device_get((self._state.counts, self._state.is_done, self._state.counters))
         sent = np.array([len(text.tokens) if text else 0 for text in self.texts], np.int32)
         fresh = np.where([text is not None for text in self.texts], counts - sent, 0)
         width = 1 << max(int(fresh.max()) - 1, 0).bit_length()
@@ -142,12 +131,10 @@ class Slots:
             if text is not None and (fresh[slot] or text.is_broken):
                 new = tokens[slot, : fresh[slot]].tolist()
                 text.tokens += new
+                text.acceptance = _acceptance(counters, slot, len(text.tokens))
                 shown = _logprobs_of(text, new, logprobs, slot)
                 found.append(News(text, tuple(new), shown, _finish_of(text, bool(is_done[slot]))))
         return found
-
-    def _decode(self, rounds: int, held: np.ndarray | None, is_eager: bool) -> None:
-        self._state = loop.decode(self.decoder, self.weights, self._state, self._controls, rounds, held, is_eager)
 
     def _masked_round(self, held: np.ndarray) -> bool:
         """A round that stops between its draft and its verification, for grammars to see the draft."""
@@ -196,6 +183,13 @@ class Slots:
             for name in ("presence_penalty", "frequency_penalty")
         )
         return Controls(strategy, stops, Adjustments(jnp.asarray(bias), presence, frequency))
+
+
+def _acceptance(counters: Counters, slot: int, tokens: int) -> Acceptance:
+    """How drafting has gone for a row. Its first token came with the prefill."""
+    return Acceptance(
+        int(counters.rounds[slot]), tokens - 1, counters.tested[slot].tolist(), counters.accepted[slot].tolist()
+    )
 
 
 def _finish_of(text: Text, is_done: bool) -> Finish | None:

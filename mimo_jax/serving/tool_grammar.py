@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mimo_jax.errors import UserError
-from mimo_jax.serving.dialect import CALL, END_CALL, END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER, _is_text
+from mimo_jax.serving.dialect import CALL, END_CALL, END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER, is_text
 
 Write = Callable[[Any], str]
 _TEXT = f"text[suffix={json.dumps(END_PARAMETER)}]: /(?s:.*)/"
@@ -28,14 +28,17 @@ def chosen(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) 
     return functions
 
 
-def grammar_of(functions: Sequence[Mapping[str, Any]], parallel: bool, tag: Write, json_value: Write) -> str:
-    """One call of one of the functions or, if `parallel`, one or more.
+def grammar_of(
+    functions: Sequence[Mapping[str, Any]], parallel: bool, tag: Write, json_value: Write, answer: str = ""
+) -> str:
+    """One call of one of the functions or, if `parallel`, one or more; or, if that is written, an `answer`.
 
     `tag` writes a tag that may be a token of its own, `json_value` what a schema describes.
     """
     more = ' ("\\n" call)*' if parallel else ""
     names = " | ".join(f"f{place}" for place in range(len(functions)))
-    rules = [f"start: call{more}", f'call: {tag(CALL)} "\\n" ({names}) "\\n" {tag(END_CALL)}', _TEXT]
+    or_answer = f" | {answer}" if answer else ""
+    rules = [f"start: call{more}{or_answer}", f'call: {tag(CALL)} "\\n" ({names}) "\\n" {tag(END_CALL)}', _TEXT]
     for place, function in enumerate(functions):
         rules += _rules(f"f{place}", function, json_value)
     return "\n".join(rules)
@@ -54,7 +57,7 @@ def _rules(rule: str, function: Mapping[str, Any], json_value: Write) -> Iterato
         if ">" in key:
             raise UserError(f"tools: {function['name']} has a parameter whose name holds '>', which MiMo cannot write")
         begin, value = json.dumps(f"{PARAMETER}{key}>"), _text(inner)
-        if not _is_text(inner):
+        if not is_text(inner):
             value = f"{rule}v{place} {json.dumps(END_PARAMETER)}"
             yield f"{rule}v{place}: {json_value({**definitions, **inner} if _refers(inner) else inner)}"
         yield f'{rule}p{place}: {begin} {value} "\\n"'

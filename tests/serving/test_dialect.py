@@ -1,5 +1,6 @@
 """MiMo's texts, whole and in pieces: what they mean is known here, for here they are made."""
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -187,6 +188,18 @@ def test_a_call_that_is_cut_off_is_not_made():
         with pytest.raises(json.JSONDecodeError):
             json.loads(arguments)
     assert read(text[:ends], is_cut=True)[2][0][1] == whole
+
+
+def test_a_reply_may_be_over_after_a_call():
+    """However the text is cut: what comes after its first call is nothing."""
+    first = call("<parameter=text>a</parameter>")
+    text = f"So: {first} and {call('', 'stop')} more"
+    for cuts in ([], range(1, len(text)), [text.index("and")]):
+        parser, pieces = Parser(schemas=SCHEMAS, is_parallel=False), []
+        for begin, end in itertools.pairwise([0, *cuts, len(text)]):
+            assert parser.is_over == (begin >= text.index("</function>") + len("</function>"))
+            pieces += parser.feed(text[begin:end])
+        assert joined(pieces + parser.close()) == ("", "So: ", [["write", '{"text": "a"}']]) and parser.is_over
 
 
 def test_text_arrives_as_it_is_written():

@@ -135,6 +135,21 @@ def test_texts_are_those_of_generate(draft):
             assert update.usage.generated_tokens == len(tokens)
 
 
+def test_what_a_text_takes_is_told_all_along():
+    """Every update has its tokens and rounds up to now; at the end they are those of `generate`."""
+    model, told, sink = mimo.load(draft=True), [], Sink()
+    request = TokenRequest((5, 6), 300, mimo.Greedy(), stop_ids=())
+    with Engine(model, Limits(slots=2)) as engine:
+        engine.submit(request, lambda update: (told.append(update), sink(update)))
+        sink.wait()
+    counts = np.cumsum([len(update.tokens) for update in told])
+    rounds = [update.usage.acceptance.rounds for update in told]
+    assert [update.usage.generated_tokens for update in told] == counts.tolist() and len(told) > 2
+    assert rounds[0] == 0 and rounds == sorted(rounds)
+    assert all(update.usage.acceptance.tokens == count - 1 for update, count in zip(told, counts))
+    assert told[-1].usage.acceptance.rounds == sum(told[-1].usage.acceptance.tested[:1])
+
+
 def test_a_model_of_modules_is_served_alike(bundled):
     """The engine knows no step: the modules under XLA give `generate`'s texts, too."""
     model = Model(TINY, random_params(TINY), bundled.tokenizer)

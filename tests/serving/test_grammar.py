@@ -292,6 +292,17 @@ def test_what_is_drawn_from_a_tool_grammar_is_calls(added, parallel):
     assert {*CALLED, 1, *([2] if parallel else []), *([5] if added else [])} <= met
 
 
+def test_beside_tools_an_answer_may_be_drawn_instead():
+    """What comes is either calls, or a value of the schema; and both come."""
+    schema, met = {"type": "object", "properties": {"n": SIZE}, "required": ["n"], "additionalProperties": False}, set()
+    grammar = grammars().tool_calls_or_json(TOOLS, True, schema)
+    for seed in range(30):
+        text = b"".join(PIECES[token] for token in sampled(grammar.matcher(), random.Random(seed))).decode()
+        met.add(text[0])
+        assert calls_of(text) if text[0] == "<" else fits(json.loads(text), schema, {}), text
+    assert met == {"<", "{"}
+
+
 def test_a_call_can_be_written_as_the_model_does():
     """The layout is that of MiMo's template, with values verbatim and any declared argument left out."""
     text = (

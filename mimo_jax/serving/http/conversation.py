@@ -7,7 +7,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mimo_jax.errors import UserError
 from mimo_jax.serving.dialect import Parser, schemas_of
 from mimo_jax.serving.grammar import Grammar, Grammars
 from mimo_jax.serving.http.sampling import Fields, stop_strings, token_request
@@ -41,7 +40,7 @@ class Conversation:
             top_logprobs=top_logprobs,
             matcher=functools.partial(grammar.matcher, rendered.thinks) if grammar else None,
         )
-        parser = functools.partial(Parser, rendered.thinks, schemas_of(self.tools))
+        parser = functools.partial(Parser, rendered.thinks, schemas_of(self.tools), self.is_parallel)
         return Turn(request, stop_strings(fields), rendered.thinks, parser)
 
     def _grammar(self, grammars: Grammars) -> Grammar | None:
@@ -50,5 +49,5 @@ class Conversation:
         if self.schema is None:
             return None
         if self.tools:
-            raise UserError("response_format: an answer in JSON leaves no room for calls; give tools, or this")
+            return grammars.tool_calls_or_json(self.tools, self.is_parallel, self.schema, self.is_strict)
         return grammars.json_schema(self.schema, self.is_strict)

@@ -51,7 +51,9 @@ _READINGS = (
     _Reading("prompt_tokens_cached_total", "counter", "Prompt tokens not read anew.", lambda s: s.cached_tokens),
     _Reading("generation_tokens_total", "counter", "Tokens generated.", lambda s: s.generated_tokens),
     _Reading("request_success_total", "counter", "Samples ended.", lambda s: s.finished, "finished_reason"),
-    _Reading("spec_decode_num_drafts_total", "counter", "Blocks drafted.", lambda s: s.rounds),
+    _Reading(
+        "spec_decode_num_drafts_total", "counter", "Blocks drafted.", lambda s: s.rounds * bool(s.accepted_tokens)
+    ),
     _Reading("spec_decode_num_draft_tokens_total", "counter", "Tokens drafted.", lambda s: s.drafted_tokens),
     _Reading(
         *("spec_decode_num_accepted_tokens_total", "counter", "Drafted tokens accepted."),

@@ -19,7 +19,7 @@ class Record:
     def add(self, update: Update) -> None:
         if update.tokens:
             self._arrivals[update.sample].append((time.monotonic(), len(update.tokens)))
-        if update.usage:
+        if update.finish and update.usage:
             self._metrics.observe(update.usage, self._arrivals[update.sample])
             self._usages.append(update.usage)
             if len(self._usages) == self._request.samples:

@@ -132,7 +132,7 @@ class Choice:
         self._read(update)
         self.used = self._count
         pieces = self._reply.update(update.tokens)
-        self.finish = "stop" if self._reply.is_stopped else _ENDS.get(update.finish or "")
+        self.finish = "stop" if self._reply.is_over else _ENDS.get(update.finish or "")
         if self.finish:
             pieces += self._reply.close(self.finish == "length")
             self.used = self._reply.used

@@ -37,7 +37,8 @@ def tokens_of(run: Run) -> Tokens:
 
 
 class StreamUsage:
-    """Where a stream says what it takes: at its end, and with vLLM's `continuous_usage_stats` in every chunk.
+    """Where a stream says what it takes, and how drafting goes: at its end, and with vLLM's `continuous_usage_stats` in
+    every chunk.
 
     Chunks of drafted text hold several tokens each; without the latter, clients cannot count them.
     """
@@ -50,16 +51,15 @@ class StreamUsage:
     def of_chunk(self, run: Run) -> dict[str, Any]:
         if not self.is_included:
             return {}
-        return {"usage": usage_of(run) if self._is_continuous else None}
+        return counts(run) if self._is_continuous else {"usage": None}
 
 
 def counts(run: Run) -> dict[str, Any]:
-    """Of a reply, once it is whole."""
+    """Up to now."""
     return {"usage": usage_of(run), **speculation(run)}
 
 
 def usage_of(run: Run) -> dict[str, Any]:
-    """Up to now."""
     tokens = tokens_of(run)
     return {
         "prompt_tokens": tokens.prompt,

@@ -89,7 +89,7 @@ class ScriptedEngine:
             while sent < len(tokens) and sample not in cancelled:
                 new = tuple(tokens[sent : sent + script.size])
                 sent += len(new)
-                sink(Update(sample, new, logprobs_of(request, new)))
+                sink(Update(sample, new, logprobs_of(request, new), usage=usage_of(request, sent)))
             while script.hold and sample not in cancelled and not script.hold.wait(0.005):
                 pass
             sink(Update(sample, finish="cancelled" if sample in cancelled else finish, usage=usage_of(request, sent)))

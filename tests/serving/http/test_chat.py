@@ -129,7 +129,10 @@ def test_tokens_are_counted_all_along_where_it_is_asked_for(app_client, engine, 
     path = "/v1/chat/completions" if "messages" in asked else "/v1/completions"
     reply = app_client.post(path, json={**asked, "stream": True, "stream_options": options})
     *lines, _, _ = reply.text.split("\n\n")
-    counts = [json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"] for line in lines]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    rounds = [chunk["metrics"]["speculative_decoding"]["num_spec_steps"] for chunk in chunks if "metrics" in chunk]
+    assert rounds[0] == 1 and rounds == sorted(rounds) and len(rounds) > 2
     total = len(TOKENIZER.encode("one two three four five six")) + 1
     assert counts == sorted(counts) and {2, 4, total} <= {*counts}
     assert counts[-1] == total
@@ -223,15 +226,29 @@ def test_tools_that_are_not_to_be_called_are_not_shown(client, engine):
             {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "boolean"}}}},
             "true",
         ),
+        ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "{"),
+        ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "<tool_call>"),
     ],
 )
 def test_grammars_reach_the_engine(client, engine, service, fields, begins):
-    """What must come out is enforced: its first token is allowed, and a word is not."""
+    """What must come out is enforced: its first token is allowed, and a word is not. Beside tools both may begin."""
     ask(client, **fields)
     mask = np.zeros((1, -(-service.vocab_size // 32)), np.uint32)
     engine.requests[0].matcher().masks([], mask)
     allowed = lambda text: bool(mask[0, (t := TOKENIZER.encode(text)[0]) >> 5] >> (t & 31) & 1)  # noqa: E731
     assert allowed(begins) and not allowed("Hello")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_where_only_one_may_be(client, engine, stream):
+    """`parallel_tool_calls: false`: what follows a call is not shown, and the engine is told to write no more."""
+    call = "<tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n</function>\n</tool_call>"
+    engine.says(f"Well. {call}\n{call}\nDone.", hold=threading.Event())
+    reply = ask(client, tools=[WEATHER], parallel_tool_calls=False, stream=stream)
+    found = joined(reply)[0] if stream else plain(reply.choices[0])
+    assert found["content"].strip() == "Well." and found["finish"] == "tool_calls"
+    assert found["calls"] == [["weather", '{"city": "Rome"}']]
+    assert engine.cancelled[0] == {0}
 
 
 def test_choices(client, engine):
@@ -342,7 +359,6 @@ def test_the_context_is_the_limit(client, engine):
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}}, "response_format"),
-        ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "response_format"),
     ],
 )
 def test_wrong_fields_are_named(client, engine, fields, param):
