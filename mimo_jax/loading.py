@@ -23,6 +23,8 @@ from mimo_jax.decode.sampling import Greedy, Strategy, strategy_of
 from mimo_jax.decode.step import FlaxStep, FusedStep
 from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
+from mimo_jax.drafters.mtp import MtpDrafter
+from mimo_jax.drafters.prompt_lookup import PromptLookupDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.sharding import check_fits, parameter_sharding, place
 from mimo_jax.tokenizer import Tokenizer
@@ -67,7 +69,7 @@ class Model:
 def load(
     directory: str | Path = BUNDLED,
     layout: str | None = None,
-    draft: bool | None = None,
+    draft: str | None = None,
     mesh: Mesh | None = None,
     backend: str | None = None,
     generation_config: bool = True,
@@ -76,31 +78,37 @@ def load(
     """Reads a Hugging Face or an Orbax checkpoint directory.
 
     `layout` names what the device holds (`layouts.LAYOUTS`); by default the device decides, and weights stay packed
-    into the kernels. `draft` decides whether the drafter in the folder `dflash/`, if there is one, drafts; by default
-    it does, except beside the native step of a CPU, where a block costs more than it saves (docs/results.md). It never
-    changes the distribution of what is generated. On a `mesh` (`sharding.make_mesh`) every device gets its own
-    part of the weights. `backend` names what multiplies packed experts (`pallas_kernels.expert_matmul.BACKENDS`); by
-    default that is the fastest that the device runs. What the checkpoint's `generation_config.json` says of sampling is
-    the model's default strategy; without `generation_config` that is greedy. `verify` first reads every file and
-    compares it with the manifest that conversions and exports write.
+    into the kernels. `draft` names what drafts (`DRAFTS`); it never changes the distribution of what is generated. By
+    default it is the drafter in the folder `dflash/`, if there is one, except beside the native step of a CPU, where a
+    block costs more than it saves: what pays on a machine, `scripts/benchmark.py draft` measures. On a `mesh`
+    (`sharding.make_mesh`) every device gets its own part of the weights. `backend` names what multiplies packed experts
+    (`pallas_kernels.expert_matmul.BACKENDS`); by default that is the fastest that the device runs. What the
+    checkpoint's `generation_config.json` says of sampling is the model's default strategy; without `generation_config`
+    that is greedy. `verify` first reads every file and compares it with the manifest that conversions and exports
+    write.
     """
-    from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
+    from mimo_jax.checkpoint.dflash import has_drafter
 
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    if draft is not None and draft not in DRAFTS:
+        raise UserError(f"draft {draft!r} is unknown; known: {', '.join(DRAFTS)}")
     if verify:
         verify_directory(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if mesh is not None:
         check_fits(*read_hf_config(directory), mesh)
     found = read(directory, partial(parameter_sharding, mesh=mesh) if mesh is not None else None)
+    if draft == "mtp" and layout is None and layouts.choose(mesh, backend) == "native":
+        layout = "dense"  # the native step leaves MTP layers out
     name, config, params = layouts.for_device(found.config, found.params, mesh, layout, backend, consume=True)
     values = _generation_config(directory)
     strategy = strategy_of(values, f"{directory / GENERATION_CONFIG}") if generation_config else Greedy()
     model = Model(config, params, tokenizer, _stop_ids(values, config, directory), strategy, name, mesh=mesh)
-    drafts = name != "native" if draft is None else draft
-    return with_drafter(model, directory / FOLDER) if drafts and has_drafter(directory) else model
+    if draft is None:
+        draft = "dflash" if name != "native" and has_drafter(directory) else "none"
+    return DRAFTS[draft](model, directory)
 
 
 def _generation_config(directory: Path) -> dict[str, Any]:
@@ -117,28 +125,64 @@ def _stop_ids(values: dict[str, Any], config: ModelConfig, directory: Path) -> t
     return tuple(stop_ids)
 
 
-def load_drafter(target: ModelConfig, directory: Path, layout: str = "dense") -> tuple[DrafterConfig, Params]:
-    """The drafter of a `dflash/` folder, which must fit the target, in the target's dtype and layout."""
+def load_drafter(
+    target: ModelConfig, directory: Path, layout: str = "dense", extras: bool = True
+) -> tuple[DrafterConfig, Params]:
+    """The drafter of a `dflash/` folder, which must fit the target, in the target's dtype and layout.
+
+    Without `extras` it is what other engines read of it.
+    """
     from mimo_jax.checkpoint.dflash import read_drafter
 
-    config, params = read_drafter(directory)
+    config, params = read_drafter(directory, extras)
     config.check_fits(target)
     config = dataclasses.replace(config, dtype=target.dtype)
     return config, layouts.drafter_for_device(layout, config, params)
 
 
-def with_drafter(model: Model, directory: Path, kind: Callable[[DrafterConfig], Drafter] = DFlashDrafter) -> Model:
-    """`model` drafting with the drafter of a `dflash/` folder."""
+def with_drafter(
+    model: Model, directory: Path, kind: Callable[[DrafterConfig], Drafter] = DFlashDrafter, extras: bool = True
+) -> Model:
+    """`model` drafting with the drafter of a `dflash/` folder; without `extras`, with what other engines read of it."""
     if model.layout == "native" and kind is not DFlashDrafter:
         raise UserError("drafter: the native step knows only blocks; load the model with layout='dense'")
-    config, params = load_drafter(model.config, directory, model.layout)
+    config, params = load_drafter(model.config, directory, model.layout, extras)
     drafter = FusedDFlashDrafter(config, model.config) if model.layout == "native" else kind(config)
     return dataclasses.replace(model, drafter=drafter, draft_params=place(params, model.mesh))
 
 
+def _with_lookup(model: Model, directory: Path) -> Model:
+    return dataclasses.replace(model, drafter=PromptLookupDrafter())
+
+
+def _with_mtp(model: Model, directory: Path) -> Model:
+    if not model.config.mtp_layers:
+        raise UserError(f"draft 'mtp': {directory} has no MTP layer")
+    if model.layout == "native":
+        raise UserError("draft 'mtp': the native step has no MTP layers; load the model with layout='dense'")
+    return dataclasses.replace(model, drafter=MtpDrafter(model.config))
+
+
+def _with_dflash(model: Model, directory: Path) -> Model:
+    from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
+
+    if not has_drafter(directory):
+        raise UserError(f"draft 'dflash': {directory} has no folder {FOLDER}/ with a drafter")
+    return with_drafter(model, directory / FOLDER)
+
+
+# What drafts for a model that has been loaded from a directory.
+DRAFTS: dict[str, Callable[[Model, Path], Model]] = {
+    "none": lambda model, directory: model,
+    "lookup": _with_lookup,
+    "mtp": _with_mtp,
+    "dflash": _with_dflash,
+}
+
+
 def load_dense(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
     """A checkpoint as training wants it: plain float32 arrays, activations of `dtype`."""
-    model = load(directory, layout="dense", draft=False)
+    model = load(directory, layout="dense", draft="none")
     if mesh is not None:
         check_fits(model.config, MASTERS, mesh)
     config = dataclasses.replace(model.config, dtype=dtype)

@@ -5,6 +5,7 @@ scripts/benchmark.py decode --beside llama.cpp --llama runs/llama.cpp    # plain
 scripts/benchmark.py random --out DIR      # a checkpoint of 105 M random weights for it (--model DIR)
 scripts/benchmark.py step                  # the native step: batches, block sizes, and how near to the memory's speed
 scripts/benchmark.py speculation           # drafting against plain decoding on held-out prompts (needs a corpus)
+scripts/benchmark.py draft                 # which drafter pays on this machine, by kind of text: measured advice
 scripts/benchmark.py paths                 # 1, 4, 8 and 16 paths, and a tree of them, beside one (needs a corpus)
 scripts/benchmark.py serve                 # how long a server's clients wait, at the engine and through HTTP
 scripts/benchmark.py slice --layers 2         # one device's share of the full model, random weights
@@ -23,8 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import Parser, add_drafter_options, named_folders, need_packages
+from mimo_jax.cli.options import Parser, add_draft_option, add_drafter_options, named_folders, need_packages
 from mimo_jax.cli.values import HOTTEST, SEED, new_folder, output_folder, real, whole
+
+SPECULATION_ROW = (
+    "{:<14}{tokens_per_second:8.0f} tokens/s, {tokens_per_round:5.2f} tokens per round; a round takes "
+    "{round_over_one_token:.2f} plain steps; {speedup:.2f} (+- {speedup_half_width:.2f}) times plain"
+)
 
 
 def decode_command(args: argparse.Namespace) -> dict:
@@ -38,7 +44,7 @@ def _beside_llama_cpp(directory: Path | None, args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation import native_speed
     from mimo_jax.loading import BUNDLED
 
-    found = native_speed.beside_llama_cpp(directory or BUNDLED, args.llama, args.repeats, args.threads)
+    found = native_speed.beside_llama_cpp(directory or BUNDLED, args.llama, args.repeats, args.threads, args.gguf)
     for name, row in found.items():
         print(
             f"{name:<16}{row['ours']['median']:9.0f} tokens/s, llama.cpp {row['llama.cpp']['median']:7.0f}; ratio "
@@ -80,7 +86,7 @@ def step_command(args: argparse.Namespace) -> dict:
     directory = Path(args.model or BUNDLED)
     drafts = has_drafter(directory)
     prompts = prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts, 128) if drafts else []
-    plain = load(directory, draft=False)
+    plain = load(directory, draft="none")
     record: dict = {"batch": {}}
     for batch in (1, 4, 16):
         rate = native_speed.spread_of(lambda batch=batch: native_speed.plain_rate(plain, batch), args.repeats)
@@ -99,7 +105,7 @@ def step_command(args: argparse.Namespace) -> dict:
     )
     if not drafts:
         return record
-    drafting = load(directory, draft=True)
+    drafting = load(directory, draft="dflash")
     record["blocks"] = native_speed.block_costs(plain, drafting, prompts, args.tokens, args.repeats)
     for size, row in record["blocks"].items():
         print(
@@ -128,17 +134,33 @@ def speculation_command(args: argparse.Namespace) -> dict:
     directory = Path(args.model or BUNDLED)
     # Looking text up costs next to nothing, so a round of prompt lookup is what verifying 8 tokens costs.
     drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
-    models = drafting_models(load(directory, draft=False), drafters, named_folders(args.chain))
+    models = drafting_models(load(directory, draft="none"), drafters, named_folders(args.chain))
     prompts = prompts_of(load_tokens(Path(args.data), "heldout"), args.prompts + 1, 128)
     found = speculation(models, prompts, strategy_at(args.temperature), max_tokens=args.tokens, seed=args.seed)
     for name, row in found.items():
-        print(
-            "{:<14}{tokens_per_second:8.0f} tokens/s, {tokens_per_round:5.2f} tokens per round; a round takes "
-            "{round_over_one_token:.2f} plain steps; {speedup:.2f} (+- {speedup_half_width:.2f}) times plain".format(
-                name, **row
-            )
-        )
+        print(SPECULATION_ROW.format(name, **row))
     return {"prompts": args.prompts, "tokens": args.tokens, "temperature": args.temperature, **found}
+
+
+def draft_command(args: argparse.Namespace) -> dict:
+    import jax
+
+    from mimo_jax.decode.sampling import Greedy
+    from mimo_jax.evaluation import drafts
+    from mimo_jax.loading import BUNDLED
+
+    models = drafts.models_of(Path(args.model or BUNDLED))
+    plain = models["plain"]
+    kinds = drafts.kinds_of_prompts(plain.tokenizer, args.text or drafts.OWN_TEXTS, args.prompts + 1)
+    strategies = {"greedy": Greedy(), "as the model says": plain.strategy}
+    record = drafts.compare(models, kinds, strategies, args.tokens)
+    for about, rows in record.items():
+        print(about)
+        for name in models:
+            print(SPECULATION_ROW.format(name, **rows[name]))
+    for about, rows in record.items():
+        print(f"{about}: --draft {rows['advice']}")
+    return {"prompts": args.prompts, "tokens": args.tokens, "device": jax.devices()[0].device_kind, **record}
 
 
 def paths_command(args: argparse.Namespace) -> dict:
@@ -151,8 +173,8 @@ def paths_command(args: argparse.Namespace) -> dict:
     directory = Path(args.model or BUNDLED)
     prompts = prompts_of(load_tokens(Path(args.data), "heldout"), args.repeats + 1, PROMPT_TOKENS)
     record: dict = {"repeats": args.repeats, "tokens": args.tokens}
-    for name in ("plain", "drafted")[: 1 + has_drafter(directory)]:
-        record[name] = path_seconds(load(directory, draft=name == "drafted"), prompts, args.tokens)
+    for name, draft in (("plain", "none"), ("drafted", "dflash"))[: 1 + has_drafter(directory)]:
+        record[name] = path_seconds(load(directory, draft=draft), prompts, args.tokens)
         for paths, row in record[name].items():
             times = "{median:6.2f} times one ({lowest:.2f} to {highest:.2f})".format(**row["times one"])
             print(f"{name:<8} {paths:<17}{1e3 * row['seconds']['median']:7.0f} ms, {times}")
@@ -186,7 +208,7 @@ def streaming_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.speed import streaming
     from mimo_jax.loading import BUNDLED, load
 
-    model = load(args.model or BUNDLED, draft=not args.no_draft)
+    model = load(args.model or BUNDLED, draft=args.draft)
     found = streaming(model, args.prompt, args.lengths, args.repeats)
     for length, row in found.items():
         print("{:>5} tokens: {ratio:.3f} times one visit ({lowest:.3f} to {highest:.3f})".format(length, **row))
@@ -231,7 +253,7 @@ def profile_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.speed import profile
     from mimo_jax.loading import BUNDLED, load
 
-    model = load(args.model or BUNDLED, draft=False)
+    model = load(args.model or BUNDLED, draft="none")
     found = profile(model, args.prompt, args.tokens, args.trace)
     for name, micros in found.items():
         print(f"{micros:9.1f} us per token  {name}")
@@ -245,6 +267,7 @@ def parser() -> Parser:
     decode.add_argument("--repeats", type=whole(1), default=7)
     decode.add_argument("--beside", choices=("transformers", "llama.cpp", "nothing"), default="transformers")
     decode.add_argument("--llama", type=output_folder, default="runs/llama.cpp", help="folder to build llama.cpp in")
+    decode.add_argument("--gguf", type=Path, help="for llama.cpp, of a model that was converted from it")
     decode.add_argument("--threads", type=whole(1), default=2, help="of llama.cpp; this program uses all cores")
     decode.set_defaults(command=decode_command)
     speculation = commands.add_parser("speculation", help="tokens per second with a drafter over plain decoding")
@@ -256,6 +279,17 @@ def parser() -> Parser:
     speculation.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     speculation.add_argument("--tokens", type=whole(1), default=48)
     speculation.set_defaults(command=speculation_command)
+    draft = commands.add_parser("draft", help="which drafter pays on this machine, by kind of text: measured advice")
+    draft.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    draft.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        help="file to take prompts from; repeat it (default: some of ours)",
+    )
+    draft.add_argument("--prompts", type=whole(2), default=40, help="of each kind")
+    draft.add_argument("--tokens", type=whole(1), default=96)
+    draft.set_defaults(command=draft_command)
     share = commands.add_parser("slice", help="one device's share of a model that needs several: a round there")
     share.add_argument("--context", type=whole(1), nargs="+", default=[1024, 262_144])
     share.set_defaults(command=slice_command)
@@ -302,7 +336,7 @@ def parser() -> Parser:
     streaming = commands.add_parser("streaming", help="what streaming a text costs over making it in one visit")
     streaming.add_argument("--lengths", type=whole(1), nargs="+", default=[32, 128, 512], help="tokens to generate")
     streaming.add_argument("--repeats", type=whole(1), default=15)
-    streaming.add_argument("--no-draft", action="store_true", help="one token per round")
+    add_draft_option(streaming)
     streaming.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     streaming.add_argument("--prompt", default="def binary_search(items, target):\n")
     streaming.set_defaults(command=streaming_command)

@@ -13,6 +13,7 @@ import pytest
 
 import mimo_jax as mimo
 from mimo_jax.checkpoint.convert import verify
+from mimo_jax.errors import UserError
 from mimo_jax.loading import load_dense
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.training.pretraining import cross_entropy
@@ -22,7 +23,7 @@ FOLDER = mimo.BUNDLED
 
 @pytest.fixture(scope="module")
 def model():
-    return mimo.load(draft=True)
+    return mimo.load(draft="dflash")
 
 
 def test_it_is_whole_and_small():
@@ -68,7 +69,7 @@ def test_it_has_learnt_python(model):
 
 def test_layouts_write_the_same_text(model):
     """What native code reads on one CPU changes no token."""
-    packed = mimo.load(layout="packed", draft=False)
+    packed = mimo.load(layout="packed", draft="none")
     assert (packed.layout, model.layout) == ("packed", "native")
     exact = dataclasses.replace(packed, config=dataclasses.replace(packed.config, dtype="float32"))
     request = mimo.Request("class Stack:\n    def __init__(self", mimo.Greedy(), max_tokens=24)
@@ -78,14 +79,15 @@ def test_layouts_write_the_same_text(model):
 def test_its_generation_config_decides_how_it_samples(model):
     """Temperature 1 and top-p 0.95, as its file says; set aside, greedy."""
     assert model.strategy == mimo.Sampled(temperature=1.0, top_p=0.95)
-    assert mimo.load(draft=False, generation_config=False).strategy == mimo.Greedy()
+    assert mimo.load(draft="none", generation_config=False).strategy == mimo.Greedy()
     asked = mimo.generate(model, "def f(", model.strategy, max_tokens=8)
     assert mimo.generate(model, "def f(", max_tokens=8).tokens == asked.tokens
 
 
 def test_the_drafter_was_trained_for_these_weights(model):
     """With the bundled drafter the same text comes in far fewer rounds, about as many as its config tells to expect."""
-    plain = mimo.load(draft=False)
+    plain, whole = mimo.load(draft="none"), dataclasses.replace(model.drafter, least=0.0)
+    model = dataclasses.replace(model, drafter=whole)
     prompts = ["import os\nimport sys\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self"]
     results = [mimo.generate(model, prompt, mimo.Greedy(), max_tokens=40) for prompt in prompts]
     assert [row.tokens for row in results] == [
@@ -96,11 +98,24 @@ def test_the_drafter_was_trained_for_these_weights(model):
     assert expected > 2 and found > 1 + (expected - 1) / 2
 
 
+@pytest.mark.parametrize("draft", ["lookup", "mtp"])
+def test_whatever_drafts_the_text_is_the_same(draft):
+    """Looked-up and MTP drafts beside none; a name that is unknown, and layers that are not there, are named."""
+    prompt, plain = "class Stack:\n    def push(self, item):\n", mimo.load(draft="none")
+    model = mimo.load(draft=draft)
+    found, expected = (mimo.generate(one, prompt, mimo.Greedy(), max_tokens=40) for one in (model, plain))
+    assert found.tokens == expected.tokens and found.acceptance.rounds < expected.acceptance.rounds
+    with pytest.raises(UserError, match="draft 'ngram' is unknown; known: none, lookup, mtp, dflash"):
+        mimo.load(draft="ngram")
+    with pytest.raises(UserError, match="draft 'mtp': the native step has no MTP layers"):
+        mimo.load(draft="mtp", layout="native")
+
+
 def test_generating_takes_little_memory_beside_what_importing_does():
     """Weights stay packed: at most 250 MB above what a process holds that has imported JAX and this package."""
     measured = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     imports = "import jax, mimo_jax as mimo, mimo_jax.generation; jax.devices()"
-    work = "mimo.generate(mimo.load(draft=False), 'def f(x):', mimo.Greedy(), max_tokens=64)"
+    work = "mimo.generate(mimo.load(draft='none'), 'def f(x):', mimo.Greedy(), max_tokens=64)"
     before, after = (
         int(subprocess.run([sys.executable, "-c", f"{code}; {measured}"], capture_output=True, check=True).stdout)
         for code in (imports, f"{imports}; {work}")

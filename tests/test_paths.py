@@ -20,7 +20,7 @@ LIMITS = mimo.Limits(slots=4, context=1024)
 
 @pytest.fixture(scope="module")
 def model():
-    return mimo.load(draft=False)
+    return mimo.load(draft="none")
 
 
 @pytest.fixture(scope="module")

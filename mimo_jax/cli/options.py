@@ -37,17 +37,22 @@ def need_packages(what: str, extra: str, *packages: str) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and the options that `load_options` reads."""
     parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
-    parser.add_argument(
-        "--draft",
-        action=argparse.BooleanOptionalAction,
-        help="with the checkpoint's drafter, or one token per round (default: one on a CPU, where that is faster)",
-    )
+    add_draft_option(parser)
     parser.add_argument(
         "--no-generation-config",
         action="store_true",
         help="greedy by default, whatever the checkpoint's generation_config.json says",
     )
     parser.add_argument("--verify", action="store_true", help="compare every file with the checkpoint's manifest first")
+
+
+def add_draft_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft",
+        metavar="NAME",
+        help="what drafts: none, lookup (of the text itself), mtp or dflash (of the checkpoint); it changes no text's "
+        "distribution (default: none on a CPU, else dflash if it is there; benchmark.py draft measures what pays)",
+    )
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -56,10 +56,14 @@ class ReadTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """M proposed tokens per row, and the distributions they were drawn from (None: they were not drawn)."""
+    """M tokens per row, the distributions they were drawn from (None: they were not drawn), and how many of them are
+    proposed (None: all). Whether one is proposed may depend on those before it and on its distribution, never on the
+    token itself or on later ones: else what is verified has not the distribution that it is said to be drawn from.
+    """
 
     tokens: Int[Array, "B M"]
     probabilities: Float[Array, "B M C"] | None
+    counts: Int[Array, "B"] | None = None
 
 
 @runtime_checkable

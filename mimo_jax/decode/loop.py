@@ -246,7 +246,8 @@ def _commit(
 ) -> State:
     drafter, keys_B, before_B = decoder.drafter, _round_keys(state), state.cache.lengths
     tokens_BN = jnp.concatenate([state.last[:, None], draft.tokens], axis=1)
-    read_B = jnp.where(state.is_done, 0, tokens_BN.shape[1])
+    proposed_B = jnp.full_like(state.counts, draft.tokens.shape[1]) if draft.counts is None else draft.counts
+    read_B = jnp.where(state.is_done, 0, 1 + proposed_B)
     logits_BNC, features, cache = decoder.step(weights.target, tokens_BN, state.cache, read_B)
     is_plain = controls.adjustments is None and masks_BNW is None
     drawn_BNC = masked(masks_BNW, _adjusted(controls, state, logits_BNC, draft.tokens))
@@ -258,6 +259,7 @@ def _commit(
         draft.probabilities,
         keys_B,
         features.best if is_plain else None,
+        draft.counts,
     )
 
     row_N = jnp.arange(tokens_BN.shape[1])
@@ -271,13 +273,13 @@ def _commit(
         emitted,
         cache=dataclasses.replace(cache, lengths=before_B + kept_B),
         draft_cache=draft_cache,
-        counters=_count(state.counters, accepted_B, kept_B),
+        counters=_count(state.counters, proposed_B, accepted_B, kept_B),
     )
 
 
-def _count(counters: Counters, accepted_B: Array, kept_B: Array) -> Counters:
+def _count(counters: Counters, proposed_B: Array, accepted_B: Array, kept_B: Array) -> Counters:
     draft_M = jnp.arange(counters.tested.shape[1])
-    tested_BM = draft_M < kept_B[:, None]
+    tested_BM = draft_M < jnp.minimum(kept_B, proposed_B)[:, None]
     return Counters(
         rounds=counters.rounds + (kept_B > 0),
         tested=counters.tested + tested_BM,

@@ -42,37 +42,46 @@ def verify(
     q_BMC: Float[Array, "B M C"] | None,
     keys_B: Array,
     best_BN: Int[Array, "B N"] | None = None,
+    counts_B: Int[Array, "B"] | None = None,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """How many drafts each row accepts, and the token that follows them.
 
     `logits_BNC` are the target's, after the anchor and after each draft: N = M + 1; `best_BN` are the first of the
     largest of them, where those are known. `q_BMC` holds the distributions
-    that the drafts were drawn from; None says that they were not drawn. `rule`, one of `RULES`, matters where tokens
-    are sampled. Row b uses only `keys_B[b]`; without drafts its token is that of `draw` with the same keys.
+    that the drafts were drawn from; None says that they were not drawn. Of row b only the first `counts_B[b]` were
+    proposed. `rule`, one of `RULES`, matters where tokens are sampled. Row b uses only `keys_B[b]`; without drafts its
+    token is that of `draw` with the same keys.
     """
     if rule not in RULES:
         raise UserError(f"verification: unknown rule {rule!r}; the rules are {', '.join(RULES)}")
     if isinstance(strategy, Greedy):
-        return _verify_greedy(most_likely(logits_BNC) if best_BN is None else best_BN, drafts_BM)
+        return _verify_greedy(most_likely(logits_BNC) if best_BN is None else best_BN, drafts_BM, counts_B)
     batch, count = drafts_BM.shape
     if count == 0:
         return jnp.zeros(batch, jnp.int32), draw(strategy, logits_BNC[:, 0], keys_B)
     if q_BMC is None:
         q_BMC = jax.nn.one_hot(drafts_BM, logits_BNC.shape[-1])
-    thresholds_BM, following_BNC = acceptance(rule, probabilities(strategy, logits_BNC), q_BMC, drafts_BM)
+    p_BNC = probabilities(strategy, logits_BNC)
+    thresholds_BM, following_BNC = acceptance(rule, p_BNC, q_BMC, drafts_BM, counts_B)
     u_BM = jax.vmap(partial(jax.random.uniform, shape=(count,)))(_stream(keys_B, ACCEPT))
     accepted_B = _count(rule, u_BM < thresholds_BM)  # strict: u may be 0, and a threshold of 0 never passes
     return accepted_B, sample(_pick(following_BNC, accepted_B), _stream(keys_B, FOLLOW))
 
 
-def _verify_greedy(best_BN: Int[Array, "B N"], drafts_BM: Int[Array, "B M"]) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+def _verify_greedy(
+    best_BN: Int[Array, "B N"], drafts_BM: Int[Array, "B M"], counts_B: Int[Array, "B"] | None
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """Drafts are accepted as long as they are the target's most likely tokens."""
-    accepted_B = _count("token", drafts_BM == best_BN[:, :-1])
+    accepted_B = _count("token", _proposed(drafts_BM, counts_B) & (drafts_BM == best_BN[:, :-1]))
     return accepted_B, _pick(best_BN, accepted_B)
 
 
 def acceptance(
-    rule: str, p_BNC: Float[Array, "B N C"], q_BMC: Float[Array, "B M C"], drafts_BM: Int[Array, "B M"]
+    rule: str,
+    p_BNC: Float[Array, "B N C"],
+    q_BMC: Float[Array, "B M C"],
+    drafts_BM: Int[Array, "B M"],
+    counts_B: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B M"], Float[Array, "B N C"]]:
     """The threshold each draft passes when its uniform number is below, and the distribution of the token after i
     drafts.
@@ -80,23 +89,32 @@ def acceptance(
     "token" accepts the drafts before the first that fails: speculative sampling, arXiv 2211.17192, algorithm 1.
     "block" accepts the drafts up to the last that passes: block verification, arXiv 2403.10444, algorithm 2.
     """
+    is_proposed_BM = _proposed(drafts_BM, counts_B)
     drafts_BM1 = drafts_BM[..., None]
     p_BM1 = jnp.take_along_axis(p_BNC[:, :-1], drafts_BM1, axis=-1)
     q_BM1 = jnp.take_along_axis(q_BMC, drafts_BM1, axis=-1)
     ratio_BM = (p_BM1 / jnp.maximum(q_BM1, TINY))[..., 0]
     reach_BN = _reach(ratio_BM) if rule == "block" else jnp.ones(p_BNC.shape[:2])
     # After the last draft nothing was proposed, so q = 0 there: the residual is the target's distribution.
-    residual_BNC = jnp.maximum(reach_BN[..., None] * p_BNC - jnp.pad(q_BMC, ((0, 0), (0, 1), (0, 0))), 0.0)
+    proposed_BMC = jnp.where(is_proposed_BM[..., None], q_BMC, 0.0)
+    residual_BNC = jnp.maximum(reach_BN[..., None] * p_BNC - jnp.pad(proposed_BMC, ((0, 0), (0, 1), (0, 0))), 0.0)
     mass_BN = jnp.sum(residual_BNC, axis=-1)
     # A block ends at a place with probability `mass`, so what little is left below EPS is rounding and not a
     # distribution.
     weights_BNC = jnp.where(mass_BN[..., None] > EPS, residual_BNC, p_BNC)
     following_BNC = weights_BNC / jnp.sum(weights_BNC, axis=-1, keepdims=True)
     if rule == "token":
-        return jnp.minimum(ratio_BM, 1.0), following_BNC
+        return jnp.where(is_proposed_BM, jnp.minimum(ratio_BM, 1.0), 0.0), following_BNC
     # h_i = R_i / (R_i + 1 - r_i); at the last place that is r_M. In another order a small R_i would be lost in the 1.
     mass_BM, reach_BM = mass_BN[:, 1:], reach_BN[:, 1:]
-    return mass_BM / jnp.maximum(mass_BM + (1 - reach_BM), TINY), following_BNC
+    passing_BM = mass_BM / jnp.maximum(mass_BM + (1 - reach_BM), TINY)
+    return jnp.where(is_proposed_BM, passing_BM, 0.0), following_BNC
+
+
+def _proposed(drafts_BM: Int[Array, "B M"], counts_B: Int[Array, "B"] | None) -> Bool[Array, "B M"]:
+    if counts_B is None:
+        return jnp.ones(drafts_BM.shape, bool)
+    return jnp.arange(drafts_BM.shape[1]) < counts_B[:, None]
 
 
 def _reach(ratio_BM: Float[Array, "B M"]) -> Float[Array, "B N"]:

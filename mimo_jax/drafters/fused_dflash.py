@@ -25,6 +25,7 @@ class FusedDFlashDrafter(DFlashDrafter):
 
     target: ModelConfig
     running: decode_step.Running = decode_step.NORMALLY
+    least: float = 0.2  # a draft is proposed if all up to it are likely to this degree, as the drafter has it
 
     def __post_init__(self) -> None:
         if reason := reason_against_drafter(self.config):
@@ -43,7 +44,7 @@ class FusedDFlashDrafter(DFlashDrafter):
 
     def propose(self, context: DraftContext) -> Draft:
         is_greedy = isinstance(context.strategy, Greedy)
-        tokens_BM, logits_BMC = decode_step.draft(
+        tokens_BM, likely_BM, logits_BMC = decode_step.draft(
             self.geometry,
             context.weights.target[NATIVE],
             context.weights.drafter[NATIVE],
@@ -55,10 +56,16 @@ class FusedDFlashDrafter(DFlashDrafter):
             self.running,
         )
         if is_greedy:
-            return Draft(tokens_BM, None)
+            return Draft(tokens_BM, None, self._proposed(likely_BM))
 
         def bias_of(previous_B: Int[Array, "B"]) -> Float[Array, "B C"]:
             bias_in, bias_out = (context.weights.drafter[name] for name in ("bias_in", "bias_out"))
             return linear(bias_in[previous_B].astype(jnp.float32), bias_out)
 
-        return self.draw(context, logits_BMC, bias_of)
+        draft = self.draw(context, logits_BMC, bias_of)
+        assert draft.probabilities is not None  # of a strategy that draws
+        return dataclasses.replace(draft, counts=self._proposed(jnp.max(draft.probabilities, axis=-1)))
+
+    def _proposed(self, likely_BM: Float[Array, "B M"]) -> Int[Array, "B"]:
+        """Verifying takes time for each draft: how many are worth it."""
+        return jnp.sum(jnp.cumprod(likely_BM, axis=1) >= self.least, axis=1)

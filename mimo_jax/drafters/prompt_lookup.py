@@ -14,10 +14,14 @@ from mimo_jax.decode.drafter import Draft, DraftContext, ReadTokens, Weights
 
 @dataclasses.dataclass(frozen=True)
 class PromptLookupDrafter:
-    """Deterministic, without parameters. Its cache is the text so far."""
+    """Deterministic, without parameters. Its cache is the text so far.
+
+    Where fewer than `least` tokens match, nothing is proposed.
+    """
 
     block_size: int = 8
     longest: int = 4
+    least: int = 3
     aux_layers: tuple[int, ...] = ()
     expected: float | None = None
 
@@ -34,7 +38,8 @@ class PromptLookupDrafter:
         rows_B = jnp.arange(context.cache.shape[0])
         text_BS = context.cache.at[rows_B, context.lengths_B].set(context.anchor_B)
         look_up = partial(continuation, longest=self.longest, count=self.block_size - 1)
-        return Draft(jax.vmap(look_up)(text_BS, context.lengths_B)[0], None)
+        tokens_BM, matched_B = jax.vmap(look_up)(text_BS, context.lengths_B)
+        return Draft(tokens_BM, None, jnp.where(matched_B >= self.least, tokens_BM.shape[1], 0))
 
 
 def continuation(

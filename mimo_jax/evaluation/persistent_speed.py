@@ -175,7 +175,7 @@ def need_hopper() -> None:
 def soak(rounds: int, seed: int = 0) -> Record:
     """One block of the bundled model again and again, over poisoned buffers: how many rounds gave other bits."""
     need_hopper()
-    model = load(layout="persistent", draft=False)
+    model = load(layout="persistent", draft="none")
     step: Any = model.decoder.step
     cache = step.init_cache(1, CAPACITY)
     weights = dataclasses.replace(model.params[PERSISTENT], rotary=cache.rotary)

@@ -76,7 +76,7 @@ def loads(clients: Sequence[int]) -> list[Load]:
 
 def measure(directory: Path, slots: int, clients: Sequence[int], tokens: int, rounds: int) -> Record:
     """By load, then "engine" or "http": medians over rounds, and their range, of what `_summary` has."""
-    model, rng = load(directory, draft=False), np.random.default_rng(0)
+    model, rng = load(directory, draft="none"), np.random.default_rng(0)
     kinds = loads(clients)
     found: dict[str, dict[str, list[Record]]] = {str(kind): {"engine": [], "http": []} for kind in kinds}
     with Engine(model, Limits(slots)) as engine, serving(directory, slots) as port:
@@ -206,7 +206,7 @@ def _serve(parent: Connection, directory: Path, slots: int) -> None:
     from mimo_jax.serving.http.service import Service
 
     enable_compilation_cache()
-    model = load(directory, draft=False)
+    model = load(directory, draft="none")
     with listen("127.0.0.1", 0) as listener, Engine(model, Limits(slots)) as engine:
         service = Service.of(model, engine, directory, "model", engine.context)
         parent.send(listener.getsockname()[1])

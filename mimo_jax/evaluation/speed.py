@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 def decode_runs(directory: Path, prompt: str, count: int, with_transformers: bool) -> dict[str, Callable[[], Any]]:
     """Greedy decoding of `count` tokens, by name: native code, the modules under XLA, transformers."""
-    models = {layout: load(directory, layout=layout, draft=False) for layout in ("native", "dense")}
+    models = {layout: load(directory, layout=layout, draft="none") for layout in ("native", "dense")}
     ids = encode_prompt(models["native"], prompt)
     runs: dict[str, Callable[[], Any]] = {
         layout: partial(generate, model, ids, Greedy(), max_tokens=count) for layout, model in models.items()

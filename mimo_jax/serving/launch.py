@@ -7,7 +7,7 @@ import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli.options import need_packages
+from mimo_jax.cli.options import add_draft_option, need_packages
 from mimo_jax.cli.values import real, whole
 from mimo_jax.errors import UserError
 
@@ -34,11 +34,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-mb", type=whole(0, MOST_MB), default=256, help="memory for what prompts begin with; 0: read all anew"
     )
-    parser.add_argument(
-        "--draft",
-        action=argparse.BooleanOptionalAction,
-        help="with the checkpoint's drafter, or one token per round (default: one on a CPU, where that is faster)",
-    )
+    add_draft_option(parser)
 
 
 def add_account_options(parser: argparse.ArgumentParser) -> None:

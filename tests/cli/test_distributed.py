@@ -73,7 +73,7 @@ def test_two_processes_train_as_one_device(tmp_path):
 def test_when_one_process_dies_the_other_stops():
     """A killed process ends the others with one line and exit code 1, within a minute, whatever they were doing."""
     address = free_port()
-    command = [str(ROOT / "scripts" / "generate.py"), "--prompt", "def f(x):", "--max-tokens", "900", "--no-draft"]
+    command = [str(ROOT / "scripts" / "generate.py"), "--prompt", "def f(x):", "--max-tokens", "900", "--draft", "none"]
     command += ["--tensor-parallel", "8", "--coordinator", address, "--num-processes", "2", "--process-id"]
     survivor, victim = (start([*command, str(index)], 4) for index in range(2))
     assert survivor.stdout is not None

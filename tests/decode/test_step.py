@@ -140,7 +140,7 @@ def prompts(tokenizer, count: int, length: int) -> list[list[int]]:
 
 def test_greedy_text_is_that_of_the_modules():
     """On 200 prompts native code writes, plain and drafted, the tokens of the Flax modules in float32."""
-    plain, drafting, modules = mimo.load(), mimo.load(draft=True), mimo.load(draft=False, layout="dense")
+    plain, drafting, modules = mimo.load(), mimo.load(draft="dflash"), mimo.load(draft="none", layout="dense")
     for batch in np.split(np.array(prompts(plain.tokenizer, 200, 24)), 8):
         texts = [
             [row.tokens for row in mimo.generate_batch(model, batch.tolist(), mimo.Greedy(), max_tokens=24)]

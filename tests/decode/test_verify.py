@@ -34,13 +34,13 @@ def probability(model: Model, block: np.ndarray) -> float:
     return np.prod([table[tuple(block[: k + 1])] for k, table in enumerate(model[: len(block)])], dtype=np.float64)
 
 
-def found(rule: str, p: Model, q: Model) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def found(rule: str, p: Model, q: Model, counts=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `acceptance` says for every block: thresholds, distributions of the accepted count, distributions of the
-    following token.
+    following token. Of each block only the first `counts` drafts are proposed.
     """
     blocks = every_block(len(q))
     p_BNC, q_BMC = (np.stack([along(model, block) for block in blocks]) for model in (p, q))
-    h_BM, following_BNC = (np.asarray(x, np.float64) for x in acceptance(rule, p_BNC, q_BMC, blocks))
+    h_BM, following_BNC = (np.asarray(x, np.float64) for x in acceptance(rule, p_BNC, q_BMC, blocks, counts))
     assert np.isfinite(h_BM).all() and (0 <= h_BM).all() and (h_BM <= 1).all()
     np.testing.assert_allclose(following_BNC.sum(-1), 1, atol=1e-6)
     accepted_BN = [[count_probability(rule, h_M, count, len(q)) for count in range(len(q) + 1)] for h_M in h_BM]
@@ -94,20 +94,40 @@ def test_emitted_tokens_have_the_law_of_the_target(rule, kind, drafts):
     """Accepted drafts, the token after them, then the target by itself: jointly what the target would have said."""
     for seed in range(3):
         p, q = pair(kind, drafts, seed)
-        _, accepted_BN, following_BNC = found(rule, p, q)
-        beginnings: collections.defaultdict[tuple[int, ...], float] = collections.defaultdict(float)
-        for block, accepted_N, following_NC in zip(every_block(drafts), accepted_BN, following_BNC):
-            drafted = probability(q, block)
-            for count, token in itertools.product(range(drafts + 1), range(VOCAB)):
-                beginning = (*block[:count], token)
-                beginnings[beginning] += drafted * accepted_N[count] * following_NC[count, token]
-        for text in itertools.product(range(VOCAB), repeat=drafts + 1):
-            emitted = sum(
-                mass * np.prod([p[k][text[: k + 1]] for k in range(len(beginning), drafts + 1)])
-                for beginning, mass in beginnings.items()
-                if text[: len(beginning)] == beginning
-            )
-            assert emitted == pytest.approx(probability(p, text), abs=1e-6)
+        check_law(p, q, found(rule, p, q))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_block_may_end_early(rule, kind):
+    """After any draft, as long as only the drafts before decide so: the law is the target's all the same."""
+    drafts = 3
+    for seed in range(3):
+        p, q = pair(kind, drafts, seed)
+        counts = [
+            next((k for k in range(drafts) if (sum(block[:k]) + seed) % VOCAB == 2), drafts)
+            for block in every_block(drafts)
+        ]
+        result = found(rule, p, q, np.array(counts, np.int32))
+        assert all(accepted_N[count + 1 :].sum() == 0 for accepted_N, count in zip(result[1], counts))
+        check_law(p, q, result)
+
+
+def check_law(p: Model, q: Model, result: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    drafts, (_, accepted_BN, following_BNC) = len(q), result
+    beginnings: collections.defaultdict[tuple[int, ...], float] = collections.defaultdict(float)
+    for block, accepted_N, following_NC in zip(every_block(drafts), accepted_BN, following_BNC):
+        drafted = probability(q, block)
+        for count, token in itertools.product(range(drafts + 1), range(VOCAB)):
+            beginning = (*block[:count], token)
+            beginnings[beginning] += drafted * accepted_N[count] * following_NC[count, token]
+    for text in itertools.product(range(VOCAB), repeat=drafts + 1):
+        emitted = sum(
+            mass * np.prod([p[k][text[: k + 1]] for k in range(len(beginning), drafts + 1)])
+            for beginning, mass in beginnings.items()
+            if text[: len(beginning)] == beginning
+        )
+        assert emitted == pytest.approx(probability(p, text), abs=1e-6)
 
 
 @pytest.mark.parametrize("drafts", [1, 2, 3])
@@ -244,15 +264,20 @@ def test_the_ends_of_the_unit_interval(monkeypatch, rule, u):
 
 @pytest.mark.parametrize("drafts", [0, 1, 2, 3])
 def test_greedy_accepts_the_drafts_that_greedy_would_say(drafts):
-    """Every draft against every text: stops at the first difference, and goes on with the target's token there."""
+    """Every draft against every text: stops at the first difference, or where no more is proposed, and goes on with the
+    target's token there.
+    """
     for best in every_block(drafts + 1):
         blocks = every_block(drafts)
         logits_BNC = np.broadcast_to(np.eye(VOCAB)[best], (len(blocks), drafts + 1, VOCAB))
         keys_B = jax.random.split(jax.random.key(0), len(blocks))
-        accepted_B, next_B = verify(Greedy(), "block", logits_BNC, blocks, None, keys_B)
-        for block, count, token in zip(blocks, accepted_B, next_B):
-            assert count == sum(1 for _ in itertools.takewhile(lambda k: block[k] == best[k], range(drafts)))  # noqa: B023
-            assert token == best[count]
+        proposed = np.arange(len(blocks), dtype=np.int32) % (drafts + 1)
+        for counts_B in (None, proposed):
+            accepted_B, next_B = verify(Greedy(), "block", logits_BNC, blocks, None, keys_B, counts_B=counts_B)
+            most_B = np.full(len(blocks), drafts) if counts_B is None else counts_B
+            for block, most, count, token in zip(blocks, most_B, accepted_B, next_B):
+                assert count == sum(1 for _ in itertools.takewhile(lambda k: block[k] == best[k], range(most)))  # noqa: B023
+                assert token == best[count]
 
 
 STRATEGIES = [Greedy(), Sampled(0.7), Sampled(1.3, top_k=20, top_p=0.8, min_p=0.02)]

@@ -20,7 +20,9 @@ DRAFTER = PromptLookupDrafter()
 
 
 def test_ngrams_are_copied_from_the_latest_longest_match():
-    """Drafts equal a plain Python lookup, over random texts of few symbols in one padded batch, read in pieces."""
+    """Drafts equal a plain Python lookup, over random texts of few symbols in one padded batch, read in pieces. Where
+    three tokens match they are proposed.
+    """
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 40, 200)
     texts = [rng.integers(0, 4, length).tolist() for length in lengths]
@@ -37,10 +39,12 @@ def test_ngrams_are_copied_from_the_latest_longest_match():
         cache = update(cache, pieces, held, counts)
         held = held + counts  # a new array: JAX may still be reading the old one
     last = jnp.array([text[-1] for text in texts])
-    drafted = DRAFTER.propose(DraftContext(Weights({}), cache, last, jnp.asarray(held), Greedy(), None)).tokens.tolist()
-    expected = [look_up(text, longest=4)[0] for text in texts]
-    assert sum(row is not None for row in expected) > 150
-    assert all(row is None or row == found for row, found in zip(expected, drafted))
+    draft = DRAFTER.propose(DraftContext(Weights({}), cache, last, jnp.asarray(held), Greedy(), None))
+    expected = [look_up(text, longest=4) for text in texts]
+    assert sum(row is not None for row, _ in expected) > 150
+    assert all(row is None or row == found for (row, _), found in zip(expected, draft.tokens.tolist()))
+    counts = [7 if matched >= 3 else 0 for _, matched in expected]
+    assert draft.counts.tolist() == counts and {*counts} == {0, 7}
 
 
 def test_mtp_drafts_are_those_of_the_layer_from_scratch():

@@ -109,6 +109,31 @@ def test_every_accepted_length_gives_the_plain_text(model, plain, period):
         assert result.acceptance.tokens_per_round == pytest.approx((COUNT - 1) / rounds)
 
 
+@dataclasses.dataclass(frozen=True)
+class Hesitant(Replay):
+    """Proposes (place of the anchor) % 8 of its drafts."""
+
+    def propose(self, context):
+        place_B = context.lengths_B - jnp.array(self.prompt_lengths)
+        return dataclasses.replace(super().propose(context), counts=place_B % 8)
+
+
+def test_a_drafter_may_propose_fewer(model, plain):
+    """None at times: same text; what is not proposed is neither read nor counted."""
+    rows = (0, 3, 5)
+    drafter = Hesitant(tuple(tuple(plain[row]) for row in rows), tuple(LENGTHS[row] for row in rows), 1000)
+    hesitant = dataclasses.replace(model, drafter=drafter)
+    results = generate_batch(hesitant, [PROMPTS[row] for row in rows], max_tokens=COUNT)
+    done, rounds, tested = 1, 0, np.zeros(7, int)
+    while done < COUNT:
+        count = (done - 1) % 8
+        tested[: min(count, COUNT - done)] += 1
+        done, rounds = done + count + 1, rounds + 1
+    for row, result in zip(rows, results):
+        assert result.tokens == plain[row] and result.acceptance.rounds == rounds
+        assert result.acceptance.tested == result.acceptance.accepted == tested.tolist()
+
+
 def by_hand(period: int) -> tuple[int, list[int], list[int]]:
     """Rounds and per-position counts of a replay, from its rule alone."""
     done, rounds, tested, accepted = 1, 0, [0] * 7, [0] * 7

@@ -58,7 +58,7 @@ class Sink:
 
 @pytest.fixture(scope="module")
 def bundled():
-    return mimo.load(draft=False)
+    return mimo.load(draft="none")
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +107,12 @@ def test_rounds_that_get_slower_are_noticed(bundled):
         assert pieces(engine) > 10
 
 
-@pytest.mark.parametrize("draft", [False, True])
-def test_texts_are_those_of_generate(draft):
-    """200 requests in any order, long and short, greedy and sampled; one in eight is cancelled on its way."""
-    model, rng = mimo.load(draft=draft), random.Random(draft)
+@pytest.mark.parametrize(("draft", "count"), [("none", 200), ("dflash", 200), ("lookup", 60)])
+def test_texts_are_those_of_generate(draft, count):
+    """Requests in any order, long and short, greedy and sampled; one in eight is cancelled on its way."""
+    model, rng = mimo.load(draft=draft), random.Random(draft == "dflash")
     requests = []
-    for seed in range(200):
+    for seed in range(count):
         prompt = model.tokenizer.encode(rng.choice(BEGINNINGS) * rng.choice((1, 1, 2, 12)))[:150]
         limit = rng.choice((1, 2, 24, 60))
         requests.append(TokenRequest(tuple(prompt), limit, rng.choice(STRATEGIES), seed))
@@ -137,7 +137,7 @@ def test_texts_are_those_of_generate(draft):
 
 def test_what_a_text_takes_is_told_all_along():
     """Every update has its tokens and rounds up to now; at the end they are those of `generate`."""
-    model, told, sink = mimo.load(draft=True), [], Sink()
+    model, told, sink = mimo.load(draft="dflash"), [], Sink()
     request = TokenRequest((5, 6), 300, mimo.Greedy(), stop_ids=())
     with Engine(model, Limits(slots=2)) as engine:
         engine.submit(request, lambda update: (told.append(update), sink(update)))
@@ -191,7 +191,7 @@ def test_a_row_ends_at_its_own_stops(engine, bundled):
     assert (sink.tokens[0], sink.last[0].finish) == (tokens[: place + 1], "stop")
 
 
-@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("draft", ["none", "dflash"])
 def test_a_hit_equals_a_cold_run(draft):
     """What was kept of a prefix changes no bit, of tokens and of logarithms, and reads only what is new."""
     model, rng = mimo.load(draft=draft), np.random.default_rng(5)
@@ -283,7 +283,7 @@ SCHEMA = {
 def test_structured_texts_follow_their_grammar():
     """Whatever the model would rather write; drafted or not. Texts beside them are `generate`'s."""
     greedy = []
-    for draft in (False, True):
+    for draft in ("none", "dflash"):
         model, sinks = mimo.load(draft=draft), [Sink() for _ in range(5)]
         grammar = Grammars(model.tokenizer, model.config.vocab_size, model.stop_ids).json_schema(SCHEMA)
         prompt, sampled = tuple(model.tokenizer.encode("import json\n\nDATA = ")), mimo.Sampled(0.9)

@@ -1,7 +1,7 @@
 """Chats on a server's page in a browser without a screen, and keeps the last sight of it; prints what went wrong in it.
 
 pip install PyQt6-WebEngine      # into an environment of its own: it brings a Chromium of 550 MB
-scripts/serve.py --draft &
+scripts/serve.py --draft dflash &
 python tests/tools/page_screenshot.py http://127.0.0.1:8000 page.png "def fib(n):" "class Stack:"
 """
 

@@ -155,21 +155,23 @@ def draft(
     cache: DraftCache,
     is_greedy: bool,
     running: Running = NORMALLY,
-) -> tuple[Int[Array, "B M"], Float[Array, "B M C"]]:
-    """The drafts after each anchor, and their logits without the bias. The drafts are the most likely tokens, and only
-    those of a greedy strategy: others are drawn from the logits."""
+) -> tuple[Int[Array, "B M"], Float[Array, "B M"], Float[Array, "B M C"]]:
+    """The drafts after each anchor, how likely each is after those before it, and all logits without the bias.
+
+    Drafts are the most likely tokens, and only those of a greedy strategy: others are drawn from the logits.
+    """
     batch, drafts, sizes = anchors_B.shape[0], drafter.block - 1, sizes_of(drafter)
-    tokens_BM, logits_BMC = _call(
+    tokens_BM, likely_BM, logits_BMC = _call(
         "draft",
         running,
         claimed_rows(draft_phases(drafter, batch, is_greedy)),
         (target_weights, weights, anchors_B, lengths_B, text_BS, cache),
-        [_i32(batch, drafts), _f32(batch, drafts, drafter.target_vocab)],
+        [_i32(batch, drafts), _f32(batch, drafts), _f32(batch, drafts, drafter.target_vocab)],
         _scratch(running, "draft", sizes, batch),
         sizes=sizes,
         numbers=numbers_of(drafter),
     )
-    return tokens_BM, logits_BMC
+    return tokens_BM, likely_BM, logits_BMC
 
 
 def update_context(

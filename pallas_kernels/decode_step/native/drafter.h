@@ -42,6 +42,7 @@ struct DraftArrays {
   const int32_t *anchors, *lengths, *text;  // [B], [B], [B][lookup]
   float* logits;                            // [B][M][C]
   int32_t* tokens;                          // [B][M]
+  float* likelihoods;                       // [B][M], of the tokens, each after those before it
   uint8_t* scratch;
 };
 
@@ -96,7 +97,8 @@ class Draft {
     hidden = Compacts::of(arena, tokens, d.s.features);
     guesses = Compacts::of(arena, tokens, width), guessed = Floats::of(arena, tokens, width);
     biased = Floats::of(arena, d.batch, d.s.target_vocab);
-    picks = arena.take<Best>(tokens * MOST_SHARES), matched = arena.take<int>(d.batch);
+    picks = arena.take<Best>(tokens * MOST_SHARES), masses = arena.take<float>(tokens * MOST_SHARES);
+    matched = arena.take<int>(d.batch);
     angles = Angles(arena, tokens, d.s.rotary);
   }
 
@@ -216,7 +218,7 @@ class Draft {
     for (size_t i = 0; i < to.size(); i++) {
       if (end > d.s.vocab) std::fill(to[i] + std::max(begin, d.s.vocab), to[i] + end, -INFINITY);
       const int b = (int)i / drafts(), draft = (int)i % drafts() + 1;
-      if (!d.s.bias_rank) picks[(b * d.s.block + draft) * MOST_SHARES + row.share] = best_of(to[i], begin, end);
+      if (!d.s.bias_rank) note(b, draft, row.share, to[i], begin, end);
     }
   }
 
@@ -239,17 +241,38 @@ class Draft {
     const int begin = first * UNIT, end = std::min(last * UNIT, d.s.vocab);
     for (int b = 0; b < d.batch; b++) {
       for (int i = begin; i < end; i++) to[b][i] += logits(b, draft)[i];
-      picks[(b * d.s.block + draft) * MOST_SHARES + row.share] = best_of(to[b], begin, end);
+      note(b, draft, row.share, to[b], begin, end);
     }
   }
 
+  size_t picks_at(int batch_row, int draft) const { return ((size_t)batch_row * d.s.block + draft) * MOST_SHARES; }
+
+  // What a share of the vocabulary has to say of a draft.
+  void note(int batch_row, int draft, int share, const float* x, int first, int last) {
+    const size_t at = picks_at(batch_row, draft) + share;
+    picks[at] = best_of(x, first, last);
+    masses[at] = mass_of(x, first, last, picks[at].value);
+  }
+
   int best(int batch_row, int draft, int shares) const {
-    return best_of_shares(picks + (batch_row * d.s.block + draft) * MOST_SHARES, shares);
+    return best_of_shares(picks + picks_at(batch_row, draft), shares).id;
+  }
+
+  float likelihood(int batch_row, int draft, int shares) const {
+    const size_t at = picks_at(batch_row, draft);
+    const float top = best_of_shares(picks + at, shares).value;
+    float mass = 0;
+    for (int share = 0; share < shares; share++)
+      if (masses[at + share]) mass += masses[at + share] * std::exp(picks[at + share].value - top);
+    return 1 / mass;
   }
 
   void pick(const Row& row) {
     for (int b = 0; b < d.batch; b++)
-      for (int draft = 1; draft <= drafts(); draft++) a.tokens[b * drafts() + draft - 1] = best(b, draft, row.value);
+      for (int draft = 1; draft <= drafts(); draft++) {
+        const size_t at = (size_t)b * drafts() + draft - 1;
+        a.tokens[at] = best(b, draft, row.value), a.likelihoods[at] = likelihood(b, draft, row.value);
+      }
   }
 
   const DraftModel d;
@@ -259,6 +282,7 @@ class Draft {
   Compacts normed, attended, hidden, guesses;
   Angles angles;
   Best* picks = nullptr;
+  float* masses = nullptr;
   int* matched = nullptr;
 };
 

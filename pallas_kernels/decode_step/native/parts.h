@@ -213,9 +213,20 @@ inline Best best_of(const float* x, int first, int last) {
 }
 
 // The same of several stretches, in their order.
-inline int best_of_shares(const Best* shares, int count) {
+inline Best best_of_shares(const Best* shares, int count) {
   Best best = shares[0];
   for (int i = 1; i < count; i++)
     if (shares[i].value > best.value) best = shares[i];
-  return best.id;
+  return best;
+}
+
+// The sum of e^(x - top) over x[first..last).
+inline float mass_of(const float* x, int first, int last, float top) {
+  if (top == -INFINITY) return 0;  // so is all of x
+  F lanes = zero();
+  int i = first;
+  for (; i + W <= last; i += W) lanes = add(lanes, exponential(sub(load(x + i), all(top))));
+  float total = sum(lanes);
+  for (; i < last; i++) total += std::exp(x[i] - top);
+  return total;
 }

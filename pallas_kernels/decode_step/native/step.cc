@@ -91,13 +91,15 @@ DraftModel draft_model(IntSpan sizes, FloatSpan numbers, const IntArray& directo
 
 ffi::Error draft(ffi::ThreadPool pool, IntArray table, ByteArray target_weights, IntArray target_directory,
                  ByteArray weights, IntArray directory, IntArray anchors, IntArray lengths, IntArray text,
-                 FloatArray keys, FloatArray values, ffi::Result<IntArray> tokens, ffi::Result<FloatArray> logits,
-                 ffi::Result<ByteArray> scratch, IntSpan sizes, FloatSpan numbers, int32_t threads, int32_t delays) {
+                 FloatArray keys, FloatArray values, ffi::Result<IntArray> tokens,
+                 ffi::Result<FloatArray> likelihoods, ffi::Result<FloatArray> logits, ffi::Result<ByteArray> scratch,
+                 IntSpan sizes, FloatSpan numbers, int32_t threads, int32_t delays) {
   const DraftModel model =
       draft_model(sizes, numbers, directory, weights, keys.typed_data(), values.typed_data(), values);
-  const DraftArrays arrays = {anchors.typed_data(), lengths.typed_data(), text.typed_data(),
-                              logits->typed_data(), tokens->typed_data(), scratch->typed_data()};
+  const DraftArrays arrays = {anchors.typed_data(), lengths.typed_data(),      text.typed_data(),    logits->typed_data(),
+                              tokens->typed_data(), likelihoods->typed_data(), scratch->typed_data()};
   std::fill_n(arrays.tokens, tokens->element_count(), 0);
+  std::fill_n(arrays.likelihoods, tokens->element_count(), 0.f);
   run(pool, table, Draft(model, {target_weights.typed_data(), target_directory.typed_data()}, arrays), threads, delays);
   return ffi::Error::Success();
 }
@@ -192,6 +194,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_draft, draft,
                                   .Arg<FloatArray>()
                                   .Arg<FloatArray>()  // cache
                                   .Ret<IntArray>()
+                                  .Ret<FloatArray>()
                                   .Ret<FloatArray>()
                                   .Ret<ByteArray>()
                                   .Attr<IntSpan>("sizes")

@@ -285,7 +285,7 @@ class Target {
   void pick(const Row& row) {
     const int count = (int)shown_.size(), shares = row.value;  // of the head's rows, that this one waited for
     for (int i = row.first(count); i < row.last(count); i++)
-      a.best[shown_[i].place] = best_of_shares(picks + i * MOST_SHARES, shares);
+      a.best[shown_[i].place] = best_of_shares(picks + i * MOST_SHARES, shares).id;
   }
 
   const TargetSizes s;

@@ -84,10 +84,12 @@ static std::vector<float> draft(std::vector<Array> a, int threads, int delays) {
                             {a[5].data(), as<int32_t>(a[6])},
                             {as<float>(a[10]), as<float>(a[11]), *as<int32_t>(a[12])},
                             batch};
-  const DraftArrays arrays = {as<int32_t>(a[7]), as<int32_t>(a[8]), as<int32_t>(a[9]),
-                              logits.data(),     tokens.data(),     scratch.data()};
+  std::vector<float> likelihoods(tokens.size());
+  const DraftArrays arrays = {as<int32_t>(a[7]), as<int32_t>(a[8]),  as<int32_t>(a[9]), logits.data(),
+                              tokens.data(),     likelihoods.data(), scratch.data()};
   run(a[2], Draft(model, {a[3].data(), as<int32_t>(a[4])}, arrays), threads, delays);
   logits.insert(logits.end(), tokens.begin(), tokens.end());
+  logits.insert(logits.end(), likelihoods.begin(), likelihoods.end());
   return logits;
 }
 

@@ -264,7 +264,7 @@ def test_a_cpu_gets_the_paths_it_can_run(monkeypatch):
 def test_without_a_compiler_generating_still_works(tmp_path):
     """One line says what it costs and how to mend it; the text is the same."""
     script = Path(__file__).parents[3] / "scripts" / "generate.py"
-    command = [sys.executable, str(script), "--greedy", "--no-draft", "--max-tokens", "8", "--prompt", "def f(x):"]
+    command = [sys.executable, str(script), "--greedy", "--draft", "none", "--max-tokens", "8", "--prompt", "def f(x):"]
     slow = {"CXX": "no-such-compiler", build.CACHE: str(tmp_path)}
     runs = [
         subprocess.run(command, env=os.environ | extra, capture_output=True, text=True, check=True)
@@ -327,6 +327,26 @@ def test_the_thread_sanitizer_finds_no_race(tmp_path):
     ):
         run = subprocess.run([str(program), name, str(dump(tmp_path / name, arrays))], capture_output=True, text=True)
         assert run.stdout == "equal\n" and run.returncode == 0, run.stdout + run.stderr[:3000]
+
+
+@pytest.mark.parametrize("bias_rank", [0, 16])
+def test_drafts_are_as_likely_as_their_logits_say(bias_rank):
+    """The likelihood beside a draft is the softmax of its logits, and of what the bias of the draft before adds."""
+    config = tiny_drafter(hidden_size=96, vocab_size=250, bias_rank=bias_rank, lookup=24)
+    drafter, params = drafter_of(config, CONFIG), random_drafter_params(config)
+    arguments = (packed("mxfp4"), native.pack_drafter(config, params)[native.NATIVE])
+    anchors, lengths, text = np.array([7, 8], np.int32), np.array([5, 40], np.int32), random_tokens(CONFIG, 2, 24)
+    tokens, likely, logits = map(
+        np.asarray, draft(drafter, *arguments, anchors, lengths, text, init_draft_cache(drafter, 2), True)
+    )
+    before = np.concatenate([anchors[:, None], tokens[:, :-1]], axis=1)
+    total = logits[..., :250].astype(np.float64)
+    if bias_rank:
+        total += np.asarray(params["bias_in"], np.float64)[before] @ np.asarray(params["bias_out"], np.float64).T
+    odds = np.exp(total - total.max(-1, keepdims=True))
+    expected = np.take_along_axis(odds / odds.sum(-1, keepdims=True), tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(likely, expected, rtol=0.02)
+    assert (likely > 1 / 250).all() and likely.max() < 1
 
 
 def test_drafts_do_not_depend_on_threads_or_delays():

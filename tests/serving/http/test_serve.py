@@ -1,5 +1,7 @@
 """The serve command as a user meets it, on the bundled model."""
 
+import importlib.util
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from mimo_jax.cli.guard import main_guard
 
 ROOT = Path(__file__).parents[3]
 SERVE = ROOT / "scripts" / "serve.py"
+SCREENSHOT = ROOT / "tests" / "tools" / "page_screenshot.py"
 
 
 def test_from_start_to_signal(tmp_path):
@@ -39,6 +42,23 @@ def test_from_start_to_signal(tmp_path):
             assert server.wait(60) == 0
         finally:
             server.kill()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("PyQt6") is None, reason="PyQt6-WebEngine is not installed")
+def test_a_browser_shows_what_is_said_and_how_fast(tmp_path):
+    """In a Chromium without a screen: two answers, each with its speed and its tokens per round, and no fault."""
+    command, picture = [sys.executable, SERVE, "--port", "0", "--draft", "dflash"], tmp_path / "page.png"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().split()[3].rstrip(",")
+            browse = [sys.executable, SCREENSHOT, address, picture, "def fib(n):", "class Stack:"]
+            browsed = subprocess.run(browse, capture_output=True, text=True, timeout=120)
+        finally:
+            server.kill()
+    assert browsed.returncode == 0 and "console:" not in browsed.stderr, browsed.stderr
+    lines = browsed.stdout.splitlines()
+    assert len(lines) == 2 and all(re.match(r"\d+ tokens · .+ tokens/s · .+ tokens per round", line) for line in lines)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
