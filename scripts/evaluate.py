@@ -3,6 +3,7 @@
 scripts/evaluate.py bits --model path/to/checkpoint            # bits per byte of a checkpoint
 scripts/evaluate.py qat --run runs/qat                         # what MXFP4 costs, with and without QAT
 scripts/evaluate.py acceptance --model path/to/checkpoint      # what the target accepts of its drafter's blocks
+scripts/evaluate.py llama.cpp --llama runs/llama.cpp            # the same drafter there: texts, tokens per round
 scripts/evaluate.py paths                                      # functions that compile: best of 8 against one
 """
 
@@ -15,9 +16,9 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import Parser, add_drafter_options, named_folders
+from mimo_jax.cli.options import Parser, add_draft_option, add_drafter_options, named_folders
 from mimo_jax.cli.plots import need_matplotlib
-from mimo_jax.cli.values import HOTTEST, output_file, real, whole
+from mimo_jax.cli.values import HOTTEST, output_file, output_folder, real, whole
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
@@ -28,7 +29,7 @@ def bits_command(args: argparse.Namespace) -> dict:
 
     directory = Path(args.model or BUNDLED)
     heldout = heldout_of(Path(args.data), directory)
-    model = load(directory, layout="dense", draft=False)
+    model = load(directory, layout="dense", draft="none")
     found = bits_per_byte(model.params, model.config, *heldout, windows=args.windows)
     print(f"{found.bits_per_byte:.4f} bits per byte (+- {found.error:.4f})", file=sys.stderr)
     return dataclasses.asdict(found)
@@ -60,7 +61,7 @@ def acceptance_command(args: argparse.Namespace) -> dict:
     directory = Path(args.model or BUNDLED)
     tokens, _ = heldout_of(Path(args.data), directory)
     # The modules: native code has no chains and no MTP layers, and all are to be measured in one arithmetic.
-    plain = dataclasses.replace(load(directory, layout="dense", draft=False), rule=args.rule)
+    plain = dataclasses.replace(load(directory, layout="dense", draft="none"), rule=args.rule)
     drafters = named_folders(args.drafter or [f"DFlash={directory / FOLDER}"])
     models = acceptance.drafting_models(plain, drafters, named_folders(args.chain))
     prompts = acceptance.prompts_of(tokens, args.prompts, args.prompt_tokens)
@@ -91,6 +92,24 @@ def _rows(found: dict) -> list[dict]:
     if not found["temperature"]:
         print(f"{'':<27}{found['same_as_plain']} of {texts} texts as without a drafter", file=sys.stderr)
     return [found | row for row in subsets]
+
+
+def llama_cpp_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation import acceptance, llama_cpp_drafting
+    from mimo_jax.evaluation.bits import heldout_of
+    from mimo_jax.loading import BUNDLED
+
+    directory = Path(args.model or BUNDLED)
+    tokens, _ = heldout_of(Path(args.data), directory)
+    prompts = acceptance.prompts_of(tokens, args.prompts, args.prompt_tokens)
+    found = llama_cpp_drafting.compare(directory, args.llama, prompts, args.tokens)
+    command = "scripts/evaluate.py llama.cpp --prompts {prompts} --prompt-tokens {prompt_tokens} --tokens {tokens}"
+    found = {"command": command.format(**vars(args)), **found}
+    print(f"here, float32: {found['here']['tokens_per_round']:.3f} tokens per round", file=sys.stderr)
+    for experts, row in found["llama.cpp"].items():
+        texts = f"{row['same_texts']} of {len(prompts)} texts the same, {row['same_rounds']} in as many rounds"
+        print(f"llama.cpp, {experts} experts: {row['tokens_per_round']:.3f} tokens per round, {texts}", file=sys.stderr)
+    return found
 
 
 def paths_command(args: argparse.Namespace) -> dict:
@@ -139,11 +158,16 @@ def parser() -> Parser:
     acceptance.add_argument("--rows", type=whole(1), default=40, help="prompts per batch")
     acceptance.add_argument("--temperature", type=real(0, HOTTEST), nargs="+", default=[0.0, 0.7, 1.0])
     acceptance.set_defaults(command=acceptance_command)
+    beside = commands.add_parser("llama.cpp", help="the published part of the drafter, here and in llama.cpp")
+    beside.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    beside.add_argument("--llama", type=output_folder, default="runs/llama.cpp", help="folder to build llama.cpp in")
+    beside.add_argument("--prompts", type=whole(2), default=200, help="held-out prompts")
+    beside.add_argument("--prompt-tokens", type=whole(1), default=128)
+    beside.add_argument("--tokens", type=whole(2), default=48, help="to generate after each prompt")
+    beside.set_defaults(command=llama_cpp_command)
     paths = commands.add_parser("paths", help="held-out functions that compile: the best of many samples against one")
     paths.add_argument("--model", help="checkpoint directory (default: the bundled model)")
-    paths.add_argument(
-        "--draft", action=argparse.BooleanOptionalAction, help="with the checkpoint's drafter or without"
-    )
+    add_draft_option(paths)
     paths.add_argument("--n", type=whole(1, 64), default=8, help="samples of each function")
     paths.add_argument("--prompts", type=whole(2), default=300, help="held-out functions")
     paths.add_argument("--tokens", type=whole(1), default=128, help="of a body, at most")
@@ -151,7 +175,7 @@ def parser() -> Parser:
     paths.set_defaults(command=paths_command)
     for command in (bits, qat):
         command.add_argument("--windows", type=whole(2), default=400, help="held-out windows of 512 tokens")
-    for command in (bits, qat, acceptance, paths):
+    for command in (bits, qat, acceptance, beside, paths):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
         command.add_argument("--out", type=output_file, help="also write the result to this JSON file")
     return parser

@@ -105,7 +105,7 @@ def export_drafter_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.export import export_drafter
 
     checkpoint = Path(args.checkpoint) if args.checkpoint else None
-    return export_drafter(Path(args.run), args.out, checkpoint, args.expect)
+    return export_drafter(Path(args.run), args.out, checkpoint, args.expect, args.expect_published)
 
 
 def plot_command(args: argparse.Namespace) -> dict:
@@ -190,6 +190,7 @@ def parser() -> Parser:
     export_drafter.add_argument(
         "--expect", type=real(1, 1000), help="tokens per round that `evaluate.py acceptance` measured"
     )
+    export_drafter.add_argument("--expect-published", type=real(1, 1000), help="the same of the drafter without extras")
     export_drafter.set_defaults(command=export_drafter_command)
 
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")

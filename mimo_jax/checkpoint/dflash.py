@@ -1,7 +1,8 @@
 """The published drafter folder `dflash/`: its config, its tensors and the mask vector, read and written.
 
 A sharded or single safetensors file holds all weights of `weights.params` but the mask vector, which is in a file of
-`torch.save`.
+`torch.save`. What goes beyond the published format lies in the folder's own folder `extras/`, where no other engine
+looks: they read the index, or every safetensors file of the folder itself.
 """
 
 from __future__ import annotations
@@ -14,37 +15,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimo_jax.checkpoint.export import json_bytes
+from mimo_jax.checkpoint.export import INDEX, json_bytes, tensor_bytes
 from mimo_jax.checkpoint.files.tensorfile import TensorFile, TensorFileWriter, inside, load_json, read_bytes, read_index
 from mimo_jax.checkpoint.files.torchfile import TorchFile, TorchTensor, torch_file
 from mimo_jax.checkpoint.finite import check_finite
 from mimo_jax.checkpoint.manifest import new_directory, place_file, read_manifest, write_file, write_manifest
-from mimo_jax.config.dflash import drafter_from_hf, drafter_to_hf
+from mimo_jax.config.dflash import drafter_from_hf, drafter_to_hf, extras_of, with_extras
 from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.errors import UserError
 from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
-from mimo_jax.weights.params import MASK, Part, Weight, build_tree, drafter_weights, expected_tensors, path_names
+from mimo_jax.weights.params import (
+    MASK,
+    Part,
+    Weight,
+    build_tree,
+    drafter_extras,
+    drafter_weights,
+    expected_tensors,
+    path_names,
+)
 
 FOLDER = "dflash"
 CONFIG = "config.json"
 TENSORS = "dflash_draft_model.safetensors"
 MASK_FILE = "mask_embedding.pt"
-_INDEXES = (f"{TENSORS}.index.json", "model.safetensors.index.json")
+EXTRAS = "extras"  # folder in the drafter's
+EXTRA_TENSORS = "extras.safetensors"
+_INDEXES = (f"{TENSORS}.index.json", INDEX)
 _STEMS = ("dflash_draft_model", "model")
 _PREFIX = "model."  # that some exports put before every name
+_DATA = (".json", ".pt", ".safetensors")
 _MAX_CONFIG_BYTES = 4_000_000
 _MASK_OVERHEAD_BYTES = 1 << 20
 _NAMED = 3  # how many tensors an error names
 
 
 def expected_drafter_tensors(config: DrafterConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of every tensor of the folder's safetensors."""
-    return expected_tensors(_named(config, dtype))
+    """Name -> (dtype, shape) of every tensor of the published safetensors."""
+    return expected_tensors(_published(config, dtype))
 
 
-def _named(config: DrafterConfig, dtype: str) -> Iterator[Weight]:
-    """Weights of the safetensors: all but the mask vector."""
-    return (weight for weight in drafter_weights(config, dtype) if weight.row is not MASK)
+def _published(config: DrafterConfig, dtype: str) -> Iterator[Weight]:
+    """Weights of the published safetensors: all but the mask vector and the extras."""
+    return (weight for weight in drafter_weights(config.published, dtype) if weight.row is not MASK)
 
 
 def has_drafter(directory: Path) -> bool:
@@ -52,20 +65,30 @@ def has_drafter(directory: Path) -> bool:
     return (directory / FOLDER / CONFIG).exists()
 
 
-def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, Any]]:
+def has_extras(directory: Path) -> bool:
+    """Whether a `dflash/` folder holds more than the published format."""
+    return (directory / EXTRAS / CONFIG).exists()
+
+
+def read_drafter(directory: Path, extras: bool = True) -> tuple[DrafterConfig, dict[str, Any]]:
     """Config and parameters of a `dflash/` folder, in the dtype of its tensors; nothing in it is executed.
 
-    The tree is that of `modeling.dflash.init_drafter`. Every tensor is used exactly once, or the first that is not is a
-    `UserError`.
+    Without `extras` it is the published drafter alone, as other engines read it. The tree is that of
+    `modeling.dflash.init_drafter`. Every tensor is used exactly once, or the first that is not is a `UserError`.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not found; expected a drafter's folder")
-    path = inside(directory, CONFIG)
-    config = drafter_from_hf(load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path)), str(path))
+    config = drafter_from_hf(*_read_config(directory, CONFIG))
     held = _open_files(directory)
     dtype = _dtype_of(held, directory)
-    _check_tensors(config, dtype, held, directory)
+    _check_tensors(_published(config, dtype), held, directory)
+    if extras and has_extras(directory):
+        config = with_extras(config, *_read_config(directory, f"{EXTRAS}/{CONFIG}"))
+        file = TensorFile(inside(directory, f"{EXTRAS}/{EXTRA_TENSORS}"))
+        added = {name: (file, name) for name in file.tensors}
+        _check_tensors(drafter_extras(config, dtype), added, directory / EXTRAS)
+        held |= added
 
     def read(weight: Weight, part: Part) -> jax.Array:
         if weight.row is MASK:
@@ -77,6 +100,12 @@ def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, Any]]:
         return array
 
     return config, build_tree(drafter_weights(config, dtype), read)
+
+
+def _read_config(directory: Path, name: str) -> tuple[dict[str, Any], str]:
+    """What a config says, and where."""
+    path = inside(directory, name)
+    return load_json(read_bytes(path, _MAX_CONFIG_BYTES), str(path)), str(path)
 
 
 def _open_files(directory: Path) -> dict[str, tuple[TensorFile, str]]:
@@ -122,11 +151,11 @@ def _dtype_of(held: dict[str, tuple[TensorFile, str]], directory: Path) -> str:
     return ours
 
 
-def _check_tensors(config: DrafterConfig, dtype: str, held: dict[str, tuple[TensorFile, str]], directory: Path) -> None:
-    """Every expected tensor is there with its dtype and shape, and no other is."""
+def _check_tensors(table: Iterator[Weight], held: dict[str, tuple[TensorFile, str]], directory: Path) -> None:
+    """Every tensor of the table is there with its dtype and shape, and no other is."""
     missing: list[str] = []
     matched: set[str] = set()
-    for weight in _named(config, dtype):
+    for weight in table:
         (part,) = weight.parts
         name = part.name
         if name not in held:
@@ -173,7 +202,7 @@ def _cast(array: Any, dtype: str, where: str) -> np.ndarray:
 
 
 def write_drafter(directory: Path, config: DrafterConfig, params: dict[str, Any], dtype: str = "bfloat16") -> None:
-    """Writes config, tensors and mask vector as `dtype`; nothing called `directory` exists before the end.
+    """Writes config, tensors and mask vector as `dtype`, and extras; nothing called `directory` exists before the end.
 
     An existing directory is a `UserError`.
     """
@@ -195,10 +224,12 @@ def attach_drafter(checkpoint: Path, config: DrafterConfig, params: dict[str, An
 
 def drafter_files(directory: Path) -> dict[str, Path]:
     """What the drafter folder of a checkpoint consists of, by its name in the checkpoint. Code is left out."""
-    wanted = {".json", ".pt", ".safetensors"}
-    folder = directory / FOLDER
-    paths = sorted(path for path in folder.iterdir() if path.suffix in wanted) if has_drafter(directory) else []
-    return {f"{FOLDER}/{path.name}": inside(directory, f"{FOLDER}/{path.name}") for path in paths}
+    if not has_drafter(directory):
+        return {}
+    folders = (FOLDER, f"{FOLDER}/{EXTRAS}") if has_extras(directory / FOLDER) else (FOLDER,)
+    paths = [path for folder in folders for path in sorted((directory / folder).iterdir())]
+    names = [path.relative_to(directory).as_posix() for path in paths if path.suffix in _DATA]
+    return {name: inside(directory, name) for name in names}
 
 
 def _fill(folder: Path, config: DrafterConfig, params: dict[str, Any], dtype: str) -> None:
@@ -208,12 +239,25 @@ def _fill(folder: Path, config: DrafterConfig, params: dict[str, Any], dtype: st
     mask = _cast(params[MASK.path], dtype, MASK.path)
     if mask.shape != (config.hidden_size,):
         raise ValueError(f"mask: shape {mask.shape}, the config has {config.hidden_size}")
+    specs = expected_drafter_tensors(config, dtype)
+    total = sum(tensor_bytes(spec) for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(specs, TENSORS)}
     write_file(folder / CONFIG, json_bytes(drafter_to_hf(config, dtype)))
+    write_file(folder / INDEX, json_bytes(index))
     write_file(folder / MASK_FILE, torch_file({"mask_token_id": config.mask_token_id, "embedding": mask}))
-    writer = TensorFileWriter(folder / TENSORS, expected_drafter_tensors(config, dtype))
+    _write_tensors(folder / TENSORS, list(_published(config, dtype)), params, dtype)
+    if config.has_extras:
+        (folder / EXTRAS).mkdir()
+        write_file(folder / EXTRAS / CONFIG, json_bytes(extras_of(config)))
+        _write_tensors(folder / EXTRAS / EXTRA_TENSORS, list(drafter_extras(config, dtype)), params, dtype)
+
+
+def _write_tensors(path: Path, table: Sequence[Weight], params: dict[str, Any], dtype: str) -> None:
+    writer = TensorFileWriter(path, expected_tensors(iter(table)))
     try:
-        for weight in _named(config, dtype):
-            writer.write(weight.parts[0].name, _cast(weight.of(params), dtype, weight.parts[0].name))
+        for weight in table:
+            name = weight.parts[0].name
+            writer.write(name, _cast(weight.of(params), dtype, name))
         writer.close()
     finally:
         writer.abort()

@@ -1,7 +1,8 @@
-"""The published `dflash/config.json` of a drafter, to and from our config."""
+"""The published `dflash/config.json` of a drafter, and the one of its extras, to and from our config."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from mimo_jax.config.drafter import DrafterConfig
@@ -33,8 +34,6 @@ DRAFTER = Schema(
         "dflash_config.attention_value_scale": "value_scale",
         "dflash_config.attention_sink_bias": "has_sink",
         "dflash_config.rotary_base": "rotary_base",
-        "dflash_config.bias_rank": "bias_rank",
-        "dflash_config.lookup": "lookup",
         "dflash_config.acceptance_length": "acceptance_length",
     },
     optional=frozenset(
@@ -43,8 +42,6 @@ DRAFTER = Schema(
             "initializer_range",
             "dflash_config.backbone_rotary_base",
             "dflash_config.rotary_base",
-            "dflash_config.bias_rank",
-            "dflash_config.lookup",
             "dflash_config.acceptance_length",
         }
     ),
@@ -66,10 +63,16 @@ DRAFTER = Schema(
     own={
         "dflash_config.backbone_rotary_base": None,
         "dflash_config.rotary_base": "drafter",
-        "dflash_config.bias_rank": 0,
-        "dflash_config.lookup": 0,
         "dflash_config.acceptance_length": None,
     },
+)
+EXTRAS = Schema(
+    name="drafter",
+    keys={"bias_rank": "bias_rank", "lookup": "lookup", "acceptance_length": "acceptance_length"},
+    optional=frozenset({"bias_rank", "lookup", "acceptance_length"}),
+    required={},
+    equal={},
+    own={"bias_rank": 0, "lookup": 0, "acceptance_length": None},
 )
 
 
@@ -89,9 +92,23 @@ def drafter_from_hf(values: dict[str, Any], where: str = "config.json") -> Draft
         raise DRAFTER.in_words_of_the_file(error, where) from None
 
 
+def with_extras(config: DrafterConfig, values: dict[str, Any], where: str = "config.json") -> DrafterConfig:
+    """A published drafter's config with what the config of its extras adds."""
+    fields: dict[str, Any] = {"acceptance_length": None, **EXTRAS.find(values, where)}
+    try:
+        return dataclasses.replace(config, **fields, published_acceptance_length=config.acceptance_length)
+    except UserError as error:
+        raise EXTRAS.in_words_of_the_file(error, where) from None
+
+
+def extras_of(config: DrafterConfig) -> dict[str, Any]:
+    """The `config.json` of a drafter's extras."""
+    return EXTRAS.fill(config)
+
+
 def drafter_to_hf(config: DrafterConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a drafter whose weights are stored as `dtype`, with the published keys."""
-    values = DRAFTER.fill(config)
+    """The `config.json` of a drafter whose weights are stored as `dtype`, with the published keys; no extras."""
+    values = DRAFTER.fill(config.published)
     nested = {"use_swa": True, **values.pop(_NESTED)}
     return {
         "architectures": ["DFlashDraftModel"],

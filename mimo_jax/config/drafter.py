@@ -47,6 +47,7 @@ class DrafterConfig:
     bias_rank: int = 0  # of the order-aware bias (DSpark, arXiv 2607.05147); 0: none
     lookup: int = 0  # newest tokens in which prompt lookup finds a guess for every draft to start from; 0: no guesses
     acceptance_length: float | None = None  # tokens per round measured with the target it was trained for
+    published_acceptance_length: float | None = None  # the same of `published`, where that is less than all of it
     max_position: int = 262_144
     dtype: str = "bfloat16"  # of activations
     init_range: float = 0.02
@@ -74,6 +75,19 @@ class DrafterConfig:
             )
         if self.rotary_base != "drafter" and self.backbone_rotary_base is None:
             raise UserError(f"drafter: rotary_base={self.rotary_base!r} needs backbone_rotary_base")
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether it goes beyond the published format."""
+        return self.bias_rank > 0 or self.lookup > 0
+
+    @property
+    def published(self) -> DrafterConfig:
+        """The drafter without its extras, as other engines read it."""
+        if not self.has_extras:
+            return self
+        accepted = {"acceptance_length": self.published_acceptance_length, "published_acceptance_length": None}
+        return dataclasses.replace(self, bias_rank=0, lookup=0, **accepted)
 
     @property
     def rotary_dim(self) -> int:
@@ -122,7 +136,7 @@ _RULES = {
     ),
     "mask_token_id": (lambda value: _is_whole(value, 0), "a token id"),
     "block_size": (lambda value: _is_whole(value, 2, MAX_BLOCK + 1), f"a whole number in 2..{MAX_BLOCK}"),
-    **dict.fromkeys(("backbone_rotary_base", "acceptance_length"), _POSITIVE_OR_NONE),
+    **dict.fromkeys(("backbone_rotary_base", "acceptance_length", "published_acceptance_length"), _POSITIVE_OR_NONE),
     "rotary_base": (
         lambda value: isinstance(value, str) and value in ROTARY_BASES,
         f"one of {', '.join(ROTARY_BASES)}",

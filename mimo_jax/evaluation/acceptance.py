@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mimo_jax.checkpoint.dflash import has_extras
 from mimo_jax.cli.plots import save_figure
 from mimo_jax.cli.progress import progress
 from mimo_jax.decode.sampling import Sampled, Strategy, strategy_at
@@ -42,12 +43,16 @@ class Measured:
 def drafting_models(plain: Model, drafters: dict[str, Path], chains: dict[str, Path]) -> dict[str, Model]:
     """`plain`, then the same target with each drafter to be measured, by name: controls, blocks, chains.
 
+    A drafter with extras is measured without them, too: that is what other engines get.
     The native step has blocks only: MTP layers are left out beside it, and chains are refused.
     """
     models = {"plain": plain, "prompt lookup": dataclasses.replace(plain, drafter=PromptLookupDrafter())}
     if plain.config.mtp_layers and plain.layout != "native":
         models["MTP layer"] = dataclasses.replace(plain, drafter=MtpDrafter(plain.config))
-    models |= {name: with_drafter(plain, folder) for name, folder in drafters.items()}
+    for name, folder in drafters.items():
+        models[name] = with_drafter(plain, folder)
+        if has_extras(folder):
+            models[f"{name}, no extras"] = with_drafter(plain, folder, extras=False)
     return models | {name: with_drafter(plain, folder, AutoregressiveDrafter) for name, folder in chains.items()}
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mimo_jax.checkpoint.files.gguffile import CONTROL, NORMAL, UNUSED
 from mimo_jax.checkpoint.read import read
 from mimo_jax.config.model import SLIDING, ModelConfig
 from mimo_jax.errors import UserError
@@ -31,44 +32,52 @@ from mimo_jax.weights.params import STACKS
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"  # a source package that carries llama.cpp whole
 _INSIDE = "vendor/llama.cpp"
-_BENCH = "llama-bench"
+BENCH = "llama-bench"
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "GGML_NATIVE": "ON",
     "BUILD_SHARED_LIBS": "OFF",
     "LLAMA_OPENSSL": "OFF",
-    **dict.fromkeys(("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_APP"), "OFF"),
+    "LLAMA_BUILD_SERVER": "ON",
+    **dict.fromkeys(("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_APP"), "OFF"),
 }
 # What FP8 weights become.
 FP8_AS: dict[str, Callable[[np.ndarray], gguf.Tensor]] = {"q8_0": gguf.q8_0, "bf16": gguf.bf16}
 _MOSTLY_MXFP4 = 38  # what llama.h calls a file whose experts are
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # kinds of tokens
 
 
-def build(folder: Path, source: Path | None = None, jobs: int | None = None) -> Path:
-    """`llama-bench` for this machine, compiled in `folder` and kept there; needs cmake and a C++ compiler.
+def build(folder: Path, source: Path | None = None, jobs: int | None = None, program: str = BENCH) -> Path:
+    """A program of llama.cpp for this machine, compiled in `folder` and kept there; needs cmake and a C++ compiler.
 
-    `source` is the package's archive or an unpacked llama.cpp; by default pip fetches the archive from the index that
-    it is configured for. `jobs` compilers run at once, by default one for each core.
+    `source` is the package's archive or an unpacked llama.cpp; by default it is what `folder` has been built from, or
+    pip fetches the archive from the index that it is configured for. `jobs` compilers run at once, by default one for
+    each core.
     """
-    bench = folder / "build" / "bin" / _BENCH
-    if bench.exists():
-        return bench
+    built = folder / "build" / "bin" / program
+    if built.exists():
+        return built
     if absent := [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]:
         raise UserError(f"llama.cpp: not installed: {', '.join(absent)}; building it needs them")
-    print("building llama.cpp, once: this takes minutes", file=sys.stderr)
+    print(f"building {program}, once: this takes minutes", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    source = source or _download(folder)
+    source = source or source_of(folder) or _download(folder)
     tree = source if source.is_dir() else _unpack(source, folder)
     options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
-    _run("cmake", "-S", tree, "-B", folder / "build", *options)
-    _run("cmake", "--build", folder / "build", "--target", _BENCH, "--parallel", jobs or os.cpu_count() or 1)
-    return bench
+    run("cmake", "-S", tree, "-B", folder / "build", *options)
+    run("cmake", "--build", folder / "build", "--target", program, "--parallel", jobs or os.cpu_count() or 1)
+    return built
+
+
+def source_of(folder: Path) -> Path | None:
+    """The llama.cpp that programs in `folder` were built from, if any were."""
+    cache, key = folder / "build" / "CMakeCache.txt", "CMAKE_HOME_DIRECTORY:INTERNAL="
+    lines = cache.read_text().splitlines() if cache.exists() else []
+    return next((Path(line.removeprefix(key)) for line in lines if line.startswith(key)), None)
 
 
 def _download(folder: Path) -> Path:
     where = ("--no-deps", "--no-binary", PACKAGE, "--dest", folder)
-    _run(sys.executable, "-m", "pip", "download", *where, f"{PACKAGE}=={VERSION}")
+    run(sys.executable, "-m", "pip", "download", *where, f"{PACKAGE}=={VERSION}")
     return folder / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
 
 
@@ -82,7 +91,7 @@ def _unpack(archive: Path, folder: Path) -> Path:
     return folder / members[0].name.partition("/")[0] / _INSIDE
 
 
-def _run(*command: object) -> str:
+def run(*command: object) -> str:
     """What a program prints; where it fails, the last line is the error."""
     words = [str(word) for word in command]
     ran = subprocess.run(words, capture_output=True, text=True)
@@ -115,7 +124,7 @@ def rates(
     if batch is not None:
         options |= {"-b": batch, "-ub": batch}
     words = [word for option in options.items() for word in option]
-    (found,) = json.loads(_run(bench, "-m", model, "-o", "json", *words))
+    (found,) = json.loads(run(bench, "-m", model, "-o", "json", *words))
     return found["samples_ts"]
 
 
@@ -164,9 +173,9 @@ def _vocabulary(path: Path, config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"{path}: is {tokenizer['model']['type']}; expected BPE")
     special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     tokens = [f"[PAD{row}]" for row in range(config.vocab_size)]
-    kinds = [_UNUSED] * config.vocab_size
+    kinds = [UNUSED] * config.vocab_size
     for token, row in (tokenizer["model"]["vocab"] | special).items():
-        tokens[row], kinds[row] = token, _CONTROL if token in special else _NORMAL
+        tokens[row], kinds[row] = token, CONTROL if token in special else NORMAL
     merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     values: dict[str, Any] = {"model": "gpt2", "pre": "qwen2", "tokens": tokens, "token_type": kinds, "merges": merges}
     if isinstance(config.eos_token_id, int):

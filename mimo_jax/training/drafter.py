@@ -297,13 +297,13 @@ def extended(config: DrafterConfig, params: Params, geometry: Geometry, seed: in
     if bias_rank and config.bias_rank and bias_rank != config.bias_rank:
         raise UserError(f"drafter: bias_rank={bias_rank}, but the drafter to start from has {config.bias_rank}")
     added = {"bias_rank": bias_rank or config.bias_rank, "lookup": geometry.lookup or config.lookup}
-    config = dataclasses.replace(config, acceptance_length=None, **added)
+    config = dataclasses.replace(config, acceptance_length=None, published_acceptance_length=None, **added)
     return config, {**init_drafter(config, jax.random.key(seed)), **params}
 
 
 def as_chain(config: DrafterConfig, params: Params) -> tuple[DrafterConfig, Params]:
     """A finished block drafter as a start for the autoregressive control, which has neither bias nor guesses."""
-    bare = dataclasses.replace(config, acceptance_length=None, bias_rank=0, lookup=0)
+    bare = dataclasses.replace(config.published, acceptance_length=None)
     return bare, {name: params[name] for name in abstract_drafter(bare)}
 
 

@@ -65,15 +65,20 @@ def export(run_directory: Path, tokenizer_path: Path, out: Path) -> dict[str, An
 
 
 def export_drafter(
-    run_directory: Path, out: Path | None, checkpoint: Path | None, expected: float | None
+    run_directory: Path,
+    out: Path | None,
+    checkpoint: Path | None,
+    expected: float | None,
+    expected_published: float | None,
 ) -> dict[str, Any]:
     """Writes a finished run's drafter to the new folder `out`, or into a checkpoint in place of the one it has.
 
-    `expected` is the tokens per round that were measured with its target.
+    `expected` is the tokens per round that were measured with its target, `expected_published` the same without extras.
     """
     config, train = drafter.read_settings(run_directory)
     state = drafter.latest_state(run_directory, config, train)
-    config = dataclasses.replace(config, acceptance_length=expected)
+    accepted = {"acceptance_length": expected, "published_acceptance_length": expected_published}
+    config = dataclasses.replace(config, **accepted)
     if checkpoint:
         attach_drafter(checkpoint, config, state.params)
     elif out:

@@ -53,9 +53,11 @@ def shifted(params: Params, offsets: Params) -> Params:
     return jax.tree.map(add, offsets, params, is_leaf=lambda leaf: leaf is None)
 
 
-def quantize_experts(params: Params) -> Params:
+def quantize_experts(params: Params, rule: str = "even") -> Params:
     """Parameters as the quantised checkpoint will read; differentiable, straight through."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fake_quantize(leaf) if is_expert(path) else leaf, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: fake_quantize(leaf, rule) if is_expert(path) else leaf, params
+    )
 
 
 def offset_optimizer(train: TrainConfig) -> optax.GradientTransformation:

@@ -85,7 +85,7 @@ _MTP = (
     _matrix("eh_proj", "eh_proj.weight", "width two_widths"),
 )
 
-# The drafter's, in its folder `dflash/`. The order-aware bias and the guesses are ours: published drafters lack them.
+# The drafter's, in its folder `dflash/`. The order-aware bias and the guesses are extras: published drafters lack them.
 MASK = Row("mask", "", "width")  # a vector in a file of its own
 _DRAFT_TOP = (
     _matrix("fuse", "fc.weight", "width aux_widths"),
@@ -247,12 +247,19 @@ def weights(config: ModelConfig, file_format: FileFormat) -> Iterator[Weight]:
 def drafter_weights(config: DrafterConfig, dtype: str) -> Iterator[Weight]:
     """Every weight of a drafter whose files store `dtype`, lazily; the mask vector first, which has no name."""
     sizes, plain = _drafter_sizes(config), FileFormat("dense", dtype)
-    extra = (_DRAFT_BIAS if config.bias_rank else ()) + (_DRAFT_LOOKUP if config.lookup else ())
-    for row in (MASK, *_DRAFT_TOP, *extra):
+    for row in (MASK, *_DRAFT_TOP):
         yield _weight(row, sizes, plain, "", "", SLIDING)
+    yield from drafter_extras(config, dtype)
     for index in range(config.num_layers):
         for row in _DRAFT_LAYER + (_SINK if config.has_sink else ()):
             yield _weight(row, sizes, plain, f"layers_{index}/", f"layers.{index}.", SLIDING)
+
+
+def drafter_extras(config: DrafterConfig, dtype: str) -> Iterator[Weight]:
+    """Those of `drafter_weights` that published drafters lack."""
+    sizes, plain = _drafter_sizes(config), FileFormat("dense", dtype)
+    for row in (_DRAFT_BIAS if config.bias_rank else ()) + (_DRAFT_LOOKUP if config.lookup else ()):
+        yield _weight(row, sizes, plain, "", "", SLIDING)
 
 
 def qkv_rows(config: ModelConfig, kind: int) -> tuple[int, int, int]:

@@ -35,14 +35,20 @@ def folder(tmp_path) -> Path:
     return tmp_path / "dflash"
 
 
-def held_tensors(folder: Path) -> samples.Tensors:
-    """What the safetensors file holds, copied."""
-    file = TensorFile(folder / dflash.TENSORS)
+EXTRAS = {"bias_rank": 3, "lookup": 5, "acceptance_length": 4.5, "published_acceptance_length": 2.5}
+
+
+def held_tensors(path: Path) -> samples.Tensors:
+    """What a safetensors file holds, copied."""
+    file = TensorFile(path)
     return {name: (info.dtype, file.read(name).copy()) for name, info in file.tensors.items()}
 
 
-def replace_tensors(folder: Path, tensors: samples.Tensors) -> None:
-    samples.save_file(folder / dflash.TENSORS, tensors)
+def replace_tensors(folder: Path, tensors: samples.Tensors, name: str = dflash.TENSORS) -> None:
+    """Other tensors in a single file, which needs no index."""
+    (folder / dflash.TENSORS).unlink(missing_ok=True)
+    (folder / dflash.INDEX).unlink(missing_ok=True)
+    samples.save_file(folder / name, tensors)
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -85,21 +91,72 @@ def test_pro_has_the_published_tensors() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("changes", [{}, {"has_sink": False}, {"bias_rank": 3, "lookup": 5}])
+@pytest.mark.parametrize("changes", [{}, {"has_sink": False}, EXTRAS, {"bias_rank": 3}, {"lookup": 5}])
 def test_round_trip_is_exact(changes: dict, dtype: str, tmp_path) -> None:
     """Config and every bit of every parameter survive the folder, in the tree that `init_drafter` makes."""
     config = small(**changes)
     params = random_params(config, dtype=dtype)
     write_drafter(tmp_path / "dflash", config, params, dtype)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "config.json",
-        "dflash",
-        "dflash_draft_model.safetensors",
-        "mask_embedding.pt",
-    ]
     found, read = read_drafter(tmp_path / "dflash")
     assert found == config
     assert_same(read, params)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_extras_lie_where_no_other_engine_looks(tmp_path) -> None:
+    """The folder itself holds the published format to the byte; what goes beyond, in its own folder, is optional."""
+    config = small(**EXTRAS)
+    params = random_params(config)
+    write_drafter(tmp_path / "both", config, params)
+    bare = {name: leaf for name, leaf in params.items() if name in abstract_drafter(config.published)}
+    write_drafter(tmp_path / "bare", config.published, bare)
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "bare")
+    assert [path.name for path in tmp_path.glob("*/*") if path.is_dir()] == ["extras"]
+    found, read = read_drafter(tmp_path / "both", extras=False)
+    assert found == small(acceptance_length=2.5)
+    assert_same(read, bare)
+    assert read_drafter(tmp_path / "both")[0] == config
+
+
+def test_the_index_opens_the_folder_for_others(folder: Path) -> None:
+    """Converters and serving stacks take files from `model.safetensors.index.json`: it places every tensor."""
+    safe_open = pytest.importorskip("safetensors").safe_open
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    (shard,) = set(index["weight_map"].values())
+    with safe_open(folder / shard, "np") as file:
+        assert set(file.keys()) == set(index["weight_map"])
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
+    assert index["metadata"]["total_size"] == 2 * sum(sizes)
+
+
+BAD_EXTRAS = {
+    "missing": (
+        lambda t: {n: x for n, x in t.items() if n != "markov_in.weight"},
+        "extras: missing 'markov_in.weight'",
+    ),
+    "surplus": (lambda t: added(t, "fc.weight"), "extras: unexpected 'fc.weight'"),
+    "rank": (
+        lambda t: t | {"markov_in.weight": ("BF16", np.zeros((48, 2), ml_dtypes.bfloat16))},
+        r"'markov_in.weight' has shape \[48, 2\]; the config needs \[48, 3\]",
+    ),
+    "dtype": (lambda t: t | {"markov_in.weight": ("F32", np.zeros((48, 3), np.float32))}, "is F32; expected BF16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EXTRAS)
+def test_bad_extras_are_named(case: str, tmp_path) -> None:
+    """Every tensor of the extras is used exactly once, too."""
+    config = small(**EXTRAS)
+    write_drafter(tmp_path / "dflash", config, random_params(config))
+    change, message = BAD_EXTRAS[case]
+    path = tmp_path / "dflash" / "extras" / "extras.safetensors"
+    samples.save_file(path, change(held_tensors(path)))
+    with pytest.raises(UserError, match=message):
+        read_drafter(tmp_path / "dflash")
+    read_drafter(tmp_path / "dflash", extras=False)
 
 
 def test_float32_masters_are_written_in_the_files_dtype(tmp_path) -> None:
@@ -160,28 +217,32 @@ def test_bad_masks_are_named(case: str, folder: Path) -> None:
         read_drafter(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "dflash_draft_model.safetensors", "mask_embedding.pt"])
-def test_every_file_is_needed(name: str, folder: Path) -> None:
+NEEDED = ["config.json", "dflash_draft_model.safetensors", "mask_embedding.pt", "extras/extras.safetensors"]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_every_file_is_needed(name: str, tmp_path) -> None:
     """A folder that lacks one of its files is an error naming it."""
-    (folder / name).unlink()
+    write_drafter(tmp_path / "dflash", small(**EXTRAS), random_params(small(**EXTRAS)))
+    (tmp_path / "dflash" / name).unlink()
     with pytest.raises(UserError, match=name):
-        read_drafter(folder)
+        read_drafter(tmp_path / "dflash")
 
 
 @pytest.mark.parametrize("file", ["dflash_draft_model-00001-of-00001.safetensors", "model.safetensors"])
 def test_prefix_and_other_file_names(file: str, folder: Path) -> None:
     """Tensors called `model.fc.weight`, in a file of another published name, are read the same."""
     _, params = read_drafter(folder)
-    tensors = held_tensors(folder)
-    (folder / dflash.TENSORS).unlink()
-    samples.save_file(folder / file, {f"model.{name}": tensor for name, tensor in tensors.items()})
+    tensors = held_tensors(folder / dflash.TENSORS)
+    replace_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()}, file)
     assert_same(read_drafter(folder)[1], params)
 
 
 def shard(folder: Path, stem: str, index: str, prefix: str = "") -> dict[str, str]:
     """Splits the folder's tensors over two files with an index; returns its map."""
-    tensors = held_tensors(folder)
+    tensors = held_tensors(folder / dflash.TENSORS)
     (folder / dflash.TENSORS).unlink()
+    (folder / dflash.INDEX).unlink()
     names = {name: f"{stem}-0000{place % 2 + 1}-of-00002.safetensors" for place, name in enumerate(tensors)}
     for file in set(names.values()):
         samples.save_file(folder / file, {prefix + n: tensors[n] for n in tensors if names[n] == file})
@@ -244,7 +305,7 @@ BAD_TENSORS = {
 def test_every_tensor_is_used_exactly_once(case: str, folder: Path) -> None:
     """A missing, surplus, doubled, mis-shaped or mistyped tensor is an error naming it, found and expected."""
     change, message = BAD_TENSORS[case]
-    replace_tensors(folder, change(held_tensors(folder)))
+    replace_tensors(folder, change(held_tensors(folder / dflash.TENSORS)))
     with pytest.raises(UserError, match=message):
         read_drafter(folder)
 
@@ -254,7 +315,7 @@ def test_sinks_follow_the_config(folder: Path) -> None:
     edit_config(folder, attention_sink_bias=False)
     with pytest.raises(UserError, match=r"unexpected 'layers.0.self_attn.attention_sink_bias'"):
         read_drafter(folder)
-    replace_tensors(folder, {n: x for n, x in held_tensors(folder).items() if "sink" not in n})
+    replace_tensors(folder, {n: x for n, x in held_tensors(folder / dflash.TENSORS).items() if "sink" not in n})
     config, params = read_drafter(folder)
     assert not config.has_sink and "sink" not in params["layers_0"]["attention"]
     edit_config(folder, attention_sink_bias=True)
@@ -308,13 +369,15 @@ def test_half_written_folder_never_appears(tmp_path, monkeypatch) -> None:
     assert_same(read_drafter(tmp_path / "dflash")[1], params)
 
 
-def test_mutated_folders_are_read_or_refused(folder: Path) -> None:
+def test_mutated_folders_are_read_or_refused(tmp_path) -> None:
     """Whatever happens to the bytes of a file, the folder is read or refused with one short `UserError`."""
-    originals = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder = tmp_path / "dflash"
+    write_drafter(folder, small(**EXTRAS), random_params(small(**EXTRAS)))
+    originals = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     accepted = 0
     for case in range(600):
         rng = random.Random(case)
-        name = sorted(originals)[case % 3]
+        name = sorted(originals)[case % len(originals)]
         change = mutate_bytes(rng, originals[name]) if name.endswith(".pt") else mutate(rng, name, originals[name])
         (folder / name).write_bytes(change)
         try:

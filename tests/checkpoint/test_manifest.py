@@ -152,7 +152,7 @@ def test_a_hugging_face_cache_opens(tmp_path) -> None:
     snapshot = cached(tmp_path / "models--a", mimo.BUNDLED)
     assert leaf_digests(read(snapshot).params) == leaf_digests(read(mimo.BUNDLED).params)
     assert read_drafter(snapshot / "dflash")[0] == read_drafter(mimo.BUNDLED / "dflash")[0]
-    assert mimo.load(snapshot, draft=True, verify=True).drafter.block_size == 8
+    assert mimo.load(snapshot, draft="dflash", verify=True).drafter.block_size == 8
     to_orbax(snapshot, tmp_path / "orbax")
     for path in (tmp_path / "orbax").rglob("*"):
         assert not path.is_symlink()
@@ -202,8 +202,8 @@ def test_damage_does_not_get_a_new_manifest(tmp_path) -> None:
 def test_load_checks_everything_when_asked(tmp_path) -> None:
     """`verify=True` finds a flipped bit among the weights, which loading alone does not see."""
     folder = bundled(tmp_path / "ck")
-    mimo.load(folder, draft=False, verify=True)
+    mimo.load(folder, draft="none", verify=True)
     flip(folder / "model-00001-of-00001.safetensors")
-    mimo.load(folder, draft=False)
+    mimo.load(folder, draft="none")
     with pytest.raises(UserError, match=r"model-00001-of-00001.safetensors: damaged"):
-        mimo.load(folder, draft=False, verify=True)
+        mimo.load(folder, draft="none", verify=True)

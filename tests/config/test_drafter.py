@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from mimo_jax.config.dflash import drafter_from_hf, drafter_to_hf
+from mimo_jax.config.dflash import drafter_from_hf, drafter_to_hf, extras_of, with_extras
 from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.errors import UserError
 from tests.tools.fuzz import mutate_value
@@ -115,13 +115,37 @@ def test_written_config_has_the_published_values() -> None:
     assert written["dflash_config"] == nested
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"rotary_base": "mixed"}, {"bias_rank": 3, "lookup": 5}, {"backbone_rotary_base": None}]
-)
+@pytest.mark.parametrize("changes", [{}, {"rotary_base": "mixed"}, {"backbone_rotary_base": None}])
 def test_config_round_trip(changes: dict) -> None:
-    """A config survives its file, whether or not it uses what published drafters do not have."""
-    config = small(**changes)
+    """A config survives its file."""
+    config = small(acceptance_length=2.5, **changes)
     assert drafter_from_hf(json.loads(json.dumps(drafter_to_hf(config, "bfloat16")))) == config
+
+
+EXTRAS = {"bias_rank": 3, "lookup": 5, "acceptance_length": 4.5}
+
+
+def test_extras_have_a_config_of_their_own() -> None:
+    """The published config says nothing of extras and has the acceptance without them; theirs gives the rest back."""
+    config = small(**EXTRAS, published_acceptance_length=2.5)
+    published = drafter_to_hf(config, "bfloat16")
+    assert published == drafter_to_hf(small(acceptance_length=2.5), "bfloat16")
+    assert extras_of(config) == EXTRAS
+    assert with_extras(drafter_from_hf(published), EXTRAS) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias_rank": -1}, "bias_rank=-1 must be 0 or a rank"),
+        ({"lookup": "256"}, "lookup='256' must be"),
+        ({"acceptance_length": 0}, "acceptance_length=0 must be a positive number"),
+    ],
+)
+def test_bad_extras_name_the_key(changes: dict, message: str) -> None:
+    """The same of a config of extras."""
+    with pytest.raises(UserError, match=f"^here/config.json: {message}"):
+        with_extras(SMALL, {**EXTRAS, **changes}, "here/config.json")
 
 
 BAD_CONFIGS = {
