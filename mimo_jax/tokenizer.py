@@ -60,9 +60,13 @@ class Tokenizer:
         """Reads a `tokenizer.json`, but for truncation and padding, which are for batches of training."""
         if not path.is_file():
             raise UserError(f"{path}: not found; a checkpoint folder needs its tokenizer")
-        text = _read(path)
-        with _refusing(f"{path}: not a readable tokenizer"):
-            _check_growth(json.loads(text), path)
+        return cls.parse(_read(path), str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Tokenizer:
+        """The content of a `tokenizer.json`; `where` begins the error if it is none."""
+        with _refusing(f"{where}: not a readable tokenizer"):
+            _check_growth(json.loads(text), where)
             backend = tokenizers.Tokenizer.from_str(text)
         backend.no_truncation()
         backend.no_padding()
@@ -147,12 +151,12 @@ def _refusing(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason[0][:200]})") from None
 
 
-def _check_growth(values: Any, path: Path) -> None:
+def _check_growth(values: Any, where: str) -> None:
     """Raises where a normaliser or a decoder replaces characters by ever longer texts, one after the other."""
     for part in ("normalizer", "decoder"):
         growth = math.prod(_growths(values.get(part) if isinstance(values, dict) else None))
         if growth > _MAX_GROWTH:
-            raise UserError(f"{path}: its {part} makes text {growth:,} times as long; at most {_MAX_GROWTH} is read")
+            raise UserError(f"{where}: its {part} makes text {growth:,} times as long; at most {_MAX_GROWTH} is read")
 
 
 def _growths(part: Any) -> Iterator[int]:

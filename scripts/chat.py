@@ -2,6 +2,7 @@
 
 scripts/chat.py --system "Answer in one sentence."
 scripts/chat.py --model path/to/checkpoint --temperature 0.7 --no-thinking
+scripts/chat.py --model smollm2                          # one that knows English; `make chat MODEL=smollm2` installs it
 printf '%s\\n' "What is a ring buffer?" "Show one in Python." "/save talk.json" | scripts/chat.py
 
 Answers go to standard output, with one line of JSON at the end; all else goes to standard error.
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> None:
     if sys.stdin is None:
         raise UserError("standard input is closed; what is said is read there")
     sampling = sampling_of(args)
+    from mimo_jax.checkpoint.named import NAMED, directory_of
     from mimo_jax.decode.sampling import strategy_of
     from mimo_jax.loading import BUNDLED, load
     from mimo_jax.serving.engine import Engine, Limits
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
 
     strategy = strategy_of(sampling, "sampling") if sampling else None
     request = TokenRequest((), args.max_tokens, strategy, args.seed)
-    directory = Path(args.model or BUNDLED)
+    directory = directory_of(args.model) if args.model in NAMED else Path(args.model or BUNDLED)
     model = load(directory, **load_options(args))
     template = ChatTemplate.load(directory, model.tokenizer)
     thinking = False if args.no_thinking else None

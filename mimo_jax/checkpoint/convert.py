@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from mimo_jax.checkpoint import huggingface, orbax
 from mimo_jax.checkpoint.dflash import drafter_files
 from mimo_jax.checkpoint.export import fill_checkpoint
 from mimo_jax.checkpoint.files.tensorfile import as_bytes, inside, read_bytes
+from mimo_jax.checkpoint.gguf import gguf_files
+from mimo_jax.checkpoint.huggingface import Checkpoint
 from mimo_jax.checkpoint.manifest import MANIFEST, new_directory, verify_directory
 from mimo_jax.checkpoint.read import read
 from mimo_jax.cli.memory import current_memory, peak_memory, return_freed_memory
@@ -21,6 +24,7 @@ from mimo_jax.cli.progress import progress
 from mimo_jax.config.model import PUBLISHED
 from mimo_jax.errors import UserError
 from mimo_jax.sharding import MeshShape, check_fits, make_mesh, parameter_sharding
+from mimo_jax.weights import Params
 from mimo_jax.weights.params import ShardingOf, array_bytes, weights
 
 # Files that go along with the weights unchanged. Code never does.
@@ -42,6 +46,8 @@ _MAX_CARRIED_BYTES = 1 << 28
 
 def carried_files(directory: Path) -> dict[str, bytes | Path]:
     """What a checkpoint keeps through every conversion: the tokenizer and other small files, and its drafter."""
+    if directory.is_file():
+        return gguf_files(directory)
     present = [inside(directory, name) for name in CARRIED if (directory / name).exists()]
     return {**{path.name: read_bytes(path, _MAX_CARRIED_BYTES) for path in present}, **drafter_files(directory)}
 
@@ -88,8 +94,16 @@ def _split_for(opened: huggingface.HuggingFaceCheckpoint) -> ShardingOf | None:
     return None
 
 
-def to_huggingface(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Converts an Orbax model directory (or re-exports a Hugging Face one) to the FP4-DFlash layout."""
+def to_huggingface(
+    source: Path,
+    destination: Path,
+    overwrite: bool = False,
+    params_of: Callable[[Checkpoint], Params] = lambda found: found.params,
+) -> dict[str, Any]:
+    """Converts an Orbax model directory (or re-exports a Hugging Face one) to the FP4-DFlash layout.
+
+    `params_of` gives the parameters to write; what of them is not yet as that layout stores it is rounded.
+    """
     _check_apart(source, destination)
     with new_directory(destination, overwrite) as folder:
         _check_source(source)
@@ -100,8 +114,9 @@ def to_huggingface(source: Path, destination: Path, overwrite: bool = False) -> 
         stored = found.file_format.of("expert")
         if stored != "mxfp4":
             print(f"experts are stored as {stored}: rounding them to MXFP4", file=sys.stderr)
+        params = params_of(found)
         with progress("writing", array_bytes(weights(found.config, PUBLISHED)), "bytes") as bar:
-            fill_checkpoint(folder, found.config, found.params, carried_files(source), bar.advance)
+            fill_checkpoint(folder, found.config, params, carried_files(source), bar.advance)
     return {"storage": PUBLISHED.name, "from": found.file_format.name, **memory_report(base, held)}
 
 

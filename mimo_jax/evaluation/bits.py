@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mimo_jax.calibration.model import calibrate
+from mimo_jax.calibration.texts import spaced_windows
 from mimo_jax.cli.progress import progress
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError, check_whole
@@ -22,7 +24,9 @@ from mimo_jax.training.corpus import TOKENIZER, check_same_tokenizer, check_voca
 from mimo_jax.training.pretraining import cross_entropy
 from mimo_jax.training.qat import QatState, quantize_experts
 from mimo_jax.training.run import check_tokenizer, latest_state, read_settings
-from mimo_jax.weights import Params
+from mimo_jax.weights import Params, expand
+
+_CALIBRATION_WINDOWS, _CALIBRATION_WINDOW = 128, 512  # their number, and the tokens of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +81,21 @@ def as_bf16(params: Params) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
 
 
-def as_mxfp4(params: Params) -> Params:
+def as_mxfp4(params: Params, rule: str = "even") -> Params:
     """The same with the experts rounded to MXFP4."""
-    return quantize_experts(as_bf16(params))
+    return quantize_experts(as_bf16(params), rule)
+
+
+def as_calibrated(params: Params, config: ModelConfig, data: Path) -> Params:
+    """The same with the experts rounded to MXFP4 for what the corpus' training text makes of them."""
+    windows_NT = spaced_windows(load_tokens(data, "train"), _CALIBRATION_WINDOW, _CALIBRATION_WINDOWS)
+    return expand(calibrate(config, as_bf16(params), windows_NT).params)
 
 
 def compare_qat(run: Path, data: Path, windows: int) -> dict[str, Any]:
-    """Bits per byte of a run with QAT on its corpus: in BF16, rounded to MXFP4 without and with what QAT learnt."""
+    """Bits per byte of a run with QAT on its corpus: in BF16; rounded to MXFP4 by each rule, calibrated, and with what
+    QAT learnt.
+    """
     check_tokenizer(run, data / TOKENIZER)
     heldout = heldout_of(data)
     config, train = read_settings(run)
@@ -93,15 +105,19 @@ def compare_qat(run: Path, data: Path, windows: int) -> dict[str, Any]:
     arms = {
         "BF16": as_bf16(state.masters.params),
         "MXFP4, rounded after training": as_mxfp4(state.masters.params),
+        "MXFP4, rule floor": as_mxfp4(state.masters.params, "floor"),
+        "MXFP4, rule ceil6": as_mxfp4(state.masters.params, "ceil6"),
+        "MXFP4, calibrated": as_calibrated(state.masters.params, config, data),
         "MXFP4, after QAT": as_mxfp4(state.params),
     }
     record: dict[str, Any] = {}
     for name, params in arms.items():
         found = bits_per_byte(params, config, *heldout, windows)
         record[name] = {**dataclasses.asdict(found), "step": int(state.step)}
-    best, rounded, trained = (record[name]["bits_per_byte"] for name in arms)
+    best, rounded, *_, calibrated, trained = (record[name]["bits_per_byte"] for name in arms)
     record["QAT above BF16, percent"] = 100 * (trained / best - 1)
     record["rounding loss recovered, percent"] = 100 * (rounded - trained) / (rounded - best)
+    record["rounding loss recovered by calibration, percent"] = 100 * (rounded - calibrated) / (rounded - best)
     return record
 
 

@@ -1,4 +1,4 @@
-"""GGUF, the file format of llama.cpp (version 3): named values, named tensors in the types that it multiplies."""
+"""Writes GGUF, the file format of llama.cpp: named values, and named tensors in the types that it multiplies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mimo_jax.checkpoint.files.gguffile import (
+    ALIGNMENT,
+    BF16,
+    BLOCK,
+    BOOL,
+    F32,
+    FLOAT32,
+    INT32,
+    LIST,
+    MAGIC,
+    MXFP4,
+    Q8_0,
+    STRING,
+    UINT32,
+)
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 from mimo_jax.weights import MxTensor
 from pallas_kernels import mxfp4
-
-F32, Q8_0, BF16, MXFP4 = 0, 8, 30, 39  # of a tensor, as ggml.h numbers them
-ALIGNMENT = 32  # bytes, of every tensor
-BLOCK = 32  # weights that share a scale, in Q8_0 and in MXFP4 alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +71,7 @@ def mx(weights: MxTensor) -> Tensor:
 
 def write(path: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes a file; `values` are truth values, integers, floats, texts, or lists of one of these."""
-    head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(values))]
+    head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(values))]
     for name, value in values.items():
         head += [_text(name), _value(value)]
     body: list[bytes] = []
@@ -74,9 +85,8 @@ def write(path: Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> Non
     write_atomically(path, b"".join([*head, bytes(-size % ALIGNMENT), *body]))
 
 
-_SCALARS = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f"), str: (8, "")}  # uint32, float32
-_IN_LISTS = _SCALARS | {int: (5, "<i")}  # llama.cpp wants int32 there
-_LIST = 9
+_SCALARS = {bool: (BOOL, "<?"), int: (UINT32, "<I"), float: (FLOAT32, "<f"), str: (STRING, "")}
+_IN_LISTS = _SCALARS | {int: (INT32, "<i")}  # llama.cpp wants these
 
 
 def _value(value: Any) -> bytes:
@@ -85,7 +95,7 @@ def _value(value: Any) -> bytes:
         kind, code = _SCALARS[type(value)]
         return struct.pack("<I", kind) + _bare(value, code)
     kind, code = _IN_LISTS[type(value[0])]
-    return struct.pack("<IIQ", _LIST, kind, len(value)) + b"".join(_bare(item, code) for item in value)
+    return struct.pack("<IIQ", LIST, kind, len(value)) + b"".join(_bare(item, code) for item in value)
 
 
 def _bare(value: Any, code: str) -> bytes:

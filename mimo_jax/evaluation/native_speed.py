@@ -31,7 +31,7 @@ from pallas_kernels.decode_step import NORMALLY, Running, read_stream, usable_pa
 Record = dict[str, Any]
 DEPTH, TOKENS = 192, 128  # of one-by-one decoding: context from 192 to 320
 BLOCK, BLOCKS, BLOCK_DEPTH = 8, 32, 128  # of reading in blocks: context from 128 to 384
-PROMPT = 512
+PROMPT, QUESTION = 512, 32  # of reading a prompt: a long one, and what a chat begins with
 
 
 def prompt_of(model: Model, length: int, seed: int = 0) -> list[int]:
@@ -115,21 +115,23 @@ def path_rates(model: Model, repeats: int) -> Record:
     return interleaved(rates, repeats)
 
 
-def beside_llama_cpp(directory: Path, folder: Path, rounds: int, threads: int) -> Record:
+def beside_llama_cpp(directory: Path, folder: Path, rounds: int, threads: int, gguf: Path | None = None) -> Record:
     """Medians over interleaved rounds of both rates and of their ratio, with the ranges.
 
-    llama.cpp gets its faster type of cache for each kind of work, found in the first round.
+    llama.cpp gets its faster type of cache for each kind of work, found in the first round; and the file `gguf` that
+    the checkpoint was made from, or else the checkpoint converted.
     """
-    model = load(directory, draft=False)
+    model = load(directory, draft="none")
     if model.layout != "native":
         raise UserError(f"benchmark: the native step is to be measured, and this is layout {model.layout!r}")
-    bench, file = llama_cpp.build(folder), folder / f"{directory.resolve().name}.gguf"
-    llama_cpp.convert(directory, file)
+    bench, file = llama_cpp.build(folder), gguf or folder / f"{directory.resolve().name}.gguf"
+    if gguf is None:
+        llama_cpp.convert(directory, file)
     theirs = partial(llama_cpp.rates, bench, file, threads=threads, repeats=3)
     works: dict[str, tuple[Callable[[], float], dict[str, int]]] = {
         "plain": (lambda: plain_rate(model), {"generate": TOKENS, "depth": DEPTH}),
         "blocks of 8": (lambda: block_rate(model), {"prompt": BLOCK * BLOCKS, "batch": BLOCK, "depth": BLOCK_DEPTH}),
-        f"prefill of {PROMPT}": (lambda: prefill_rate(model), {"prompt": PROMPT}),
+        **{f"prefill of {size}": (partial(prefill_rate, model, size), {"prompt": size}) for size in (PROMPT, QUESTION)},
     }
     record: Record = {}
     for name, (ours, work) in works.items():
@@ -177,8 +179,9 @@ def block_costs(plain: Model, drafting: Model, prompts: list[list[int]], tokens:
 
 
 def _with_block(model: Model, drafter: FusedDFlashDrafter, size: int) -> Model:
+    """That proposes whole blocks of `size`."""
     config = dataclasses.replace(drafter.config, block_size=size)
-    return dataclasses.replace(model, drafter=dataclasses.replace(drafter, config=config))
+    return dataclasses.replace(model, drafter=dataclasses.replace(drafter, config=config, least=0.0))
 
 
 def _round_seconds(model: Model, prompts: list[list[int]], tokens: int) -> dict[str, float]:

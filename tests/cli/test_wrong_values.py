@@ -22,6 +22,7 @@ from mimo_jax.training import run
 from mimo_jax.training.drafter import DraftTrainConfig, Geometry, drafter_for
 from mimo_jax.training.pretraining import TrainConfig
 from mimo_jax.training.self_distillation import Texts
+from tests.checkpoint.gguf_samples import write_llama
 from tests.checkpoint.samples import random_tensors, save_checkpoint, small
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.py"))
@@ -30,11 +31,13 @@ CONFIG = small(vocab_size=320)
 WORK = (
     "mimo_jax.checkpoint.manifest.verify_files",
     "mimo_jax.checkpoint.convert.fill_checkpoint",
+    "mimo_jax.checkpoint.gguf.fill_checkpoint",
     "mimo_jax.checkpoint.huggingface.read_params",
     "mimo_jax.cli.options.join",
     "mimo_jax.evaluation.acceptance.continue_all",
     "mimo_jax.evaluation.bits._nats_per_window",
     "mimo_jax.evaluation.bits.latest_state",
+    "mimo_jax.evaluation.llama_cpp.build",
     "mimo_jax.evaluation.native_speed.plain_rate",
     "mimo_jax.evaluation.paths._engine",
     "mimo_jax.evaluation.paths.functions_of",
@@ -109,6 +112,7 @@ def folder(tmp_path_factory) -> Path:
     run.prepare(folder / "run", run.settings_of(CONFIG, TrainConfig(batch=2, length=16)))
     (folder / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     run.prepare(folder / "drafter_run", run.settings_of(drafter, DraftTrainConfig(steps=1)))
+    write_llama(folder / "model.gguf")
     (folder / "file").write_text("a file")
     return folder
 
@@ -152,8 +156,10 @@ def good_arguments(folder: Path, script: str, name: str) -> dict[str, list[str]]
         ("train", "drafter"): {"run": "new", "start": folder / "model" / FOLDER, "anchors": 2},
         ("train", "corpus"): {"data": "corpus"},
         ("benchmark", "slice"): {"layers": 1},
+        ("convert", "from-gguf"): {"source": folder / "model.gguf"},
         ("evaluate", "bits"): {"windows": 3, "out": "result.json"},
         ("evaluate", "acceptance"): {"plot": "plot.png", "out": "result.json"},
+        ("evaluate", "llama.cpp"): {"out": "result.json"},
         ("evaluate", "paths"): {"out": "result.json"},
     }
     given |= own.get((script, name), {})
