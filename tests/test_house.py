@@ -10,7 +10,19 @@ ROOT = Path(__file__).parents[1]
 # A room may import itself and those before it.
 ORDER = (
     *("errors", "files", "tokenizer", "config", "weights", "sharding", "cli", "modeling", "layouts", "checkpoint"),
-    *("decode", "drafters", "loading", "text", "generation", "serving", "paths", "training", "planning", "evaluation"),
+    *(
+        "calibration",
+        "decode",
+        "drafters",
+        "loading",
+        "text",
+        "generation",
+        "serving",
+        "paths",
+        "training",
+        "planning",
+        "evaluation",
+    ),
 )
 PACKAGES = ("mimo_jax", "pallas_kernels")
 
