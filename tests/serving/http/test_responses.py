@@ -311,7 +311,6 @@ IMAGE = {"type": "input_image", "image_url": "x"}
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, "text.format"),
-        ({"text": {"format": {"type": "json_object"}}, "tools": [WEATHER]}, "text.format"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"include": [LOGPROBS], "tools": [WEATHER]}, "include"),
     ],
