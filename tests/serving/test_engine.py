@@ -147,7 +147,8 @@ def test_what_a_text_takes_is_told_all_along():
     assert [update.usage.generated_tokens for update in told] == counts.tolist() and len(told) > 2
     assert rounds[0] == 0 and rounds == sorted(rounds)
     assert all(update.usage.acceptance.tokens == count - 1 for update, count in zip(told, counts))
-    assert told[-1].usage.acceptance.rounds == sum(told[-1].usage.acceptance.tested[:1])
+    last = told[-1].usage.acceptance  # the limit may cut what the last round accepted
+    assert last.rounds < last.tokens <= last.rounds + sum(last.accepted)
 
 
 def test_a_model_of_modules_is_served_alike(bundled):
