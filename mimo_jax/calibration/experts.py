@@ -2,6 +2,9 @@
 
 The projection down comes last and sees what is already lost: it reads the hidden values of the rounded gate and up, and
 is first refitted, by least squares, to what is missing in the layer's output after the experts before.
+
+A token's error counts in units of the residual stream that the output is added to: all that reads the stream divides by
+that. Else the first token of a text would decide, whose output is nine tenths of all in some layers of some models.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ Matrices = Sequence[Float[Array, "_ _"]]  # gate [F, D], up [F, D], down [D, F]
 
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """What a layer's router gives its experts, and which tokens are held out: those are measured, never learnt from."""
+    """What a layer's experts read and where their outputs go, what its router gives them, and which tokens are held
+    out: those are measured, never learnt from.
+    """
 
+    stream_TD: Float[np.ndarray, "T D"]  # before their outputs are added
     x_TD: Float[np.ndarray, "T D"]
     ids_TX: Int[np.ndarray, "T X"]
     weights_TX: Float[np.ndarray, "T X"]
@@ -39,11 +45,12 @@ class Routed:
 
     def _piece(self, tokens: np.ndarray, weights_T: np.ndarray) -> _Piece:
         padding = (0, _ROWS - len(tokens))
-        weights = weights_T[tokens]
-        learnt = np.where(self.heldout_T[tokens], 0, weights)
-        return _Piece(
-            tokens, np.pad(self.x_TD[tokens], (padding, (0, 0))), np.pad(weights, padding), np.pad(learnt, padding)
-        )
+        return _Piece(tokens, np.pad(self.x_TD[tokens], (padding, (0, 0))), np.pad(weights_T[tokens], padding))
+
+    def importance(self, outputs_TD: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T"]:
+        """How much an error of each token counts, given the experts' exact outputs; 0 for what is held out."""
+        size_T = np.sqrt(np.mean((self.stream_TD + outputs_TD) ** 2, axis=-1))
+        return np.where(self.heldout_T, 0, 1 / np.maximum(size_T, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +60,16 @@ class _Piece:
     tokens: np.ndarray  # their places in the text
     x_RD: np.ndarray
     weights_R: np.ndarray  # that multiply the expert's output
-    learnt_R: np.ndarray  # the same, but 0 for what is held out
 
-    def of(self, outputs_TD: np.ndarray) -> np.ndarray:
-        """Its rows of an array of all tokens."""
-        return np.pad(outputs_TD[self.tokens], ((0, _ROWS - len(self.tokens)), (0, 0)))
+    def of(self, values_T: np.ndarray) -> np.ndarray:
+        """Its rows of an array of all tokens, 0 where it is filled up."""
+        padding = [(0, _ROWS - len(self.tokens))] + [(0, 0)] * (values_T.ndim - 1)
+        return np.pad(values_T[self.tokens], padding)
+
+    def add_output(self, total_TD: np.ndarray, matrices: Matrices, sign: int = 1) -> None:
+        """Adds the expert's outputs to those of the layer."""
+        outputs_RD = _output(self.x_RD, self.weights_R, matrices)
+        total_TD[self.tokens] += sign * np.asarray(outputs_RD)[: len(self.tokens)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,43 +94,51 @@ def round_experts(
     stacks: Sequence[StoredWeight], routed: Routed, advance: Callable[[], None]
 ) -> tuple[list[MxTensor], Outputs, int]:
     """The stacks gate, up and down in MXFP4; all outputs; and of how many tokens the expert with the fewest learnt."""
-    outputs = Outputs(*(np.zeros_like(routed.x_TD) for _ in dataclasses.fields(Outputs)))
+    exact_TD, plain_TD, lost_TD = (np.zeros_like(routed.x_TD) for _ in range(3))
+    for expert in range(stacks[0].shape[0]):
+        for piece in routed.pieces_of(expert):
+            piece.add_output(exact_TD, _exact(stacks, expert))
+    importance_T = routed.importance(exact_TD)
     experts, fewest = [], len(routed.x_TD)
     for expert in range(stacks[0].shape[0]):
-        exact = [jnp.asarray(dequantize(stack[expert], np.float32)) for stack in stacks]
-        pieces = routed.pieces_of(expert)
-        tokens = sum(int(np.count_nonzero(piece.learnt_R)) for piece in pieces)
-        calibrated = _round_expert(exact, pieces, tokens, outputs)
-        for total_TD, matrices in (
-            (outputs.exact_TD, exact),
-            (outputs.plain_TD, [_expanded(quantize_mx(matrix)) for matrix in exact]),
-            (outputs.calibrated_TD, [_expanded(matrix) for matrix in calibrated]),
-        ):
-            for piece in pieces:
-                total_TD[piece.tokens] += _output(piece.x_RD, piece.weights_R, matrices)[: len(piece.tokens)]
+        exact, pieces = _exact(stacks, expert), routed.pieces_of(expert)
+        tokens = sum(int(np.count_nonzero(importance_T[piece.tokens])) for piece in pieces)
+        calibrated = _round_expert(exact, pieces, tokens, importance_T, lost_TD)
+        for piece in pieces:
+            piece.add_output(plain_TD, [_expanded(quantize_mx(matrix)) for matrix in exact])
+            piece.add_output(lost_TD, exact)
+            piece.add_output(lost_TD, [_expanded(matrix) for matrix in calibrated], -1)
         experts.append([jax.tree.map(np.asarray, matrix) for matrix in calibrated])
         fewest = min(fewest, tokens)
         advance()
-    return [jax.tree.map(lambda *parts: np.stack(parts), *stack) for stack in zip(*experts)], outputs, fewest
+    rounded = [jax.tree.map(lambda *parts: np.stack(parts), *stack) for stack in zip(*experts)]
+    return rounded, Outputs(exact_TD, plain_TD, exact_TD - lost_TD), fewest
 
 
-def _round_expert(exact: Matrices, pieces: list[_Piece], tokens: int, outputs: Outputs) -> list[MxTensor]:
+def _exact(stacks: Sequence[StoredWeight], expert: int) -> Matrices:
+    return [jnp.asarray(dequantize(stack[expert], np.float32)) for stack in stacks]
+
+
+def _round_expert(
+    exact: Matrices, pieces: list[_Piece], tokens: int, importance_T: np.ndarray, lost_TD: np.ndarray
+) -> list[MxTensor]:
+    """Gate, up and down, where `lost_TD` of the layer's outputs has been lost by the experts before."""
     gate_FD, up_FD, down_DF = exact
     features, width = gate_FD.shape
     moments_DD = jnp.zeros((width, width))
     for piece in pieces:
-        moments_DD += _moments(piece.x_RD, piece.learnt_R)
+        moments_DD += _moments(piece.x_RD, piece.weights_R * piece.of(importance_T))
     wide = round_calibrated(jnp.concatenate([gate_FD, up_FD]), damped(moments_DD, tokens))
     gate, up = wide[:features], wide[features:]
 
     rounded = _expanded(gate), _expanded(up)
-    moments_FF, lost_DF = jnp.zeros((features, features)), jnp.zeros((width, features))
+    moments_FF, missing_DF = jnp.zeros((features, features)), jnp.zeros((width, features))
     for piece in pieces:
-        lost_RD = piece.of(outputs.exact_TD) - piece.of(outputs.calibrated_TD)
-        found = _moments_down(piece.x_RD, piece.learnt_R, lost_RD, exact, rounded)
-        moments_FF, lost_DF = moments_FF + found[0], lost_DF + found[1]
+        given = (piece.x_RD, piece.weights_R, piece.of(importance_T), piece.of(lost_TD))
+        found = _moments_down(*given, exact, rounded)
+        moments_FF, missing_DF = moments_FF + found[0], missing_DF + found[1]
     moments_FF = damped(moments_FF, tokens)
-    refitted_DF = down_DF + jax.scipy.linalg.solve(moments_FF, lost_DF.T, assume_a="pos").T
+    refitted_DF = down_DF + jax.scipy.linalg.solve(moments_FF, missing_DF.T, assume_a="pos").T
     return [gate, up, round_calibrated(refitted_DF, moments_FF)]
 
 
@@ -137,7 +157,7 @@ def _hidden(x_RD: Array, gate_FD: Array, up_FD: Array) -> Array:
 
 @jax.jit
 def _moments_down(
-    x_RD: Array, weights_R: Array, lost_RD: Array, exact: Matrices, rounded: Matrices
+    x_RD: Array, weights_R: Array, importance_R: Array, lost_RD: Array, exact: Matrices, rounded: Matrices
 ) -> tuple[Float[Array, "F F"], Float[Array, "D F"]]:
     """Second moments of the hidden values after rounded gate and up; and with them, those of the outputs that are lost
     before this expert (`lost_RD`) and by its own gate and up.
@@ -145,8 +165,9 @@ def _moments_down(
     gate_FD, up_FD, down_DF = exact
     hidden_RF = _hidden(x_RD, *rounded) * weights_R[:, None]
     change_RF = _hidden(x_RD, gate_FD, up_FD) * weights_R[:, None] - hidden_RF
-    lost_RD = jnp.where(weights_R[:, None] > 0, lost_RD, 0) + change_RF @ down_DF.T
-    return hidden_RF.T @ hidden_RF, lost_RD.T @ hidden_RF
+    missing_RD = (lost_RD + change_RF @ down_DF.T) * importance_R[:, None]
+    hidden_RF *= importance_R[:, None]
+    return hidden_RF.T @ hidden_RF, missing_RD.T @ hidden_RF
 
 
 @jax.jit

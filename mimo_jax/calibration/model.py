@@ -56,7 +56,7 @@ def calibrate(config: ModelConfig, params: Params, windows_NT: Int[np.ndarray, "
                 (x_NTD,) = _in_batches(partial(_whole_layer, rest, config, kind), x_NTD)
                 continue
             x_NTD, normed_NTD = _in_batches(partial(_before_experts, rest, config, kind), x_NTD)
-            routed = _routed(normed_NTD, heldout_N, layer["moe"], config)
+            routed = _routed(x_NTD, normed_NTD, heldout_N, layer["moe"], config)
             stacks, outputs, seen = round_experts([layer["moe"][name] for name in STACKS], routed, bar.advance)
             x_NTD += outputs.calibrated_TD.reshape(x_NTD.shape)
             rounded[f"layers_{index}"] = layer | {"moe": layer["moe"] | dict(zip(STACKS, stacks))}
@@ -67,10 +67,13 @@ def calibrate(config: ModelConfig, params: Params, windows_NT: Int[np.ndarray, "
     return Calibrated(rounded, named, windows_NT[~heldout_N].size, fewest)
 
 
-def _routed(normed_NTD: np.ndarray, heldout_N: np.ndarray, moe: Params, config: ModelConfig) -> Routed:
+def _routed(
+    x_NTD: np.ndarray, normed_NTD: np.ndarray, heldout_N: np.ndarray, moe: Params, config: ModelConfig
+) -> Routed:
     x_TD = normed_NTD.reshape(-1, config.hidden_size)
     ids_TX, weights_TX = route(jnp.asarray(x_TD), moe["router"], moe["router_bias"], config.experts_per_token)
-    return Routed(x_TD, np.asarray(ids_TX), np.asarray(weights_TX), np.repeat(heldout_N, normed_NTD.shape[1]))
+    heldout_T = np.repeat(heldout_N, normed_NTD.shape[1])
+    return Routed(x_NTD.reshape(x_TD.shape), x_TD, np.asarray(ids_TX), np.asarray(weights_TX), heldout_T)
 
 
 def _in_batches(run: Callable[[np.ndarray], tuple[Array, ...]], x_NTD: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -80,7 +80,7 @@ def routed(tokens: int, seed: int = 0) -> Routed:
     moe = PARAMS["layers_1"]["moe"]
     x_TD = np.random.default_rng(seed).standard_normal((tokens, CONFIG.hidden_size)).astype(np.float32)
     ids, weights = route(x_TD, moe["router"], jnp.array([0.0, 0.0, 0.0, -9.0]), CONFIG.experts_per_token)
-    return Routed(x_TD, np.asarray(ids), np.asarray(weights), np.zeros(tokens, bool))
+    return Routed(x_TD, x_TD, np.asarray(ids), np.asarray(weights), np.zeros(tokens, bool))
 
 
 def test_outputs_are_those_of_the_modules() -> None:
