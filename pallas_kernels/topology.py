@@ -57,9 +57,11 @@ def without_triton() -> str | None:
 def devices(gpu: Gpu, count: int) -> list[jax.Device]:
     """Those of a compile-only machine with so many GPUs of one kind."""
     from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
 
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back from it
+    compilation_cache.reset_cache()  # which reads that option once
     description = target_description(gpu)
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
     return list(topology.devices)
