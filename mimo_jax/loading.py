@@ -75,7 +75,7 @@ def load(
     generation_config: bool = True,
     verify: bool = False,
 ) -> Model:
-    """Reads a Hugging Face or an Orbax checkpoint directory.
+    """Reads a Hugging Face or an Orbax checkpoint directory, or a model that `find` knows by name.
 
     `layout` names what the device holds (`layouts.LAYOUTS`); by default the device decides, and weights stay packed
     into the kernels. `draft` names what drafts (`DRAFTS`); it never changes the distribution of what is generated. By
@@ -89,9 +89,7 @@ def load(
     """
     from mimo_jax.checkpoint.dflash import has_drafter
 
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: not found; expected a checkpoint directory")
+    directory = find(directory)
     if draft is not None and draft not in DRAFTS:
         raise UserError(f"draft {draft!r} is unknown; known: {', '.join(DRAFTS)}")
     if verify:
@@ -109,6 +107,19 @@ def load(
     if draft is None:
         draft = "dflash" if name != "native" and has_drafter(directory) else "none"
     return DRAFTS[draft](model, directory)
+
+
+def find(model: str | Path = BUNDLED) -> Path:
+    """The checkpoint directory `model`; or of a model that has a name (`checkpoint.named`), converted where it has not
+    been yet.
+    """
+    from mimo_jax.checkpoint.named import NAMED, directory_of
+
+    if Path(model).is_dir():
+        return Path(model)
+    if str(model) in NAMED:
+        return directory_of(str(model))
+    raise UserError(f"{model}: not found; expected a checkpoint directory, or one of {', '.join(NAMED)}")
 
 
 def _generation_config(directory: Path) -> dict[str, Any]:

@@ -147,9 +147,9 @@ def draft_command(args: argparse.Namespace) -> dict:
 
     from mimo_jax.decode.sampling import Greedy
     from mimo_jax.evaluation import drafts
-    from mimo_jax.loading import BUNDLED
+    from mimo_jax.loading import BUNDLED, find
 
-    models = drafts.models_of(Path(args.model or BUNDLED))
+    models = drafts.models_of(find(args.model or BUNDLED))
     plain = models["plain"]
     kinds = drafts.kinds_of_prompts(plain.tokenizer, args.text or drafts.OWN_TEXTS, args.prompts + 1)
     strategies = {"greedy": Greedy(), "as the model says": plain.strategy}
@@ -184,12 +184,12 @@ def paths_command(args: argparse.Namespace) -> dict:
 def serve_command(args: argparse.Namespace) -> dict:
     need_packages("serving", "serve", "jinja2", "llguidance", "starlette", "uvicorn")
     from mimo_jax.evaluation.serving import PROMPTS, measure
-    from mimo_jax.loading import BUNDLED
+    from mimo_jax.loading import BUNDLED, find
 
     record: dict = {"tokens": args.tokens, "prompts": PROMPTS, "rounds": args.rounds}
     for slots in args.slots:
         record[f"{slots} slots"] = found = measure(
-            Path(args.model or BUNDLED), slots, args.clients, args.tokens, args.rounds
+            find(args.model or BUNDLED), slots, args.clients, args.tokens, args.rounds
         )
         for load, ways in found.items():
             for way, row in ways.items():

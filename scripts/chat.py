@@ -15,7 +15,6 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.color import ColorSystem
@@ -59,9 +58,8 @@ def main(argv: list[str]) -> None:
     if sys.stdin is None:
         raise UserError("standard input is closed; what is said is read there")
     sampling = sampling_of(args)
-    from mimo_jax.checkpoint.named import NAMED, directory_of
     from mimo_jax.decode.sampling import strategy_of
-    from mimo_jax.loading import BUNDLED, load
+    from mimo_jax.loading import BUNDLED, find, load
     from mimo_jax.serving.engine import Engine, Limits
     from mimo_jax.serving.requests import TokenRequest
     from mimo_jax.serving.session import Session
@@ -69,7 +67,7 @@ def main(argv: list[str]) -> None:
 
     strategy = strategy_of(sampling, "sampling") if sampling else None
     request = TokenRequest((), args.max_tokens, strategy, args.seed)
-    directory = directory_of(args.model) if args.model in NAMED else Path(args.model or BUNDLED)
+    directory = find(args.model or BUNDLED)
     model = load(directory, **load_options(args))
     template = ChatTemplate.load(directory, model.tokenizer)
     thinking = False if args.no_thinking else None

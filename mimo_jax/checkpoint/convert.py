@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mimo_jax.checkpoint import huggingface, orbax
+from mimo_jax.checkpoint import huggingface
 from mimo_jax.checkpoint.dflash import drafter_files
 from mimo_jax.checkpoint.export import fill_checkpoint
 from mimo_jax.checkpoint.files.tensorfile import as_bytes, inside, read_bytes
@@ -54,6 +54,8 @@ def carried_files(directory: Path) -> dict[str, bytes | Path]:
 
 def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:
     """Converts a Hugging Face directory; returns what was found and measured."""
+    from mimo_jax.checkpoint.orbax import fill_orbax  # the other conversions do without Orbax
+
     _check_apart(source, destination)
     with new_directory(destination, overwrite) as folder:
         _check_source(source)
@@ -67,7 +69,7 @@ def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[s
         heads = huggingface.probe_qkv(opened, params)
         print(f"probe: {heads} QKV heads recomputed from the file's bytes, all equal", file=sys.stderr)
         with progress("writing", held, "bytes") as bar:
-            orbax.fill_orbax(folder, opened.config, opened.file_format, params, carried_files(source), bar.advance)
+            fill_orbax(folder, opened.config, opened.file_format, params, carried_files(source), bar.advance)
     return {
         "storage": opened.file_format.name,
         "qkv_layout": opened.qkv_order,
@@ -124,7 +126,9 @@ def verify(directory: Path) -> dict[str, Any]:
     """Checks every file and every tensor against the manifest; the first difference is an error."""
     manifest = verify_directory(directory)
     if manifest["kind"] == "orbax":
-        orbax.verify_leaves(directory, manifest["tensors"])
+        from mimo_jax.checkpoint.orbax import verify_leaves
+
+        verify_leaves(directory, manifest["tensors"])
     elif manifest["kind"] == "huggingface":
         _verify_tensors(directory, manifest["tensors"])
     total = sum(entry["bytes"] for entry in manifest["files"].values())

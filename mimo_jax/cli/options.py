@@ -36,7 +36,9 @@ def need_packages(what: str, extra: str, *packages: str) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and the options that `load_options` reads."""
-    parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
+    parser.add_argument(
+        "--model", help="checkpoint directory, Hugging Face or Orbax, or smollm2 (default: the bundled model)"
+    )
     add_draft_option(parser)
     parser.add_argument(
         "--no-generation-config",

@@ -27,7 +27,9 @@ EXAMPLE = """curl {url}/v1/chat/completions -H 'Content-Type: application/json'{
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The options that `engine_of` reads."""
-    parser.add_argument("--model", help="checkpoint directory, Hugging Face or Orbax (default: the bundled model)")
+    parser.add_argument(
+        "--model", help="checkpoint directory, Hugging Face or Orbax, or smollm2 (default: the bundled model)"
+    )
     parser.add_argument("--served-name", help="what clients call the model (default: the directory's name)")
     parser.add_argument("--slots", type=whole(1, MOST_SLOTS), default=4, help="texts that are generated together")
     parser.add_argument("--context", type=whole(2, MOST_TOKENS), help="tokens of a prompt and its reply together")
@@ -108,10 +110,11 @@ def account_rules(args: argparse.Namespace) -> AccountRules:
 
 def model_of(args: argparse.Namespace) -> tuple[Path, str]:
     """The checkpoint's directory, and what clients call it."""
-    from mimo_jax.loading import BUNDLED
+    from mimo_jax.loading import BUNDLED, find
 
-    directory = Path(args.model or BUNDLED)
-    return directory, args.served_name or directory.resolve().name
+    directory = find(args.model or BUNDLED)
+    named = None if args.model is None or Path(args.model).is_dir() else args.model
+    return directory, args.served_name or named or directory.resolve().name
 
 
 def engine_of(args: argparse.Namespace, rules: AccountRules | None = None) -> Engine:
