@@ -80,7 +80,7 @@ def for_device(
         "persistent": _persistent,
         "hopper": partial(hopper.pack, backend=backend, mesh=mesh, consume=consume),
         "native": native.pack,
-        "dense": dense.pack,
+        "dense": partial(dense.pack, mesh=mesh),
     }
     return name, *packers[name](config, params)
 

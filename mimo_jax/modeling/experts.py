@@ -52,7 +52,7 @@ class DenseExperts:
 
     def ffn(self, x_TD: Array, ids_TX: Array, weights_TX: Array) -> Array:
         def read(expert: Array) -> tuple[Array, ...]:
-            return tuple(stack[expert].astype(x_TD.dtype) for stack in (self.gate, self.up, self.down))
+            return tuple(jnp.asarray(stack)[expert].astype(x_TD.dtype) for stack in (self.gate, self.up, self.down))
 
         return ffn_of(read, self.count, x_TD, ids_TX, weights_TX)
 

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mimo_jax import layouts
 from mimo_jax.layouts import packed
 from mimo_jax.layouts.packed import PackedMatrix
 from mimo_jax.sharding import MeshShape, make_mesh, parameter_axes, place, using
 from mimo_jax.weights import dequantize, quantize_fp8
 from pallas_kernels.devices import compiling_for
+from tests.tiny import random_params, tiny_config
 
 eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices; on CPU they are simulated")
 SHAPES = {
@@ -91,3 +93,14 @@ def test_without_a_kernel_few_tokens_are_multiplied_as_codes(monkeypatch):
             assert not expanded
             assert matrix.multiply(jnp.ones((1, 17, 256), jnp.bfloat16)).shape == (1, 17, 200)
             assert expanded.pop().shape == (1, 17, 256)
+
+
+@eight
+def test_plain_arrays_are_shared_by_a_mesh_too():
+    """`layout="dense"` on a mesh: each device holds its part of what the mesh splits, not all of it."""
+    config = tiny_config()
+    mesh = make_mesh(MeshShape(tensor=2))
+    _, _, params = layouts.for_device(config, random_params(config), mesh, "dense")
+    embed = params["embed"]
+    assert embed.addressable_shards[0].data.shape == (config.vocab_size // 2, config.hidden_size)
+    assert len(embed.sharding.device_set) == 2
