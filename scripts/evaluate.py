@@ -3,6 +3,7 @@
 scripts/evaluate.py bits --model path/to/checkpoint            # bits per byte of a checkpoint
 scripts/evaluate.py qat --run runs/qat                         # what MXFP4 costs, with and without QAT
 scripts/evaluate.py acceptance --model path/to/checkpoint      # what the target accepts of its drafter's blocks
+scripts/evaluate.py domains --plot domains.png                 # the same by domain: code, prose, chat and others
 scripts/evaluate.py llama.cpp --llama runs/llama.cpp            # the same drafter there: texts, tokens per round
 scripts/evaluate.py paths                                      # functions that compile: best of 8 against one
 """
@@ -21,6 +22,8 @@ from mimo_jax.cli.plots import need_matplotlib
 from mimo_jax.cli.values import HOTTEST, output_file, output_folder, real, whole
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
+
+DOMAINS = Path(__file__).parents[1] / "mimo_jax" / "evaluation" / "domains.toml"
 
 
 def bits_command(args: argparse.Namespace) -> dict:
@@ -94,6 +97,30 @@ def _rows(found: dict) -> list[dict]:
     return [found | row for row in subsets]
 
 
+def domains_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation import domains
+    from mimo_jax.loading import BUNDLED, DRAFTS, find, load
+
+    if args.plot:
+        need_matplotlib()
+    directory = find(args.model or BUNDLED)
+    model = DRAFTS[args.draft](load(directory, layout="dense", draft="none"), directory)
+    prompts = domains.read_domains(args.prompts, model, directory)
+    rows = []
+    print(
+        f"{'domain':<12}{'T':>5}{'nats':>7}  {'tokens per round':<18}conditional acceptance by position",
+        file=sys.stderr,
+    )
+    for row in domains.study(model, prompts, args.temperature, args.tokens):
+        figures = "{domain:<12}{temperature:>5}{nats_per_token:7.2f}  ".format(**row)
+        figures += f"{'{tokens_per_round:.2f} +- {half_width:.2f}'.format(**row):<18}"
+        print(figures + " ".join(f"{value:.2f}" for value in row["conditional"]), file=sys.stderr)
+        rows.append(row)
+    if args.plot:
+        domains.plot(rows, args.plot)
+    return {"model": directory.name, "draft": args.draft, "max_tokens": args.tokens, "rows": rows}
+
+
 def llama_cpp_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation import acceptance, llama_cpp_drafting
     from mimo_jax.evaluation.bits import heldout_of
@@ -158,6 +185,14 @@ def parser() -> Parser:
     acceptance.add_argument("--rows", type=whole(1), default=40, help="prompts per batch")
     acceptance.add_argument("--temperature", type=real(0, HOTTEST), nargs="+", default=[0.0, 0.7, 1.0])
     acceptance.set_defaults(command=acceptance_command)
+    domains = commands.add_parser("domains", help="tokens per round by domain, with the target's entropy there")
+    domains.add_argument("--model", help="checkpoint directory, or smollm2 (default: the bundled model)")
+    domains.add_argument("--draft", choices=("dflash", "mtp", "lookup"), default="dflash", help="what drafts")
+    domains.add_argument("--prompts", type=Path, default=DOMAINS, help="TOML file of them (default: %(default)s)")
+    domains.add_argument("--tokens", type=whole(1), default=48, help="to generate after each prompt")
+    domains.add_argument("--temperature", type=real(0, HOTTEST), nargs="+", default=[0.0, 1.0])
+    domains.add_argument("--plot", type=output_file, help="PNG file to write")
+    domains.set_defaults(command=domains_command)
     beside = commands.add_parser("llama.cpp", help="the published part of the drafter, here and in llama.cpp")
     beside.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     beside.add_argument("--llama", type=output_folder, default="runs/llama.cpp", help="folder to build llama.cpp in")
@@ -177,6 +212,7 @@ def parser() -> Parser:
         command.add_argument("--windows", type=whole(2), default=400, help="held-out windows of 512 tokens")
     for command in (bits, qat, acceptance, beside, paths):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
+    for command in (bits, qat, acceptance, domains, beside, paths):
         command.add_argument("--out", type=output_file, help="also write the result to this JSON file")
     return parser
 
