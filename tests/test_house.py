@@ -22,6 +22,7 @@ ORDER = (
         "training",
         "planning",
         "evaluation",
+        "ablation",
     ),
 )
 PACKAGES = ("mimo_jax", "pallas_kernels")

@@ -23,6 +23,7 @@ from mimo_jax.errors import UserError, check_real, check_whole
 from mimo_jax.modeling.backbone import Backbone, abstract_params, init_params
 from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
 from mimo_jax.weights import Params
+from pallas_kernels.mxfp4 import SCALE_RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TrainConfig:
     decay_start: int = 0
     decay_steps: int = 0  # 0: the rate stays at its peak
     qat: bool = False  # learn beside it how the experts are rounded (qat.py)
+    scale_rule: str = "even"  # that chooses their scales, see `pallas_kernels.mxfp4`
     weight_decay: float = 0.1
     mtp_weight: float = 0.3
     mtp_share: int = 4  # MTP layers learn from one sequence in this many
@@ -52,6 +54,8 @@ class TrainConfig:
         check_real("training", 0, 1000, mtp_weight=self.mtp_weight)
         if not isinstance(self.qat, bool):
             raise UserError(f"training: qat={self.qat!r} must be true or false")
+        if self.scale_rule not in SCALE_RULES:
+            raise UserError(f"training: scale_rule={self.scale_rule!r} must be one of {', '.join(SCALE_RULES)}")
 
     @property
     def mtp_rows(self) -> int:

@@ -89,9 +89,10 @@ def rounding_loss(
     masters_BTC: Float[Array, "B T C"],
     tokens_BT: Int[Array, "B T"],
     config: ModelConfig,
+    rule: str = "even",
 ) -> Float[Array, ""]:
     """Mean distance of the rounded experts' predictions to the masters', in nats per token."""
-    rounded = quantize_experts(shifted(params, offsets))
+    rounded = quantize_experts(shifted(params, offsets), rule)
     logits_BTC, _, _ = Backbone(config).apply({"params": rounded}, tokens_BT)
     return jnp.mean(divergence(masters_BTC, logits_BTC))
 
@@ -103,7 +104,7 @@ def qat_step(
     """One update of the masters and one of the offsets. Returns the new state (the old one is donated) and metrics."""
     masters, metrics, masters_BTC = updated(state.masters, window_BT, config, train)
     distance, gradients = jax.value_and_grad(rounding_loss)(
-        state.offsets, state.masters.params, masters_BTC, window_BT[:, :-1], config
+        state.offsets, state.masters.params, masters_BTC, window_BT[:, :-1], config, train.scale_rule
     )
     updates, optimizer = offset_optimizer(train).update(gradients, state.optimizer, state.offsets)
     offsets: Any = optax.apply_updates(state.offsets, updates)

@@ -1,0 +1,70 @@
+"""What MXFP4 costs a small model, by the rule that chooses scales, with QAT and without.
+
+The masters of a seed are the same in all arms: QAT learns beside them (`training.qat`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mimo_jax.ablation.experiments import Metrics
+from mimo_jax.ablation.heldout import bits_of
+from mimo_jax.cli.progress import progress
+from mimo_jax.config.model import ModelConfig
+from mimo_jax.config.presets import preset
+from mimo_jax.evaluation.bits import as_bf16
+from mimo_jax.training.corpus import batch_at, load_tokens
+from mimo_jax.training.pretraining import TrainConfig, init_state, train_step
+from mimo_jax.training.qat import begin, qat_step, quantize_experts
+
+LENGTH = 256  # tokens of a sequence
+
+
+def config_of(width: int) -> ModelConfig:
+    """Four layers, three of them with experts."""
+    return dataclasses.replace(
+        preset("mimo-tiny"),
+        hidden_size=width,
+        layer_pattern=(0, 1, 1, 0),
+        moe_pattern=(0, 1, 1, 1),
+        num_heads=4,
+        num_kv_heads=2,
+        sliding_num_kv_heads=2,
+        intermediate_size=4 * width,
+        moe_intermediate_size=width,
+        mtp_layers=0,
+        dtype="float32",
+    )
+
+
+def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
+    data = Path(settings["data"])
+    config, tokens = config_of(settings["width"]), load_tokens(data, "train")
+    first, second = _schedules(settings, seed)
+    begun, end = second.decay_start, second.decay_start + second.decay_steps
+    state: Any = init_state(config, first)
+    with progress("training", end) as bar:
+        for step in range(end):
+            train = first if step < begun else second
+            if step == begun and settings["qat"]:
+                state = begin(state, train)
+            update = qat_step if settings["qat"] and step >= begun else train_step
+            state, _ = update(state, batch_at(tokens, step, train.batch, LENGTH, seed), config, train)
+            bar.advance()
+    masters = state.masters.params if settings["qat"] else state.params
+    rounded = quantize_experts(as_bf16(state.params), settings["rule"])
+    exact, found = (
+        bits_of(params, config, data, settings["windows"], seed).bits_per_byte for params in (as_bf16(masters), rounded)
+    )
+    return {"bits_per_byte": found, "loss": 100 * (found / exact - 1)}
+
+
+def _schedules(settings: dict[str, Any], seed: int) -> tuple[TrainConfig, TrainConfig]:
+    """The rate falls to zero, then once more from a fifth, with QAT: as the bundled model was trained."""
+    steps, descent = settings["steps"], settings["descent"]
+    rule = {"scale_rule": settings["rule"], "seed": seed}
+    first = TrainConfig(settings["batch"], LENGTH, decay_start=steps, decay_steps=descent, **rule)
+    second = dataclasses.replace(first, peak_rate=first.peak_rate / 5, decay_start=steps + descent)
+    return first, second
