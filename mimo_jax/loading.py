@@ -110,10 +110,10 @@ def load(
 
 
 def find(model: str | Path = BUNDLED) -> Path:
-    """The checkpoint directory `model`; or of a model that has a name (`checkpoint.named`), converted where it has not
+    """The checkpoint directory `model`; or of a model that has a name (`named`), converted where it has not
     been yet.
     """
-    from mimo_jax.checkpoint.named import NAMED, directory_of
+    from mimo_jax.named import NAMED, directory_of  # which can convert, and imports what that needs
 
     if Path(model).is_dir():
         return Path(model)

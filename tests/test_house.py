@@ -14,6 +14,7 @@ ORDER = (
         "calibration",
         "decode",
         "drafters",
+        "named",
         "loading",
         "text",
         "generation",

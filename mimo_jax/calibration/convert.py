@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,17 @@ def quantize(source: Path, destination: Path, overwrite: bool = False) -> dict[s
 
 
 def quantize_calibrated(
-    source: Path, destination: Path, text: Path, windows: int, overwrite: bool = False
+    source: Path,
+    destination: Path,
+    text: Path,
+    windows: int,
+    overwrite: bool = False,
+    files: Mapping[str, bytes | Path] | None = None,
 ) -> dict[str, Any]:
-    """Rounds the experts so that their outputs change least on `windows` windows of a text; see `calibrate`."""
+    """Rounds the experts so that their outputs change least on `windows` windows of a text; see `calibrate`.
+
+    `files` go along with the weights instead of the source's own.
+    """
     texts = read_texts(text)
     measured: dict[str, Any] = {}
 
@@ -50,7 +59,7 @@ def quantize_calibrated(
         measured.update(error=result.errors, tokens=result.tokens, fewest_tokens_of_an_expert=result.fewest_tokens)
         return result.params
 
-    return {**to_huggingface(source, destination, overwrite, calibrated), **measured}
+    return {**to_huggingface(source, destination, overwrite, calibrated, files), **measured}
 
 
 def _check_unquantised(source: Path, found: Checkpoint) -> None:

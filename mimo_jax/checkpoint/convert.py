@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,12 @@ def to_huggingface(
     destination: Path,
     overwrite: bool = False,
     params_of: Callable[[Checkpoint], Params] = lambda found: found.params,
+    files: Mapping[str, bytes | Path] | None = None,
 ) -> dict[str, Any]:
     """Converts an Orbax model directory (or re-exports a Hugging Face one) to the FP4-DFlash layout.
 
-    `params_of` gives the parameters to write; what of them is not yet as that layout stores it is rounded.
+    `params_of` gives the parameters to write; what of them is not yet as that layout stores it is rounded. `files` go
+    along with them instead of the source's own.
     """
     _check_apart(source, destination)
     with new_directory(destination, overwrite) as folder:
@@ -118,7 +120,8 @@ def to_huggingface(
             print(f"experts are stored as {stored}: rounding them to MXFP4", file=sys.stderr)
         params = params_of(found)
         with progress("writing", array_bytes(weights(found.config, PUBLISHED)), "bytes") as bar:
-            fill_checkpoint(folder, found.config, params, carried_files(source), bar.advance)
+            files = carried_files(source) if files is None else files
+            fill_checkpoint(folder, found.config, params, dict(files), bar.advance)
     return {"storage": PUBLISHED.name, "from": found.file_format.name, **memory_report(base, held)}
 
 

@@ -34,17 +34,17 @@ def read_gguf(path: Path) -> Checkpoint:
     return Checkpoint(config, MASTERS, jax.tree.map(np.asarray, params_of(file, config)))
 
 
-def gguf_files(path: Path) -> dict[str, bytes | Path]:
-    """What goes along with its weights: the files of tokenizer, chat template and generation config."""
-    return dict(vocabulary_of(GgufFile(path)).files())
+def gguf_files(path: Path, sampling: Mapping[str, Any] | None = None) -> dict[str, bytes | Path]:
+    """What goes along with its weights: the files of tokenizer, chat template and generation config, which says
+    `sampling`, too.
+    """
+    return dict(vocabulary_of(GgufFile(path)).files(sampling))
 
 
-def from_gguf(
-    source: Path, destination: Path, overwrite: bool = False, sampling: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def from_gguf(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:
     """Writes a GGUF in the FP4-DFlash layout, plainly rounded, with one weight in memory at a time.
 
-    `sampling` is what its generation_config.json says of that. Returns what was made.
+    Returns what was made.
     """
     with new_directory(destination, overwrite) as folder:
         file = GgufFile(source)
@@ -52,7 +52,7 @@ def from_gguf(
         config = config_of(file, vocabulary)
         nbytes = array_bytes(weights(config, PUBLISHED))
         with progress("converting", nbytes, "bytes") as bar:
-            fill_checkpoint(folder, config, params_of(file, config), vocabulary.files(sampling), bar.advance)
+            fill_checkpoint(folder, config, params_of(file, config), vocabulary.files(), bar.advance)
     made = {"layers": config.num_layers, "experts": config.num_experts, "chosen": config.experts_per_token}
     return {"storage": PUBLISHED.name, **made, "array_bytes": nbytes}
 

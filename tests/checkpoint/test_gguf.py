@@ -18,7 +18,7 @@ from mimo_jax.checkpoint.convert import carried_files, to_huggingface, verify
 from mimo_jax.checkpoint.files.gguffile import GgufFile
 from mimo_jax.checkpoint.gguf import from_gguf, read_gguf
 from mimo_jax.checkpoint.read import read
-from mimo_jax.decode.sampling import Greedy, Sampled
+from mimo_jax.decode.sampling import Greedy
 from mimo_jax.errors import UserError
 from mimo_jax.generation import generate
 from mimo_jax.loading import load
@@ -144,18 +144,17 @@ def converted(tmp_path_factory) -> Path:
     """A folder with model.gguf and what it became."""
     folder = tmp_path_factory.mktemp("converted")
     write_llama(folder / "model.gguf")
-    from_gguf(folder / "model.gguf", folder / "mimo", sampling={"temperature": 0.5})
+    from_gguf(folder / "model.gguf", folder / "mimo")
     return folder
 
 
 def test_a_converted_model_is_a_published_checkpoint(converted):
-    """MXFP4 experts, FP8 projections and a manifest; it loads as any other, and knows how it is to be sampled."""
+    """MXFP4 experts, FP8 projections and a manifest; it loads as any other."""
     assert verify(converted / "mimo")["verified"]
     found = read(converted / "mimo")
     assert found.file_format.name == "mxfp4"
     model = load(converted / "mimo")
     assert model.stop_ids == (0, 2)  # <|endoftext|> ends a text, too
-    assert model.strategy == Sampled(0.5)
     assert len(generate(model, "def", Greedy(), max_tokens=4).tokens) <= 4
 
 

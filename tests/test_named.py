@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mimo_jax.checkpoint import named
+from mimo_jax import named
 from mimo_jax.checkpoint.convert import verify
 from mimo_jax.cli.guard import main_guard
 from mimo_jax.errors import UserError
 from mimo_jax.loading import load
 from tests.checkpoint.gguf_samples import write_llama
 
-CHAT = Path(__file__).parents[2] / "scripts" / "chat.py"
+CHAT = Path(__file__).parents[1] / "scripts" / "chat.py"
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_model_is_converted_once(talker, monkeypatch):
     assert verify(directory)["verified"]
     assert load(directory).strategy.temperature == 0.5
     talker.unlink()
-    monkeypatch.delattr(named, "from_gguf")
+    monkeypatch.delattr(named, "quantize_calibrated")
     assert named.directory_of("talker") == directory
 
 

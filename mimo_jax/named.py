@@ -1,4 +1,7 @@
-"""Models that have a name here: each lies in a package of others, and is converted once, into the user's cache."""
+"""Models that have a name here: each lies in a package of others, and is converted once, into the user's cache.
+
+Their experts are rounded for what they meet in English and Python, of which this package's own files have enough.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mimo_jax.calibration.convert import quantize_calibrated
 from mimo_jax.checkpoint.files.tensorfile import open_regular
-from mimo_jax.checkpoint.gguf import from_gguf
+from mimo_jax.checkpoint.gguf import gguf_files
 from mimo_jax.errors import UserError
 
+TEXT = Path(__file__).parent / "evaluation"  # what their experts are calibrated on
+WINDOWS = 16
 CACHE = "MIMO_MODEL_CACHE"  # environment variable: the folder of converted models
-_FORM = 1  # rises when a conversion makes something else of the same file: an older result is then not found
+_FORM = 2  # rises when a conversion makes something else of the same file: an older result is then not found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +53,8 @@ def directory_of(name: str) -> Path:
     directory = cache_folder() / f"{name}-{model.sha256[:16]}-{_FORM}"
     if not directory.exists():
         file = _file_of(name, model)
-        print(f"{name}: converting it into {directory} (once)", file=sys.stderr)
-        from_gguf(file, directory, sampling=model.sampling)
+        print(f"{name}: converting it into {directory} (once; some minutes)", file=sys.stderr)
+        quantize_calibrated(file, directory, TEXT, WINDOWS, files=gguf_files(file, model.sampling))
     return directory
 
 
