@@ -2,6 +2,7 @@
 
 scripts/evaluate.py bits --model path/to/checkpoint            # bits per byte of a checkpoint
 scripts/evaluate.py qat --run runs/qat                         # what MXFP4 costs, with and without QAT
+scripts/evaluate.py rounding --model smol.gguf --calibrate docs # what MXFP4 costs any checkpoint
 scripts/evaluate.py acceptance --model path/to/checkpoint      # what the target accepts of its drafter's blocks
 scripts/evaluate.py domains --plot domains.png                 # the same by domain: code, prose, chat and others
 scripts/evaluate.py llama.cpp --llama runs/llama.cpp            # the same drafter there: texts, tokens per round
@@ -49,6 +50,20 @@ def qat_command(args: argparse.Namespace) -> dict:
             print(f"{name:<32}{value:8.4f}  {100 * (value / best - 1):+6.2f} %", file=sys.stderr)
     print(f"rounding loss recovered {record['rounding loss recovered, percent']:18.0f} %", file=sys.stderr)
     return record
+
+
+def rounding_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.calibration.texts import read_texts
+    from mimo_jax.evaluation import rounding
+
+    texts = {name: read_texts(path) for name, path in named_folders(args.text).items()} or rounding.usual_texts()
+    record = rounding.compare(args.model, args.calibrate, args.calibration_windows, texts, args.windows)
+    for name, above in rounding.increases(record).items():
+        for text, (mean, half) in above.items():
+            row = record["arms"][name][text]
+            bits = f"{row['bits_per_byte']:.4f} bits per byte ({mean:+.2f} +- {half:.2f} %), KL {row['kl']:.4f}"
+            print(f"{name:<24}{text:<10}{bits}", file=sys.stderr)
+    return {"model": args.model.name, "above_exact_percent": rounding.increases(record), **record}
 
 
 def acceptance_command(args: argparse.Namespace) -> dict:
@@ -170,6 +185,18 @@ def parser() -> Parser:
     qat = commands.add_parser("qat", help="BF16 against MXFP4 rounded and MXFP4 trained, same tokens, same budget")
     qat.add_argument("--run", required=True, help="run annealed with --qat")
     qat.set_defaults(command=qat_command)
+    rounding = commands.add_parser("rounding", help="what MXFP4 costs a checkpoint, rounded plainly and calibrated")
+    rounding.add_argument("--model", type=Path, required=True, help="checkpoint directory or GGUF file, not in MXFP4")
+    rounding.add_argument("--calibrate", type=Path, required=True, help="text file, or folder of them, to calibrate on")
+    rounding.add_argument("--calibration-windows", type=whole(8), default=32, help="of 512 tokens, at most")
+    rounding.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        help="[NAME=]file to measure on; repeat it (default: Python's own)",
+    )
+    rounding.add_argument("--windows", type=whole(2), default=16, help="of 512 tokens, of each text")
+    rounding.set_defaults(command=rounding_command)
     acceptance = commands.add_parser("acceptance", help="tokens per round of drafters, on held-out prompts")
     acceptance.add_argument("--model", help="checkpoint directory of the target (default: the bundled model)")
     add_drafter_options(acceptance)
@@ -212,7 +239,7 @@ def parser() -> Parser:
         command.add_argument("--windows", type=whole(2), default=400, help="held-out windows of 512 tokens")
     for command in (bits, qat, acceptance, beside, paths):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
-    for command in (bits, qat, acceptance, domains, beside, paths):
+    for command in (bits, qat, rounding, acceptance, domains, beside, paths):
         command.add_argument("--out", type=output_file, help="also write the result to this JSON file")
     return parser
 

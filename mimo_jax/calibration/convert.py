@@ -51,7 +51,7 @@ def quantize_calibrated(
 
     def calibrated(found: Checkpoint) -> Params:
         _check_unquantised(source, found)
-        tokenizer = _tokenizer_of(source)
+        tokenizer = tokenizer_of(source)
         windows_NT = windows_of(texts, tokenizer, min(WINDOW, found.config.max_position), windows, str(text))
         if (largest := int(windows_NT.max())) >= found.config.vocab_size:
             raise UserError(f"{source}: its {TOKENIZER} gives token {largest}; vocab_size={found.config.vocab_size}")
@@ -70,7 +70,8 @@ def _check_unquantised(source: Path, found: Checkpoint) -> None:
     PUBLISHED.check_fits(found.config)
 
 
-def _tokenizer_of(source: Path) -> Tokenizer:
+def tokenizer_of(source: Path) -> Tokenizer:
+    """That of a checkpoint of any kind."""
     content = carried_files(source).get(TOKENIZER)
     if not isinstance(content, bytes):
         raise UserError(f"{source}: has no {TOKENIZER}, which calibration reads its text with")
