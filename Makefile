@@ -22,7 +22,7 @@ TRAIN_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 TF_CPP_MIN_LOG_LEVEL=3 \
 WHOLE := --data runs/corpus --batch 8 --length 1024
 LONG := --data runs/corpus --batch 16 --length 512
 
-.PHONY: generate chat serve install test lint lock gpu train drafter controls clean
+.PHONY: generate chat serve install test lint lock gpu replicate train drafter controls clean
 
 generate: $(VENV)/generate.stamp
 	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
@@ -55,6 +55,9 @@ gpu:
 	  || { echo "make gpu: no NVIDIA GPU found (nvidia-smi lists none)" >&2; exit 1; }
 	@$(MAKE) --no-print-directory $(VENV)/gpu.stamp
 	JAX_PLATFORMS=cuda $(BIN)/python scripts/gpu_report.py
+
+replicate: $(VENV)/gpu.stamp
+	@$(BIN)/python scripts/replicate.py $(ARGS)
 
 # The bundled model, in three training stages: each pretrains, lets the rate fall to zero, and continues with QAT; the later ones
 # go on from the checkpoint that the one before exported. About three and a half hours on two cores; every command resumes.

@@ -24,6 +24,7 @@ ORDER = (
         "planning",
         "evaluation",
         "ablation",
+        "replication",
     ),
 )
 PACKAGES = ("mimo_jax", "pallas_kernels")
