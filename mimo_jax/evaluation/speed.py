@@ -84,7 +84,8 @@ def speculation(models: dict[str, Model], prompts: list[list[int]], strategy: St
 def _speedup(rows: np.ndarray, plain: np.ndarray) -> dict[str, float]:
     """Of (seconds, tokens, rounds) per prompt, beside those of plain decoding."""
     seconds, tokens, rounds = rows.sum(axis=0)
-    ratios = (rows[:, 1] / rows[:, 0]) / (plain[:, 1] / plain[:, 0])
+    decoded = (rows[:, 1] > 0) & (plain[:, 1] > 0)  # a text may end with the token that the prefill gives
+    ratios = (rows[decoded, 1] / rows[decoded, 0]) / (plain[decoded, 1] / plain[decoded, 0])
     return {
         "tokens_per_second": tokens / seconds,
         "tokens_per_round": tokens / rounds,
