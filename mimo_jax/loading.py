@@ -80,16 +80,15 @@ def load(
     `layout` names what the device holds (`layouts.LAYOUTS`); by default the device decides, and weights stay packed
     into the kernels. `draft` names what drafts (`DRAFTS`); it never changes the distribution of what is generated. By
     default it is the drafter in the folder `dflash/`, if there is one, except beside the native step of a CPU, where a
-    block costs more than it saves: what pays on a machine, `scripts/benchmark.py draft` measures. On a `mesh`
+    block costs more than it saves, and what was measured to pay with a model that has a name: what pays on a machine,
+    `scripts/benchmark.py draft` measures. On a `mesh`
     (`sharding.make_mesh`) every device gets its own part of the weights. `backend` names what multiplies packed experts
     (`pallas_kernels.expert_matmul.BACKENDS`); by default that is the fastest that the device runs. What the
     checkpoint's `generation_config.json` says of sampling is the model's default strategy; without `generation_config`
     that is greedy. `verify` first reads every file and compares it with the manifest that conversions and exports
     write.
     """
-    from mimo_jax.checkpoint.dflash import has_drafter
-
-    directory = find(directory)
+    given, directory = str(directory), find(directory)
     if draft is not None and draft not in DRAFTS:
         raise UserError(f"draft {draft!r} is unknown; known: {', '.join(DRAFTS)}")
     if verify:
@@ -105,8 +104,17 @@ def load(
     strategy = strategy_of(values, f"{directory / GENERATION_CONFIG}") if generation_config else Greedy()
     model = Model(config, params, tokenizer, _stop_ids(values, config, directory), strategy, name, mesh=mesh)
     if draft is None:
-        draft = "dflash" if name != "native" and has_drafter(directory) else "none"
+        draft = _usual_draft(given, name, directory)
     return DRAFTS[draft](model, directory)
+
+
+def _usual_draft(given: str, layout: str, directory: Path) -> str:
+    from mimo_jax.checkpoint.dflash import has_drafter
+    from mimo_jax.named import NAMED
+
+    if given in NAMED:
+        return NAMED[given].draft
+    return "dflash" if layout != "native" and has_drafter(directory) else "none"
 
 
 def find(model: str | Path = BUNDLED) -> Path:

@@ -34,6 +34,7 @@ class NamedModel:
     file: str
     sha256: str
     sampling: Mapping[str, Any]
+    draft: str  # what was measured to pay with it, on a CPU too: docs/results.md, "What drafting pays on a CPU"
 
 
 NAMED = {
@@ -43,6 +44,7 @@ NAMED = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sampling={"do_sample": True, "temperature": 0.2, "top_p": 0.9},
+        draft="lookup",
     )
 }
 

@@ -67,9 +67,8 @@ def main(argv: list[str]) -> None:
 
     strategy = strategy_of(sampling, "sampling") if sampling else None
     request = TokenRequest((), args.max_tokens, strategy, args.seed)
-    directory = find(args.model or BUNDLED)
-    model = load(directory, **load_options(args))
-    template = ChatTemplate.load(directory, model.tokenizer)
+    model = load(args.model or BUNDLED, **load_options(args))
+    template = ChatTemplate.load(find(args.model or BUNDLED), model.tokenizer)
     thinking = False if args.no_thinking else None
     engine = Engine(model, Limits(slots=1, context=args.context))
     try:

@@ -68,13 +68,15 @@ def _cell(axes: Any, x: float, y: float, text: str, color: str) -> None:
 
 def dflash() -> Any:
     """Which context and which rows of the block each row of a block sees, for a window of 10."""
+    import jax.numpy as jnp
+
     from mimo_jax.modeling.dflash import context_visibility
 
     window, block, shown = 10, 8, 14
     anchor = shown  # the position after the context that is drawn
-    rows, positions = anchor + np.arange(block)[None], np.arange(shown)[None]
+    rows, positions = anchor + jnp.arange(block)[None], jnp.arange(shown)[None]
     grid = np.ones((block, shown + block))  # the block sees itself, both ways
-    grid[:, :anchor] = np.where(context_visibility(rows, positions, window)[0], 0, np.nan)
+    grid[:, :anchor] = np.where(np.asarray(context_visibility(rows, positions, window)[0]), 0, np.nan)
     figure, axes = new_figure(9, 3.2)
     axes.imshow(grid, cmap="Paired", vmin=-0.5, vmax=11, aspect="auto")
     axes.set_yticks(range(block), ["anchor", *(f"draft {number}" for number in range(1, block))])

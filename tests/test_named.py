@@ -10,6 +10,8 @@ import pytest
 from mimo_jax import named
 from mimo_jax.checkpoint.convert import verify
 from mimo_jax.cli.guard import main_guard
+from mimo_jax.decode.drafter import PLAIN
+from mimo_jax.drafters.prompt_lookup import PromptLookupDrafter
 from mimo_jax.errors import UserError
 from mimo_jax.loading import load
 from tests.checkpoint.gguf_samples import write_llama
@@ -26,7 +28,7 @@ def talker(tmp_path, monkeypatch) -> Path:
     file = package / "talker.gguf"
     write_llama(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    model = named.NamedModel("talker==1.0", "talker_package", file.name, digest, {"temperature": 0.5})
+    model = named.NamedModel("talker==1.0", "talker_package", file.name, digest, {"temperature": 0.5}, "lookup")
     monkeypatch.setitem(named.NAMED, "talker", model)
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setenv(named.CACHE, str(tmp_path / "cache"))
@@ -39,6 +41,8 @@ def test_a_model_is_converted_once(talker, monkeypatch):
     assert directory.parent == named.cache_folder() == talker.parents[2] / "cache"
     assert verify(directory)["verified"]
     assert load(directory).strategy.temperature == 0.5
+    assert isinstance(load("talker").drafter, PromptLookupDrafter)  # by its name, with what pays
+    assert load("talker", draft="none").drafter == load(directory).drafter == PLAIN
     talker.unlink()
     monkeypatch.delattr(named, "quantize_calibrated")
     assert named.directory_of("talker") == directory

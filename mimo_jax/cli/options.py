@@ -53,7 +53,8 @@ def add_draft_option(parser: argparse.ArgumentParser) -> None:
         "--draft",
         metavar="NAME",
         help="what drafts: none, lookup (of the text itself), mtp or dflash (of the checkpoint); it changes no text's "
-        "distribution (default: none on a CPU, else dflash if it is there; benchmark.py draft measures what pays)",
+        "distribution (default: lookup for smollm2; none on a CPU; else dflash if it is there; what pays, benchmark.py "
+        "draft measures)",
     )
 
 

@@ -120,11 +120,11 @@ def model_of(args: argparse.Namespace) -> tuple[Path, str]:
 def engine_of(args: argparse.Namespace, rules: AccountRules | None = None) -> Engine:
     """Loads the checkpoint. Whoever calls this closes the engine."""
     from mimo_jax.cli.memory import return_freed_memory
-    from mimo_jax.loading import load
+    from mimo_jax.loading import BUNDLED, load
     from mimo_jax.serving.engine import Engine, Limits
 
     return_freed_memory()  # prefixes come and go: what they leave would grow for as long as the server runs
-    model = load(model_of(args)[0], draft=args.draft)
+    model = load(args.model or BUNDLED, draft=args.draft)
     context = args.context or model.config.max_position
     return Engine(model, Limits(args.slots, context, args.cache_mb * 10**6), rules)
 
