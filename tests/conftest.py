@@ -49,9 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cached() -> Iterator[None]:
-    """Modules that compile for absent devices turn the cache off; the next module has it again."""
+def programs() -> Iterator[None]:
+    """Compiled programs go with their module: each maps memory, of which a process may have only so many pieces
+    (`vm.max_map_count`), and dies at the next. Modules that compile for absent devices turn the cache off.
+    """
     yield
+    jax.clear_caches()
     if not jax.config.jax_enable_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", True)
         compilation_cache.reset_cache()
