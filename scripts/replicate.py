@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     from mimo_jax.checkpoint.dflash import has_drafter
     from mimo_jax.loading import BUNDLED, find
     from mimo_jax.replication import report
-    from mimo_jax.replication.steps import STEPS, Kit, claims
+    from mimo_jax.replication.steps import Kit, claims, run_steps
 
     directory = find(args.checkpoint or BUNDLED)
     if not has_drafter(directory):
@@ -36,11 +36,7 @@ def main(argv: list[str]) -> None:
     with exclusive(args.out / ".lock", f"{args.out}: another process writes a report there"):
         path = args.out / "report.json"
         found = begun(path, kit)
-        for name, step in STEPS.items():
-            if name not in found["steps"]:
-                print(f"== {name}", file=sys.stderr, flush=True)
-                found["steps"][name] = step(kit)
-                write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+        run_steps(kit, found["steps"], lambda: write_atomically(path, (json.dumps(found, indent=1) + "\n").encode()))
         write_atomically(args.out / "report.html", report.html_of(found).encode())
     print(f"{report.verdict(found)}\n{args.out / 'report.html'} has all of it", file=sys.stderr)
     print(json.dumps({"report": str(path), "verdict": report.verdict(found), "claims": claims(found["steps"])}))

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,15 @@ STEPS: dict[str, Callable[[Kit], Record]] = {
     "speed by domain": speed_by_domain,
     "speed by context": speed_by_context,
 }
+
+
+def run_steps(kit: Kit, done: dict[str, Record], save: Callable[[], None]) -> None:
+    """Adds to `done` what is not in it yet; `save` is called after every step."""
+    for name, step in STEPS.items():
+        if name not in done:
+            print(f"== {name}", file=sys.stderr, flush=True)
+            done[name] = step(kit)
+            save()
 
 
 def claims(steps: dict[str, Record]) -> list[Record]:

@@ -27,8 +27,20 @@ from tests.checkpoint.samples import random_tensors, save_checkpoint, small
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.py"))
 CONFIG = small(vocab_size=320)
+STUDY = """
+title = "A study"
+experiment = "target"
+seeds = [0]
+metrics = ["bits_per_byte"]
+minutes = 1
+[factors]
+router = ["float32", "bfloat16"]
+[base]
+experts_per_token = 1
+"""
 # Where work begins. A call that comes so far was accepted.
 WORK = (
+    "mimo_jax.ablation.runner.run_study",
     "mimo_jax.checkpoint.manifest.verify_files",
     "mimo_jax.checkpoint.convert.fill_checkpoint",
     "mimo_jax.checkpoint.gguf.fill_checkpoint",
@@ -42,6 +54,7 @@ WORK = (
     "mimo_jax.evaluation.paths._engine",
     "mimo_jax.evaluation.paths.functions_of",
     "mimo_jax.evaluation.random_checkpoint.init_params",
+    "mimo_jax.evaluation.rounding._laws",
     "mimo_jax.evaluation.slice.random_weights",
     "mimo_jax.evaluation.speed.generate",
     "mimo_jax.evaluation.speed.interleaved",
@@ -49,6 +62,7 @@ WORK = (
     "mimo_jax.planning.compiled.compile_programs",
     "mimo_jax.planning.report.record_of",
     "mimo_jax.planning.timeline.step_timeline",
+    "mimo_jax.replication.steps.run_steps",
     "mimo_jax.serving.engine.Engine.__init__",
     "mimo_jax.training.corpus.collect",
     "mimo_jax.training.drafter.latest_state",
@@ -114,6 +128,9 @@ def folder(tmp_path_factory) -> Path:
     run.prepare(folder / "drafter_run", run.settings_of(drafter, DraftTrainConfig(steps=1)))
     write_llama(folder / "model.gguf")
     (folder / "file").write_text("a file")
+    (folder / "text").write_text("def f(items):\n    return items\n" * 2000)
+    places = "".join(f'{name} = "{folder / place}"\n' for name, place in (("model", "model"), ("data", "corpus")))
+    (folder / "study.toml").write_text(STUDY + places)
     return folder
 
 
@@ -161,6 +178,9 @@ def good_arguments(folder: Path, script: str, name: str) -> dict[str, list[str]]
         ("evaluate", "acceptance"): {"plot": "plot.png", "out": "result.json"},
         ("evaluate", "llama.cpp"): {"out": "result.json"},
         ("evaluate", "paths"): {"out": "result.json"},
+        ("evaluate", "domains"): {"plot": "plot.png", "out": "result.json"},
+        ("evaluate", "rounding"): {"model": folder / "model.gguf", "calibrate": folder / "text", "out": "result.json"},
+        ("ablate", ""): {"study": folder / "study.toml"},
     }
     given |= own.get((script, name), {})
     arguments = {}

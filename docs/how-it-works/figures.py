@@ -1,7 +1,7 @@
 """Draws the figures of docs/how-it-works/, from the code that they explain.
 
-scripts/figures.py                     # all, into docs/figures
-scripts/figures.py --only round mxfp4
+docs/how-it-works/figures.py                     # all, into docs/figures
+docs/how-it-works/figures.py --only round mxfp4
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def main(argv: list[str]) -> None:
 
 def parser() -> Parser:
     parser = Parser(description=__doc__)
-    default = Path(__file__).resolve().parents[1] / "docs" / "figures"
+    default = Path(__file__).resolve().parents[1] / "figures"
     parser.add_argument("--out", type=output_folder, default=str(default), help="folder (default: docs/figures)")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), help="which")
     return parser
