@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.ablation import heldout
-from mimo_jax.ablation.experiments import Metrics
+from mimo_jax.ablation.experiments import Metrics, checkpoint_of
 from mimo_jax.checkpoint.dflash import FOLDER, has_drafter
 from mimo_jax.decode.sampling import strategy_at
 from mimo_jax.drafters.dflash import DFlashDrafter
@@ -19,12 +19,12 @@ ROWS = 20  # prompts at a time
 
 
 def check(settings: dict[str, Any]) -> None:
-    if not has_drafter(Path(settings["model"])):
+    if not has_drafter(checkpoint_of(settings)):
         raise UserError(f"study: model={settings['model']!r} has no drafter, which decoding needs")
 
 
 def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
-    checkpoint = Path(settings["model"])
+    checkpoint = checkpoint_of(settings)
     plain = load(checkpoint, layout="dense", draft="none")
     config, params = load_drafter(plain.config, checkpoint / FOLDER)
     drafter = DFlashDrafter(dataclasses.replace(config, block_size=settings["block_size"]))

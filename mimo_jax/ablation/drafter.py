@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_jax.ablation import heldout
-from mimo_jax.ablation.experiments import Metrics
+from mimo_jax.ablation.experiments import Metrics, checkpoint_of
 from mimo_jax.cli.progress import progress
 from mimo_jax.decode.sampling import strategy_at
 from mimo_jax.drafters.dflash import DFlashDrafter
@@ -22,11 +22,11 @@ TEXTS_AT_ONCE = 128
 
 
 def check(settings: dict[str, Any]) -> None:
-    check_same_tokenizer(Path(settings["model"]), Path(settings["data"]))
+    check_same_tokenizer(checkpoint_of(settings), Path(settings["data"]))
 
 
 def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
-    checkpoint, data = Path(settings["model"]), Path(settings["data"])
+    checkpoint, data = checkpoint_of(settings), Path(settings["data"])
     model, corpus = load_dense(checkpoint), load_tokens(data, "train")
     rows = min(settings["texts"], TEXTS_AT_ONCE)
     asked, place = DistillationConfig(rows=rows), folder / f"texts_{rows}"

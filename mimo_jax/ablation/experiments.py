@@ -53,19 +53,29 @@ class Real:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder that must be there."""
+    """A folder that must be there; of a checkpoint, or the word for the bundled one."""
 
     default: str
+    or_bundled: bool = False
 
     def check(self, name: str, value: Any) -> None:
+        if self.or_bundled and value == BUNDLED:
+            return
         if not isinstance(value, str) or not Path(value).is_dir():
             raise UserError(f"study: {name}={value!r} is no folder" + _HINTS.get(name, ""))
 
 
 _HINTS = {"data": "; `scripts/train.py corpus` makes one", "model": "; expected a checkpoint directory"}
-_BUNDLED = str(Path(__file__).parents[1] / "assets" / "mimo-tiny")
+BUNDLED = "bundled"  # in place of a folder
 _DATA = Folder("runs/corpus")  # a corpus that was cut by the model's tokenizer
-_MODEL = Folder(_BUNDLED)
+_MODEL = Folder(BUNDLED, or_bundled=True)
+
+
+def checkpoint_of(settings: Mapping[str, Any]) -> Path:
+    """The folder that the setting `model` names."""
+    from mimo_jax import loading
+
+    return loading.BUNDLED if settings["model"] == BUNDLED else Path(settings["model"])
 
 
 @dataclasses.dataclass(frozen=True)

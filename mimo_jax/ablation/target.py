@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mimo_jax.ablation.experiments import Metrics
+from mimo_jax.ablation.experiments import Metrics, checkpoint_of
 from mimo_jax.ablation.heldout import bits_of
 from mimo_jax.checkpoint.huggingface import read_hf_config
 from mimo_jax.errors import UserError
@@ -18,7 +18,7 @@ from mimo_jax.weights import Params
 
 
 def check(settings: dict[str, Any]) -> None:
-    experts = read_hf_config(Path(settings["model"]))[0].num_experts
+    experts = read_hf_config(checkpoint_of(settings))[0].num_experts
     if settings["experts_per_token"] > experts:
         raise UserError(
             f"study: experts_per_token={settings['experts_per_token']}, but the model has {experts} experts"
@@ -26,7 +26,7 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
-    checkpoint = Path(settings["model"])
+    checkpoint = checkpoint_of(settings)
     model = load(checkpoint, layout="dense", draft="none")
     config = dataclasses.replace(model.config, experts_per_token=settings["experts_per_token"])
     params = with_router_in(model.params, jnp.dtype(settings["router"]))

@@ -74,7 +74,7 @@ def environment(kit: Kit) -> Record:
         "devices found": len(devices),
         "devices used": kit.devices,
         "python": platform.python_version(),
-        "machine": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}",
         **dict(sorted(versions.items())),
     }
 
