@@ -89,6 +89,6 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     left.axhline(1, color="grey", linewidth=0.8)
     left.set_xticks(range(len(domains)), domains)
     left.set(ylabel="tokens per round (95 % interval)")
-    left.legend()
+    left.legend(loc="upper left")
     right.set(xlabel="the target's entropy, nats per token", ylabel="tokens per round")
     save_figure(figure, out)
