@@ -88,7 +88,7 @@ def load(
     that is greedy. `verify` first reads every file and compares it with the manifest that conversions and exports
     write.
     """
-    given, directory = str(directory), find(directory)
+    given, directory = directory, find(directory)
     if draft is not None and draft not in DRAFTS:
         raise UserError(f"draft {draft!r} is unknown; known: {', '.join(DRAFTS)}")
     if verify:
@@ -108,12 +108,13 @@ def load(
     return DRAFTS[draft](model, directory)
 
 
-def _usual_draft(given: str, layout: str, directory: Path) -> str:
+def _usual_draft(given: str | Path, layout: str, directory: Path) -> str:
     from mimo_jax.checkpoint.dflash import has_drafter
-    from mimo_jax.named import NAMED
 
-    if given in NAMED:
-        return NAMED[given].draft
+    if not Path(given).is_dir():
+        from mimo_jax.named import NAMED
+
+        return NAMED[str(given)].draft
     return "dflash" if layout != "native" and has_drafter(directory) else "none"
 
 
@@ -121,10 +122,10 @@ def find(model: str | Path = BUNDLED) -> Path:
     """The checkpoint directory `model`; or of a model that has a name (`named`), converted where it has not
     been yet.
     """
-    from mimo_jax.named import NAMED, directory_of  # which can convert, and imports what that needs
-
     if Path(model).is_dir():
         return Path(model)
+    from mimo_jax.named import NAMED, directory_of  # which can convert, and imports what that needs
+
     if str(model) in NAMED:
         return directory_of(str(model))
     raise UserError(f"{model}: not found; expected a checkpoint directory, or one of {', '.join(NAMED)}")

@@ -8,40 +8,25 @@
 # %%
 import collections
 import dataclasses
+import math
 
 import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
 
 from mimo_jax.config.geometry import target_of
 from mimo_jax.config.presets import preset
 from mimo_jax.loading import BUNDLED, read_hf_config
+from mimo_jax.planning.timeline import draw_lanes
 from pallas_kernels.decode_step import HOPPER, assigned_rows, shard_of, step_phases, timeline_of
 from pallas_kernels.decode_step.schedule import claimed_rows
 from pallas_kernels.decode_step.simulate import CPU
 from pallas_kernels.decode_step.validate import validate
 
 
-def draw(timeline, lane_of, lanes, title, until=None):
+def draw(timeline, lanes, names, title, until=math.inf):
     """A bar per row, coloured by what it does."""
-    kinds = sorted({row.kind for row in timeline.rows})
-    colors = {kind: plt.get_cmap("tab20")(index % 20) for index, kind in enumerate(kinds)}
-    bars = collections.defaultdict(list)
-    for row, worker, start, end in zip(timeline.rows, timeline.workers, timeline.starts, timeline.ends):
-        if (lane := lane_of(worker)) is not None and (until is None or start < until):
-            bars[lane, row.kind].append((start, end - start))
-    figure, axes = plt.subplots(figsize=(11, 1.5 + 0.3 * len(lanes)), layout="constrained")
-    for (lane, kind), spans in bars.items():
-        axes.broken_barh(spans, (lane - 0.4, 0.8), color=colors[kind], linewidth=0)
-    used = [kind for kind in kinds if any(kind == one for _, one in bars)]
-    figure.legend(
-        [Patch(color=colors[kind]) for kind in used],
-        [kind.name for kind in used],
-        ncols=8,
-        loc="outside lower center",
-        fontsize="small",
-    )
-    axes.set_yticks(range(len(lanes)), lanes)
-    axes.set(xlabel="us (projected)", title=title)
+    axes = plt.figure(figsize=(11, 1.5 + 0.3 * len(lanes)), layout="constrained").subplots()
+    draw_lanes(axes, timeline, lanes, names, until)
+    axes.set(title=title)
     plt.show()
 
 
@@ -60,13 +45,9 @@ for row in rows[:6]:
     print(f"  {row.kind.name:<8} layer {row.layer}, {share}: waits {row.waits}, signals {row.signals}")
 
 threads = timeline_of(rows, CPU)
-names = sorted(set(threads.workers))
-draw(
-    threads,
-    names.index,
-    [f"thread {number}" for number in range(len(names))],
-    f"a block of 8 in {threads.round:.0f} us",
-)
+lanes = sorted(set(threads.workers))
+names = [f"thread {number}" for number in range(len(lanes))]
+draw(threads, lanes, names, f"a block of 8 in {threads.round:.0f} us")
 
 # %% [markdown]
 # ## What a validator is for
@@ -92,13 +73,8 @@ pro = target_of(preset("mimo-v2.5-pro"))
 four = dataclasses.replace(pro, layers=pro.layers[:4])
 sms = timeline_of(assigned_rows(step_phases(shard_of(four, 8), tokens=8), devices=2), HOPPER)
 lanes = [(0, sm, role) for sm in (0, 1) for role in ("weights", "fetch", "consume", "send")]
-draw(
-    sms,
-    lambda worker: lanes.index(worker) if worker in lanes else None,
-    [f"SM {sm} {role}" for _, sm, role in lanes],
-    f"{len(sms.rows):,} rows; {sms.round:.0f} us with embedding and head",
-    until=320,
-)
+names = [f"SM {sm} {role}" for _, sm, role in lanes]
+draw(sms, lanes, names, f"{len(sms.rows):,} rows; {sms.round:.0f} us with embedding and head", until=320)
 
 # %% [markdown]
 # ## The chain that a round's length is made of

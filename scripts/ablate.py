@@ -1,7 +1,7 @@
 """Runs a study and compares its arms: what is varied, by which seeds, what is measured and for how long, a file says.
 
-scripts/ablate.py studies/scale_rule.toml                     # into runs/scale_rule; given again, it goes on
-scripts/ablate.py studies/scale_rule.toml --minutes 5         # for another budget
+scripts/ablate.py scripts/studies/scale_rule.toml                     # into runs/scale_rule; given again, it goes on
+scripts/ablate.py scripts/studies/scale_rule.toml --minutes 5         # for another budget
 scripts/ablate.py --list                                      # experiments, their settings and metrics
 
 The folder gets runs.jsonl (one line for each run, with all that is needed to repeat it), table.md, table.json and

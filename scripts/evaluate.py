@@ -24,8 +24,6 @@ from mimo_jax.cli.values import HOTTEST, output_file, output_folder, real, whole
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
-DOMAINS = Path(__file__).parents[1] / "mimo_jax" / "evaluation" / "domains.toml"
-
 
 def bits_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.bits import bits_per_byte, heldout_of
@@ -58,12 +56,13 @@ def rounding_command(args: argparse.Namespace) -> dict:
 
     texts = {name: read_texts(path) for name, path in named_folders(args.text).items()} or rounding.usual_texts()
     record = rounding.compare(args.model, args.calibrate, args.calibration_windows, texts, args.windows)
-    for name, above in rounding.increases(record).items():
+    increases = rounding.increases(record)
+    for name, above in increases.items():
         for text, (mean, half) in above.items():
             row = record["arms"][name][text]
             bits = f"{row['bits_per_byte']:.4f} bits per byte ({mean:+.2f} +- {half:.2f} %), KL {row['kl']:.4f}"
             print(f"{name:<24}{text:<10}{bits}", file=sys.stderr)
-    return {"model": args.model.name, "above_exact_percent": rounding.increases(record), **record}
+    return {"model": args.model.name, "above_exact_percent": increases, **record}
 
 
 def acceptance_command(args: argparse.Namespace) -> dict:
@@ -120,7 +119,7 @@ def domains_command(args: argparse.Namespace) -> dict:
         need_matplotlib()
     directory = find(args.model or BUNDLED)
     model = DRAFTS[args.draft](load(directory, layout="dense", draft="none"), directory)
-    prompts = domains.read_domains(args.prompts, model, directory)
+    prompts = domains.read_domains(args.prompts or domains.PROMPTS, model, directory)
     rows = []
     print(
         f"{'domain':<12}{'T':>5}{'nats':>7}  {'tokens per round':<18}conditional acceptance by position",
@@ -215,7 +214,7 @@ def parser() -> Parser:
     domains = commands.add_parser("domains", help="tokens per round by domain, with the target's entropy there")
     domains.add_argument("--model", help="checkpoint directory, or smollm2 (default: the bundled model)")
     domains.add_argument("--draft", choices=("dflash", "mtp", "lookup"), default="dflash", help="what drafts")
-    domains.add_argument("--prompts", type=Path, default=DOMAINS, help="TOML file of them (default: %(default)s)")
+    domains.add_argument("--prompts", type=Path, help="TOML file of them (default: mimo_jax/evaluation/domains.toml)")
     domains.add_argument("--tokens", type=whole(1), default=48, help="to generate after each prompt")
     domains.add_argument("--temperature", type=real(0, HOTTEST), nargs="+", default=[0.0, 1.0])
     domains.add_argument("--plot", type=output_file, help="PNG file to write")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def schedule() -> Any:
     rows = claimed_rows(step_phases(target_of(read_hf_config(BUNDLED)[0]), tokens=8))
     timeline = timeline_of(rows, CPU)
     lanes = sorted(set(timeline.workers))
-    return _gantt(timeline, lanes, [f"thread {number}" for number in range(len(lanes))], "us (projected)")
+    return _lanes(timeline, lanes, [f"thread {number}" for number in range(len(lanes))])
 
 
 def hopper() -> Any:
@@ -171,26 +171,14 @@ def hopper() -> Any:
     phases = step_phases(shard_of(dataclasses.replace(pro, layers=pro.layers[:4]), 8), tokens=8)
     timeline = timeline_of(assigned_rows(phases, devices=2), HOPPER)
     lanes = [(0, sm, role) for sm in (0, 1) for role in ROLES]
-    return _gantt(timeline, lanes, [f"SM {sm} {role}" for _, sm, role in lanes], "us (projected)", until=320)
+    return _lanes(timeline, lanes, [f"SM {sm} {role}" for _, sm, role in lanes], until=320)
 
 
-def _gantt(timeline: Any, lanes: list, names: list[str], xlabel: str, until: float = float("inf")) -> Any:
-    from matplotlib import colormaps
-    from matplotlib.patches import Patch
+def _lanes(timeline: Any, lanes: list[tuple], names: list[str], until: float = math.inf) -> Any:
+    from mimo_jax.planning.timeline import draw_lanes
 
-    bars: dict[tuple, list] = defaultdict(list)
-    for row, worker, start, end in zip(timeline.rows, timeline.workers, timeline.starts, timeline.ends):
-        if worker in lanes and start < until:
-            bars[lanes.index(worker), row.kind].append((start, end - start))
-    kinds = sorted({kind for _, kind in bars})
-    colors = {kind: colormaps["tab20"](index % 20) for index, kind in enumerate(kinds)}
     figure, axes = new_figure(11, 1.6 + 0.35 * len(lanes))
-    for (lane, kind), spans in bars.items():
-        axes.broken_barh(spans, (lane - 0.4, 0.8), color=colors[kind], linewidth=0)
-    patches = [Patch(color=colors[kind], label=kind.name) for kind in kinds]
-    figure.legend(handles=patches, ncols=8, loc="outside lower center", fontsize="small")
-    axes.set_yticks(range(len(lanes)), names)
-    axes.set(xlabel=xlabel)
+    draw_lanes(axes, timeline, lanes, names, until)
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mimo_jax.ablation import heldout
 from mimo_jax.ablation.experiments import Metrics, checkpoint_of
-from mimo_jax.cli.progress import progress
+from mimo_jax.ablation.training import trained
 from mimo_jax.decode.sampling import strategy_at
 from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.evaluation.acceptance import continue_all, measure
@@ -38,11 +38,7 @@ def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
     config = drafter_for(model.config, model.tokenizer, geometry)
     config = dataclasses.replace(config, block_size=settings["block_size"], dtype="float32")
     update = training_update(texts, corpus, model, config, train)
-    state = init_state(config, train)
-    with progress("training", train.steps) as bar:
-        for step in range(train.steps):
-            state, _ = update(state, step)
-            bar.advance()
+    state = trained(init_state(config, train), update, range(train.steps))
     drafting = dataclasses.replace(model, drafter=DFlashDrafter(config), draft_params=state.params)
     prompts = heldout.prompts(data, checkpoint, settings["prompts"], seed)
     strategy = strategy_at(settings["temperature"])

@@ -8,7 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mimo_jax import loading
+from mimo_jax.config.model import MAX_BLOCK
+from mimo_jax.decode.verify import RULES
 from mimo_jax.errors import UserError, check_real, check_whole
+from mimo_jax.training.drafter import LOSSES
+from pallas_kernels.mxfp4 import SCALE_RULES
 
 Metrics = dict[str, float]
 # (settings, seed, a folder that the runs of a study share) -> metrics
@@ -73,8 +78,6 @@ _MODEL = Folder(BUNDLED, or_bundled=True)
 
 def checkpoint_of(settings: Mapping[str, Any]) -> Path:
     """The folder that the setting `model` names."""
-    from mimo_jax import loading
-
     return loading.BUNDLED if settings["model"] == BUNDLED else Path(settings["model"])
 
 
@@ -116,7 +119,7 @@ EXPERIMENTS = {
         "rounding",
         {
             "data": _DATA,
-            "rule": Choice("even", ("even", "floor", "ceil6")),
+            "rule": Choice("even", SCALE_RULES),
             "qat": Choice(False, (False, True)),
             "width": Whole(128, 64, 1024),
             "steps": Whole(300, 1, 10**6),
@@ -135,10 +138,10 @@ EXPERIMENTS = {
         {
             "data": _DATA,
             "model": _MODEL,
-            "loss": Choice("soft", ("soft", "soft-dpace", "decay", "dpace", "tv")),
+            "loss": Choice("soft", tuple(LOSSES)),
             "layers": Whole(2, 1, 16),
             "window": Whole(128, 8, 4096),
-            "block_size": Whole(8, 2, 8),
+            "block_size": Whole(MAX_BLOCK, 2, MAX_BLOCK),
             "steps": Whole(200, 1, 10**6),
             "batch": Whole(8, 1, 1024),
             "texts": Whole(512, 1, 10**6),  # of the checkpoint, that it learns from
@@ -153,8 +156,8 @@ EXPERIMENTS = {
         {
             "data": _DATA,
             "model": _MODEL,
-            "rule": Choice("block", ("block", "token")),
-            "block_size": Whole(8, 2, 8),
+            "rule": Choice("block", RULES),
+            "block_size": Whole(MAX_BLOCK, 2, MAX_BLOCK),
             "temperature": Real(1.0, 0, 10),
             "prompts": Whole(40, 2, 10**5),
             "tokens": Whole(48, 1, 10**5),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.evaluation.acceptance import prompts_of
 from mimo_jax.evaluation.bits import Bits, bits_per_byte, heldout_of
 from mimo_jax.weights import Params
@@ -18,7 +19,9 @@ def _turned(tokens: np.ndarray, seed: int) -> np.ndarray:
     return np.roll(tokens, -int(np.random.default_rng(seed).integers(len(tokens))))
 
 
-def bits_of(params: Params, config, data: Path, windows: int, seed: int, checkpoint: Path | None = None) -> Bits:
+def bits_of(
+    params: Params, config: ModelConfig, data: Path, windows: int, seed: int, checkpoint: Path | None = None
+) -> Bits:
     """Bits per byte on windows that the seed chooses."""
     tokens, lengths = heldout_of(data, checkpoint)
     return bits_per_byte(params, config, _turned(tokens, seed), lengths, windows, min(512, config.max_position - 1))

@@ -11,13 +11,14 @@ from typing import Any
 
 from mimo_jax.ablation.experiments import Metrics
 from mimo_jax.ablation.heldout import bits_of
-from mimo_jax.cli.progress import progress
+from mimo_jax.ablation.training import trained
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.presets import preset
 from mimo_jax.evaluation.bits import as_bf16
-from mimo_jax.training.corpus import batch_at, load_tokens
-from mimo_jax.training.pretraining import TrainConfig, init_state, train_step
-from mimo_jax.training.qat import begin, qat_step, quantize_experts
+from mimo_jax.training.corpus import load_tokens
+from mimo_jax.training.pretraining import TrainConfig, init_state
+from mimo_jax.training.qat import begin, quantize_experts
+from mimo_jax.training.run import pretraining_update
 
 LENGTH = 256  # tokens of a sequence
 
@@ -43,17 +44,12 @@ def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
     data = Path(settings["data"])
     config, tokens = config_of(settings["width"]), load_tokens(data, "train")
     first, second = _schedules(settings, seed)
-    begun, end = second.decay_start, second.decay_start + second.decay_steps
-    state: Any = init_state(config, first)
-    with progress("training", end) as bar:
-        for step in range(end):
-            train = first if step < begun else second
-            if step == begun and settings["qat"]:
-                state = begin(state, train)
-            update = qat_step if settings["qat"] and step >= begun else train_step
-            state, _ = update(state, batch_at(tokens, step, train.batch, LENGTH, seed), config, train)
-            bar.advance()
-    masters = state.masters.params if settings["qat"] else state.params
+    begun = second.decay_start
+    state: Any = trained(init_state(config, first), pretraining_update(tokens, config, first), range(begun))
+    if second.qat:
+        state = begin(state, second)
+    state = trained(state, pretraining_update(tokens, config, second), range(begun, begun + second.decay_steps))
+    masters = state.masters.params if second.qat else state.params
     rounded = quantize_experts(as_bf16(state.params), settings["rule"])
     exact, found = (
         bits_of(params, config, data, settings["windows"], seed).bits_per_byte for params in (as_bf16(masters), rounded)
@@ -66,5 +62,5 @@ def _schedules(settings: dict[str, Any], seed: int) -> tuple[TrainConfig, TrainC
     steps, descent = settings["steps"], settings["descent"]
     rule = {"scale_rule": settings["rule"], "seed": seed}
     first = TrainConfig(settings["batch"], LENGTH, decay_start=steps, decay_steps=descent, **rule)
-    second = dataclasses.replace(first, peak_rate=first.peak_rate / 5, decay_start=steps + descent)
+    second = dataclasses.replace(first, peak_rate=first.peak_rate / 5, decay_start=steps + descent, qat=settings["qat"])
     return first, second

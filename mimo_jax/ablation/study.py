@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mimo_jax.ablation.experiments import EXPERIMENTS, Experiment
-from mimo_jax.checkpoint.files.tensorfile import read_bytes
+from mimo_jax.checkpoint.files.tensorfile import load_toml
 from mimo_jax.errors import UserError, check_real, check_whole
 
 _MAX_BYTES = 1 << 20
@@ -102,10 +101,7 @@ class Study:
 
 def read_study(path: Path) -> Study:
     """The study of a file; whatever is wrong with it is an error that names it."""
-    try:
-        values = tomllib.loads(read_bytes(path, _MAX_BYTES).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    values = load_toml(path, _MAX_BYTES)
     if missing := [name for name in _NEEDED if name not in values]:
         raise UserError(f"{path}: missing {', '.join(missing)}")
     if unknown := [name for name in values if name not in (*_NEEDED, *_OPTIONAL)]:

@@ -96,18 +96,20 @@ def round_experts(
     """The stacks gate, up and down in MXFP4; all outputs; and of how many tokens the expert with the fewest learnt."""
     exact_TD, plain_TD, lost_TD = (np.zeros_like(routed.x_TD) for _ in range(3))
     for expert in range(stacks[0].shape[0]):
+        exact = _exact(stacks, expert)
         for piece in routed.pieces_of(expert):
-            piece.add_output(exact_TD, _exact(stacks, expert))
+            piece.add_output(exact_TD, exact)
     importance_T = routed.importance(exact_TD)
     experts, fewest = [], len(routed.x_TD)
     for expert in range(stacks[0].shape[0]):
         exact, pieces = _exact(stacks, expert), routed.pieces_of(expert)
         tokens = sum(int(np.count_nonzero(importance_T[piece.tokens])) for piece in pieces)
         calibrated = _round_expert(exact, pieces, tokens, importance_T, lost_TD)
+        plain, kept = ([_expanded(matrix) for matrix in rounded] for rounded in (map(quantize_mx, exact), calibrated))
         for piece in pieces:
-            piece.add_output(plain_TD, [_expanded(quantize_mx(matrix)) for matrix in exact])
+            piece.add_output(plain_TD, plain)
             piece.add_output(lost_TD, exact)
-            piece.add_output(lost_TD, [_expanded(matrix) for matrix in calibrated], -1)
+            piece.add_output(lost_TD, kept, -1)
         experts.append([jax.tree.map(np.asarray, matrix) for matrix in calibrated])
         fewest = min(fewest, tokens)
         advance()

@@ -13,9 +13,14 @@ import jax
 from mimo_jax.errors import UserError
 
 
+def total_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(nbytes: float, what: str) -> None:
     """Raises where the CPU's memory cannot hold `nbytes`: the system would end this process without a word."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = total_memory()
     if jax.default_backend() == "cpu" and nbytes > total:
         raise UserError(f"memory: {what} takes {nbytes / 1e9:,.0f} GB at least; this machine has {total / 1e9:,.0f} GB")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mimo_jax.checkpoint.files.tensorfile import read_bytes
+from mimo_jax.checkpoint.files.tensorfile import load_toml
 from mimo_jax.cli.plots import save_figure
 from mimo_jax.decode.sampling import Sampled, strategy_at
 from mimo_jax.errors import UserError
@@ -26,10 +25,7 @@ Domains = dict[str, list[list[int]]]  # name -> prompts, as token ids
 
 def read_domains(path: Path, model: Model, directory: Path) -> Domains:
     """The prompts of a TOML file: a table for each domain, with `texts`, or `messages` and perhaps `tools`."""
-    try:
-        tables = tomllib.loads(read_bytes(path, _MAX_BYTES).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    tables = load_toml(path, _MAX_BYTES)
     if not tables:
         raise UserError(f"{path}: has no domain; expected tables with texts or messages")
     return {name: _prompts_of(table, f"{path}: {name}", model, directory) for name, table in tables.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.calibration.convert import tokenizer_of
@@ -22,6 +23,7 @@ from mimo_jax.cli.progress import progress
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
+from mimo_jax.training.pretraining import cross_entropy
 from mimo_jax.training.qat import quantize_experts
 from mimo_jax.weights import Params, expand
 
@@ -85,8 +87,8 @@ def _distances(
 ) -> tuple[Float[Array, "B _"], Float[Array, "B T"]]:
     """Nats of each token after the first, and KL(exact || this) at each place."""
     log_BTC, law_BTC = _log_law(params, tokens_BT, config), law_BTC.astype(jnp.float32)
-    nats_BT = -jnp.take_along_axis(log_BTC[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return nats_BT, jnp.sum(jnp.exp(law_BTC) * (law_BTC - log_BTC), axis=-1)
+    nats_BT = cross_entropy(log_BTC[:, :-1], tokens_BT[:, 1:])
+    return nats_BT, optax.losses.kl_divergence_with_log_targets(log_BTC, law_BTC)
 
 
 def _losses(

@@ -6,6 +6,7 @@ Projected throughout, from what rows took on one H200: `pallas_kernels.decode_st
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ def _alike(chain: dict[str, dict[str, float]]) -> Iterator[tuple[str, str]]:
         groups.setdefault(f"{sum(parts.values()):7.1f}: {text}", []).append(layer)
     for text, layers in groups.items():
         yield layers[0] if len(layers) == 1 else f"{layers[0]}.. ({len(layers)})", text
+
+
+def draw_lanes(axes: Any, timeline: Timeline, lanes: list[tuple], names: list[str], until: float = math.inf) -> None:
+    """What the workers of `lanes` do: a bar for each row that starts before `until`, coloured by its kind."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    bars: dict[tuple, list[tuple[float, float]]] = {}
+    for row, worker, start, end in zip(timeline.rows, timeline.workers, timeline.starts, timeline.ends):
+        if worker in lanes and start < until:
+            bars.setdefault((lanes.index(worker), row.kind), []).append((start, end - start))
+    kinds = sorted({kind for _, kind in bars})
+    colors = {kind: colormaps["tab20"](index % 20) for index, kind in enumerate(kinds)}
+    for (lane, kind), spans in bars.items():
+        axes.broken_barh(spans, (lane - 0.4, 0.8), color=colors[kind], linewidth=0)
+    patches = [Patch(color=colors[kind], label=kind.name) for kind in kinds]
+    axes.figure.legend(handles=patches, ncols=8, loc="outside lower center", fontsize="small")
+    axes.set_yticks(range(len(lanes)), names)
+    axes.set(xlabel="us (projected)")
 
 
 def draw(timeline: Timeline, out: Path) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
-import os
 import platform
 import statistics
 import sys
@@ -25,13 +24,16 @@ import numpy as np
 from mimo_jax.checkpoint.convert import verify
 from mimo_jax.checkpoint.huggingface import open_checkpoint
 from mimo_jax.checkpoint.manifest import MANIFEST
+from mimo_jax.cli.memory import total_memory
 from mimo_jax.cli.progress import progress
+from mimo_jax.config.model import MASTERS
 from mimo_jax.decode.sampling import Greedy
 from mimo_jax.evaluation import domains
 from mimo_jax.generation import generate
 from mimo_jax.loading import DRAFTS, Model, load
 from mimo_jax.modeling.backbone import Backbone
-from mimo_jax.sharding import MeshShape, make_mesh
+from mimo_jax.sharding import MeshShape, device_memory, make_mesh
+from mimo_jax.weights.params import array_bytes, weights
 
 Record = dict[str, Any]
 TOLERANCE = 0.05  # of the largest logit: bfloat16 through many layers, see docs/checked.md
@@ -90,7 +92,8 @@ def checkpoint(kit: Kit) -> Record:
 def logits(kit: Kit) -> Record:
     """What the step says after a prompt, beside the modules in float32, where they fit into memory."""
     prompt = kit.domains["code"][0]
-    if (needed := 4 * _weights(kit.plain)) > (most := _memory()):
+    needed = array_bytes(weights(kit.plain.config, MASTERS))
+    if needed > (most := min(total_memory(), device_memory(make_mesh(MeshShape())) or total_memory())):
         return {"passed": None, "left out": f"in float32 it takes {needed / 1e9:,.0f} GB; {most / 1e9:,.0f} are there"}
     dense = load(kit.directory, layout="dense", draft="none")
     tokens = np.array([prompt], np.int32)
@@ -103,25 +106,13 @@ def logits(kit: Kit) -> Record:
     return {"passed": error <= TOLERANCE, "largest error over largest logit": error, "same best token": best}
 
 
-def _weights(model: Model) -> int:
-    config = model.config
-    experts = sum(config.moe_pattern) * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size
-    return experts + 2 * config.vocab_size * config.hidden_size
-
-
-def _memory() -> int:
-    """Bytes of the machine or of one device, whichever has less."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(host, (jax.devices()[0].memory_stats() or {}).get("bytes_limit", host))
-
-
 def lossless(kit: Kit) -> Record:
     """Greedy texts with the drafter and without: they must be the same, token for token."""
     prompts = [prompt for chosen in kit.domains.values() for prompt in chosen]
-    same = 0
+    models, same = (kit.plain, kit.drafted), 0
     with progress("drafted beside plain", len(prompts)) as bar:
         for prompt in prompts:
-            one, other = (generate(model, prompt, Greedy(), max_tokens=kit.tokens) for model in _both(kit))
+            one, other = (generate(model, prompt, Greedy(), max_tokens=kit.tokens) for model in models)
             same += one.tokens == other.tokens
             bar.advance()
     return {"passed": same == len(prompts), "same texts": same, "of": len(prompts)}
@@ -129,16 +120,9 @@ def lossless(kit: Kit) -> Record:
 
 def acceptance(kit: Kit) -> Record:
     """Tokens per round by domain, greedy and at temperature 1, with the target's entropy."""
-    model = dataclasses.replace(kit.drafted)
-    rows = domains.study(_for_entropy(model, kit), kit.domains, [0.0, 1.0], kit.tokens)
-    return {"rows": list(rows)}
-
-
-def _for_entropy(model: Model, kit: Kit) -> Model:
-    """The modules, whose logits the entropy is of, where the layout is native code's."""
-    if model.layout != "native":
-        return model
-    return DRAFTS["dflash"](load(kit.directory, layout="dense", draft="none"), kit.directory)
+    # Native code has no logits of a whole text, which the entropy is of: there the modules draft.
+    model = load(kit.directory, layout="dense", draft="dflash") if kit.plain.layout == "native" else kit.drafted
+    return {"rows": list(domains.study(model, kit.domains, [0.0, 1.0], kit.tokens))}
 
 
 def speed_by_domain(kit: Kit) -> Record:
@@ -165,15 +149,11 @@ def speed_by_context(kit: Kit) -> Record:
     return {"rows": rows}
 
 
-def _both(kit: Kit) -> tuple[Model, Model]:
-    return kit.plain, kit.drafted
-
-
 def _rates(kit: Kit, prompts: list[list[int]]) -> Record:
     """Medians over prompts; the first compiles, and is run once more."""
     found: dict[str, list[float]] = {"plain": [], "drafted": []}
     for number, prompt in enumerate([prompts[0], *prompts]):
-        for name, model in zip(found, _both(kit)):
+        for name, model in zip(found, (kit.plain, kit.drafted)):
             result = generate(model, prompt, Greedy(), max_tokens=kit.tokens)
             if number:
                 found[name].append(result.timing.tokens_per_second)

@@ -13,7 +13,7 @@ from mimo_jax.ablation.experiments import EXPERIMENTS, Choice, Experiment, Real,
 from mimo_jax.ablation.study import Study, read_study
 from mimo_jax.errors import UserError
 
-STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
+STUDIES = sorted((Path(__file__).parents[2] / "scripts" / "studies").glob("*.toml"))
 GIVEN = {
     "title": "t",
     "experiment": "toy",
@@ -107,7 +107,7 @@ def test_a_broken_file_is_named(text: str, words: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
 def test_shipped_studies_are_studies(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Those of studies/ name settings that exist; the folder of the corpus is not asked for here."""
+    """Those of scripts/studies/ name settings that exist; the folder of the corpus is not asked for here."""
     monkeypatch.setattr("mimo_jax.ablation.experiments.Folder.check", lambda *_: None)
     monkeypatch.setattr("mimo_jax.ablation.drafter.check", lambda settings: None)
     found = read_study(path)

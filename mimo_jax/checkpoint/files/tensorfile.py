@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import stat
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def load_toml(path: Path, most_bytes: int) -> dict[str, Any]:
+    """The tables of a TOML file of at most `most_bytes`."""
+    try:
+        return tomllib.loads(read_bytes(path, most_bytes).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_json(data: bytes, where: str) -> dict[str, Any]:
