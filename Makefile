@@ -151,11 +151,13 @@ $(VENV)/install.stamp: .ci/install.lock pyproject.toml | $(BIN)/python
 	$(PROJECT)
 	@touch $@ $(VENV)/generate.stamp
 
-# torch is in no lock file: its wheels differ by machine.
-$(VENV)/dev.stamp: .ci/test.lock pyproject.toml | $(BIN)/python
+# torch is in no lock file: its wheels differ by machine. Towers of others go without most of what they declare: tests use single
+# files of them.
+$(VENV)/dev.stamp: .ci/test.lock .ci/towers.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) with test dependencies (once; several minutes)" >&2
 	$(PIP) torch==2.13.0
 	$(LOCKED) .ci/test.lock
+	$(LOCKED) .ci/towers.lock
 	$(PROJECT)
 	@touch $@ $(VENV)/install.stamp $(VENV)/serve.stamp $(VENV)/generate.stamp
 

@@ -25,10 +25,11 @@ from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
 from mimo_jax.drafters.mtp import MtpDrafter
 from mimo_jax.drafters.prompt_lookup import PromptLookupDrafter
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, check_real
 from mimo_jax.sharding import check_fits, parameter_sharding, place
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.weights import Params
+from mimo_jax.weights.towers import TOWERS
 
 _MAX_JSON_BYTES = 4_000_000
 GENERATION_CONFIG = "generation_config.json"
@@ -47,6 +48,7 @@ class Model:
     layout: str = "dense"  # of `layouts.LAYOUTS`, that `params` are in
     drafter: Drafter = PLAIN
     draft_params: Params = dataclasses.field(default_factory=dict)
+    towers: Params = dataclasses.field(default_factory=dict)  # in front of the text model, as files store them
     rule: str = "block"  # that verifies sampled drafts, see `decode.verify.RULES`
     mesh: Mesh | None = None  # that `params` lie on; None: one device
 
@@ -74,6 +76,7 @@ def load(
     backend: str | None = None,
     generation_config: bool = True,
     verify: bool = False,
+    confidence: float | None = None,
 ) -> Model:
     """Reads a Hugging Face or an Orbax checkpoint directory, or a model that `find` knows by name.
 
@@ -81,7 +84,8 @@ def load(
     into the kernels. `draft` names what drafts (`DRAFTS`); it never changes the distribution of what is generated. By
     default it is the drafter in the folder `dflash/`, if there is one, except beside the native step of a CPU, where a
     block costs more than it saves, and what was measured to pay with a model that has a name: what pays on a machine,
-    `scripts/benchmark.py draft` measures. On a `mesh`
+    `scripts/benchmark.py draft` measures. `confidence` is how far it must trust what it proposes
+    (`with_confidence`). On a `mesh`
     (`sharding.make_mesh`) every device gets its own part of the weights. `backend` names what multiplies packed experts
     (`pallas_kernels.expert_matmul.BACKENDS`); by default that is the fastest that the device runs. What the
     checkpoint's `generation_config.json` says of sampling is the model's default strategy; without `generation_config`
@@ -99,13 +103,17 @@ def load(
     found = read(directory, partial(parameter_sharding, mesh=mesh) if mesh is not None else None)
     if draft == "mtp" and layout is None and layouts.choose(mesh, backend) == "native":
         layout = "dense"  # the native step leaves MTP layers out
-    name, config, params = layouts.for_device(found.config, found.params, mesh, layout, backend, consume=True)
+    towers = {name: found.params[name] for name in TOWERS if name in found.params}
+    text = {name: held for name, held in found.params.items() if name not in TOWERS}
+    name, config, params = layouts.for_device(found.config, text, mesh, layout, backend, consume=True)
     values = _generation_config(directory)
     strategy = strategy_of(values, f"{directory / GENERATION_CONFIG}") if generation_config else Greedy()
-    model = Model(config, params, tokenizer, _stop_ids(values, config, directory), strategy, name, mesh=mesh)
+    stop_ids = _stop_ids(values, config, directory)
+    model = Model(config, params, tokenizer, stop_ids, strategy, name, towers=towers, mesh=mesh)
     if draft is None:
         draft = _usual_draft(given, name, directory)
-    return DRAFTS[draft](model, directory)
+    model = DRAFTS[draft](model, directory)
+    return model if confidence is None else with_confidence(model, confidence)
 
 
 def _usual_draft(given: str | Path, layout: str, directory: Path) -> str:
@@ -169,6 +177,14 @@ def with_drafter(
     config, params = load_drafter(model.config, directory, model.layout, extras)
     drafter = FusedDFlashDrafter(config, model.config) if model.layout == "native" else kind(config)
     return dataclasses.replace(model, drafter=drafter, draft_params=place(params, model.mesh))
+
+
+def with_confidence(model: Model, confidence: float) -> Model:
+    """`model` ending blocks where its drafter holds all up to there likely to less than this degree; 0: never."""
+    check_real("draft", 0, 1, confidence=confidence)
+    if not isinstance(model.drafter, DFlashDrafter | MtpDrafter):
+        raise UserError(f"draft: confidence={confidence}, but only mtp and dflash know how likely their drafts are")
+    return dataclasses.replace(model, drafter=dataclasses.replace(model.drafter, confidence=confidence))
 
 
 def _with_lookup(model: Model, directory: Path) -> Model:

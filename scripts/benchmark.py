@@ -24,7 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import Parser, add_draft_option, add_drafter_options, named_folders, need_packages
+from mimo_jax.cli.options import (
+    Parser,
+    add_draft_options,
+    add_drafter_options,
+    draft_options,
+    named_folders,
+    need_packages,
+)
 from mimo_jax.cli.values import HOTTEST, SEED, new_folder, output_folder, real, whole
 
 SPECULATION_ROW = (
@@ -208,7 +215,7 @@ def streaming_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation.speed import streaming
     from mimo_jax.loading import BUNDLED, load
 
-    model = load(args.model or BUNDLED, draft=args.draft)
+    model = load(args.model or BUNDLED, **draft_options(args))
     found = streaming(model, args.prompt, args.lengths, args.repeats)
     for length, row in found.items():
         print("{:>5} tokens: {ratio:.3f} times one visit ({lowest:.3f} to {highest:.3f})".format(length, **row))
@@ -336,7 +343,7 @@ def parser() -> Parser:
     streaming = commands.add_parser("streaming", help="what streaming a text costs over making it in one visit")
     streaming.add_argument("--lengths", type=whole(1), nargs="+", default=[32, 128, 512], help="tokens to generate")
     streaming.add_argument("--repeats", type=whole(1), default=15)
-    add_draft_option(streaming)
+    add_draft_options(streaming)
     streaming.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     streaming.add_argument("--prompt", default="def binary_search(items, target):\n")
     streaming.set_defaults(command=streaming_command)

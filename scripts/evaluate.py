@@ -18,7 +18,14 @@ import sys
 from pathlib import Path
 
 from mimo_jax.cli.guard import main_guard
-from mimo_jax.cli.options import Parser, add_draft_option, add_drafter_options, named_folders
+from mimo_jax.cli.options import (
+    Parser,
+    add_confidence_option,
+    add_draft_options,
+    add_drafter_options,
+    draft_options,
+    named_folders,
+)
 from mimo_jax.cli.plots import need_matplotlib
 from mimo_jax.cli.values import HOTTEST, output_file, output_folder, real, whole
 from mimo_jax.errors import UserError
@@ -113,12 +120,12 @@ def _rows(found: dict) -> list[dict]:
 
 def domains_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation import domains
-    from mimo_jax.loading import BUNDLED, DRAFTS, find, load
+    from mimo_jax.loading import BUNDLED, find, load
 
     if args.plot:
         need_matplotlib()
     directory = find(args.model or BUNDLED)
-    model = DRAFTS[args.draft](load(directory, layout="dense", draft="none"), directory)
+    model = load(directory, layout="dense", **draft_options(args))
     prompts = domains.read_domains(args.prompts or domains.PROMPTS, model, directory)
     rows = []
     print(
@@ -132,7 +139,7 @@ def domains_command(args: argparse.Namespace) -> dict:
         rows.append(row)
     if args.plot:
         domains.plot(rows, args.plot)
-    return {"model": directory.name, "draft": args.draft, "max_tokens": args.tokens, "rows": rows}
+    return {"model": directory.name, **draft_options(args), "max_tokens": args.tokens, "rows": rows}
 
 
 def llama_cpp_command(args: argparse.Namespace) -> dict:
@@ -161,7 +168,7 @@ def paths_command(args: argparse.Namespace) -> dict:
 
     directory = Path(args.model or BUNDLED)
     tokens, _ = heldout_of(Path(args.data), directory)
-    model = load(directory, draft=args.draft)
+    model = load(directory, **draft_options(args))
     functions = functions_of(tokens, model.tokenizer, args.prompts)
     found = compiled(model, functions, args.n, strategy_at(args.temperature), args.tokens)
     for name, row in found.items():
@@ -214,6 +221,7 @@ def parser() -> Parser:
     domains = commands.add_parser("domains", help="tokens per round by domain, with the target's entropy there")
     domains.add_argument("--model", help="checkpoint directory, or smollm2 (default: the bundled model)")
     domains.add_argument("--draft", choices=("dflash", "mtp", "lookup"), default="dflash", help="what drafts")
+    add_confidence_option(domains)
     domains.add_argument("--prompts", type=Path, help="TOML file of them (default: mimo_jax/evaluation/domains.toml)")
     domains.add_argument("--tokens", type=whole(1), default=48, help="to generate after each prompt")
     domains.add_argument("--temperature", type=real(0, HOTTEST), nargs="+", default=[0.0, 1.0])
@@ -228,7 +236,7 @@ def parser() -> Parser:
     beside.set_defaults(command=llama_cpp_command)
     paths = commands.add_parser("paths", help="held-out functions that compile: the best of many samples against one")
     paths.add_argument("--model", help="checkpoint directory (default: the bundled model)")
-    add_draft_option(paths)
+    add_draft_options(paths)
     paths.add_argument("--n", type=whole(1, 64), default=8, help="samples of each function")
     paths.add_argument("--prompts", type=whole(2), default=300, help="held-out functions")
     paths.add_argument("--tokens", type=whole(1), default=128, help="of a body, at most")

@@ -70,13 +70,13 @@ def export_command(args: argparse.Namespace) -> dict:
 
 
 def self_distill_command(args: argparse.Namespace) -> dict:
-    from mimo_jax.loading import load_dense
+    from mimo_jax.loading import load
     from mimo_jax.training.corpus import load_tokens
     from mimo_jax.training.self_distillation import DistillationConfig, generate_texts
 
     settings = DistillationConfig(args.length, args.rows, temperatures=tuple(args.temperature), seed=args.seed)
     tokens = load_tokens(Path(args.data), "train")
-    texts = generate_texts(load_dense(Path(args.model)), tokens, settings, args.out, args.chunks)
+    texts = generate_texts(load(args.model, draft="none"), tokens, settings, args.out, args.chunks)
     return {"texts": str(args.out), "rows": len(texts), "tokens": int((texts.ends - texts.starts).sum())}
 
 
@@ -96,6 +96,7 @@ def drafter_command(args: argparse.Namespace) -> dict:
         optimizer=args.optimizer,
         peak_rate=args.rate,
         human_share=args.human_share,
+        bare_share=args.bare_share,
         seed=args.seed,
     )
     return train_drafter(launch, Path(args.model), Path(args.texts), train, geometry, args.start)
@@ -179,6 +180,7 @@ def parser() -> Parser:
     drafter.add_argument("--batch", type=int, default=16, help="sequences per step")
     drafter.add_argument("--anchors", type=int, default=24, help="blocks per sequence")
     drafter.add_argument("--human-share", type=float, default=0.0, help="of sequences taken from the corpus instead")
+    drafter.add_argument("--bare-share", type=float, default=0.0, help="of blocks drafted without bias and lookup")
     drafter.add_argument("--rate", type=float, default=5e-3, help="peak learning rate")
     drafter.set_defaults(command=drafter_command)
 

@@ -86,7 +86,7 @@ def test_its_generation_config_decides_how_it_samples(model):
 
 def test_the_drafter_was_trained_for_these_weights(model):
     """With the bundled drafter the same text comes in far fewer rounds, about as many as its config tells to expect."""
-    plain, whole = mimo.load(draft="none"), dataclasses.replace(model.drafter, least=0.0)
+    plain, whole = mimo.load(draft="none"), dataclasses.replace(model.drafter, confidence=0.0)
     model = dataclasses.replace(model, drafter=whole)
     prompts = ["import os\nimport sys\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self"]
     results = [mimo.generate(model, prompt, mimo.Greedy(), max_tokens=40) for prompt in prompts]

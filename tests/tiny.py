@@ -96,7 +96,9 @@ def in_format(config: ModelConfig, params: dict, name: str, dtype: str = "float3
     """Plain parameters as files of a format hold them."""
     table = weights(config, FileFormat(name, dtype))
     leaves = {
-        weight.path: encode(weight.of(params), weight.stored, dtype) for weight in table if weight.stored != "router"
+        weight.path: encode(weight.of(params), weight.stored, dtype)
+        for weight in table
+        if weight.row.kind not in ("router", "float32")
     }
 
     def stored(path, leaf):

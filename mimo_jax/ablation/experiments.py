@@ -141,7 +141,7 @@ EXPERIMENTS = {
             "loss": Choice("soft", tuple(LOSSES)),
             "layers": Whole(2, 1, 16),
             "window": Whole(128, 8, 4096),
-            "block_size": Whole(MAX_BLOCK, 2, MAX_BLOCK),
+            "block_size": Whole(8, 2, MAX_BLOCK),
             "steps": Whole(200, 1, 10**6),
             "batch": Whole(8, 1, 1024),
             "texts": Whole(512, 1, 10**6),  # of the checkpoint, that it learns from
@@ -157,7 +157,7 @@ EXPERIMENTS = {
             "data": _DATA,
             "model": _MODEL,
             "rule": Choice("block", RULES),
-            "block_size": Whole(MAX_BLOCK, 2, MAX_BLOCK),
+            "block_size": Whole(8, 2, MAX_BLOCK),
             "temperature": Real(1.0, 0, 10),
             "prompts": Whole(40, 2, 10**5),
             "tokens": Whole(48, 1, 10**5),

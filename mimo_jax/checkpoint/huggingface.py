@@ -24,7 +24,6 @@ from mimo_jax.errors import UserError
 from mimo_jax.weights import Params
 from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
 from mimo_jax.weights.params import (
-    SKIPPED_PREFIXES,
     Part,
     ShardingOf,
     Weight,
@@ -35,6 +34,7 @@ from mimo_jax.weights.params import (
     tensors_of,
     weights,
 )
+from mimo_jax.weights.towers import TOWERS
 
 SINGLE = "model.safetensors"
 # (expected dtype, end of the name) -> other dtypes in which writers keep the same bytes, or a narrower number.
@@ -67,7 +67,7 @@ class HuggingFaceCheckpoint:
     config: ModelConfig
     file_format: FileFormat
     files: dict[str, TensorFile]  # tensor name -> its file
-    skipped: int  # tensors of modalities that a text model does not have
+    skipped: int  # tensors of towers that its config does not have
     qkv_order: str  # of `qkv`: interleaved, contiguous or separate
     qkv_chunks: int
 
@@ -86,7 +86,7 @@ class HuggingFaceCheckpoint:
         fused = {"interleaved": f"fused, interleaved in {self.qkv_chunks} chunks", "contiguous": "fused, contiguous"}
         return (
             f"{len(self.files)} tensors ({self.file_format.name}); QKV "
-            f"{fused.get(self.qkv_order, 'in three tensors')}; {self.skipped} tensors of other modalities left out"
+            f"{fused.get(self.qkv_order, 'in three tensors')}; {self.skipped} tensors of towers left out"
         )
 
 
@@ -115,7 +115,8 @@ def open_checkpoint(directory: Path) -> HuggingFaceCheckpoint:
         raise UserError(f"{directory}: not found; expected a checkpoint directory")
     config, file_format = read_hf_config(directory)
     files = _open_files(directory)
-    skipped = [name for name in files if name.startswith(SKIPPED_PREFIXES)]
+    absent = tuple(prefix for tower in TOWERS if getattr(config, tower) is None for prefix in TOWERS[tower])
+    skipped = [name for name in files if name.startswith(absent)]
     for name in skipped:
         del files[name]
     file_format = dataclasses.replace(file_format, dtype=_plain_dtype(files))

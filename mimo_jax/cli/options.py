@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mimo_jax.cli.distributed import join
-from mimo_jax.cli.values import address, whole
+from mimo_jax.cli.values import address, real, whole
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="checkpoint directory, Hugging Face or Orbax, or smollm2 (default: the bundled model)"
     )
-    add_draft_option(parser)
+    add_draft_options(parser)
     parser.add_argument(
         "--no-generation-config",
         action="store_true",
@@ -48,7 +48,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare every file with the checkpoint's manifest first")
 
 
-def add_draft_option(parser: argparse.ArgumentParser) -> None:
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `draft_options` reads."""
     parser.add_argument(
         "--draft",
         metavar="NAME",
@@ -56,11 +57,26 @@ def add_draft_option(parser: argparse.ArgumentParser) -> None:
         "distribution (default: lookup for smollm2; none on a CPU; else dflash if it is there; what pays, benchmark.py "
         "draft measures)",
     )
+    add_confidence_option(parser)
+
+
+def add_confidence_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--confidence",
+        type=real(0, 1),
+        metavar="P",
+        help="mtp and dflash: a block ends where the drafter holds all up to it likely to less than this degree; 0: "
+        "whole blocks (default: 0.2 for dflash in the native step of a CPU, else 0)",
+    )
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `loading.load` is told beside the checkpoint."""
-    return {"draft": args.draft, "generation_config": not args.no_generation_config, "verify": args.verify}
+    return draft_options(args) | {"generation_config": not args.no_generation_config, "verify": args.verify}
+
+
+def draft_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"draft": args.draft, "confidence": args.confidence}
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

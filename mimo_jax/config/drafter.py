@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from mimo_jax.config.model import INT32_END, MAX_BLOCK, ModelConfig, fits_devices
+from mimo_jax.config.model import MAX_BLOCK, ModelConfig
+from mimo_jax.config.numbers import INT32_END, fits_devices
 from mimo_jax.errors import UserError
 
 # Which of the two bases rotates (the context's keys, the block's queries and keys). Engines disagree; "drafter" is what

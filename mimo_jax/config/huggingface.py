@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mimo_jax.config.media import towers_from_hf, towers_to_hf
 from mimo_jax.config.model import FileFormat, ModelConfig
 from mimo_jax.config.schema import Schema
 from mimo_jax.errors import UserError
@@ -107,7 +108,9 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> tuple[ModelCo
         )
     fields["architecture"] = _architecture(values, where)
     fields["fused_qkv"] = _is_fused(values, where)
-    file_format = FileFormat(_format_name(values.get("quantization_config"), where))
+    fields |= towers_from_hf(values, where)
+    router = values.get("moe_router_dtype") or "float32"
+    file_format = FileFormat(_format_name(values.get("quantization_config"), where), router=router)
     try:
         config = ModelConfig(**fields)
         file_format.check_fits(config)
@@ -228,6 +231,9 @@ def to_hf(config: ModelConfig, file_format: FileFormat) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": file_format.dtype,
     }
+    if file_format.router != "float32":
+        values["moe_router_dtype"] = file_format.router
+    values |= towers_to_hf(config.vision, config.audio, config.media)
     if file_format.of("linear") == "fp8":
         values["quantization_config"] = {
             "quant_method": "fp8",

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from mimo_jax.config.numbers import FLOAT32_TINY, fits_devices
+from mimo_jax.config.towers import MEDIA_TOKENS, AudioConfig, MediaConfig, VisionConfig
 from mimo_jax.errors import UserError
 
 GLOBAL, SLIDING = 0, 1
-# What every number must fit: devices compute in float32 and count in int32.
-FLOAT32_TINY, INT32_END = 1.2e-38, 2**31
-MAX_BLOCK = 8  # the longest block of tokens that a cache can take back, so the longest that can be drafted
-
-
-def fits_devices(value: object) -> bool:
-    """Whether a value is a positive number that float32 and int32 can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and FLOAT32_TINY <= value < INT32_END
+MAX_BLOCK = 16  # the longest block of tokens that a cache can take back, so the longest that can be drafted
+MESH_BLOCK = 8  # the same on a mesh, where the rounds of all blocks have so many rows; the published block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +51,9 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None  # one, or several that all end a text
     pad_token_id: int | None = None
+    vision: VisionConfig | None = None  # towers that a model of more than text has
+    audio: AudioConfig | None = None
+    media: MediaConfig | None = None
 
     def __post_init__(self) -> None:
         for field in _POSITIVE_FIELDS:
@@ -92,6 +91,15 @@ class ModelConfig:
             raise UserError(
                 f"config: experts_per_token={self.experts_per_token} must lie in 1..num_experts={self.num_experts}"
             )
+        for field in ("vision", "audio"):
+            tower = getattr(self, field)
+            if tower is not None and tower.out_size != self.hidden_size:
+                raise UserError(f"config: {field}.out_size={tower.out_size} must be hidden_size={self.hidden_size}")
+        if (self.media is None) != (self.vision is None and self.audio is None):
+            raise UserError("config: media must be given with a tower, and with one only")
+        for field in MEDIA_TOKENS if self.media else ():
+            if getattr(self.media, field) >= self.vocab_size:
+                raise UserError(f"config: media.{field} must be a token id below vocab_size={self.vocab_size}")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise UserError(
                 f"config: head_dim={self.head_dim} x partial_rotary_factor={self.partial_rotary_factor} gives "
@@ -170,13 +178,15 @@ MX_BLOCK = 32  # weights that share a scale
 
 @dataclasses.dataclass(frozen=True)
 class FileFormat:
-    """`name` of `FORMATS`, and the `dtype` of weights that are neither quantised nor the router's (float32)."""
+    """`name` of `FORMATS`, and the `dtype` of weights that are neither quantised nor the router's."""
 
     name: str = "dense"
     dtype: str = "bfloat16"
+    router: str = "float32"
 
     def __post_init__(self) -> None:
-        for field, choices in (("name", tuple(FORMATS)), ("dtype", _CHOICES["dtype"])):
+        dtypes = _CHOICES["dtype"]
+        for field, choices in (("name", tuple(FORMATS)), ("dtype", dtypes), ("router", dtypes)):
             if getattr(self, field) not in choices:
                 raise UserError(f"file format: {field}={getattr(self, field)!r} must be one of {', '.join(choices)}")
 

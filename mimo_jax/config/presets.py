@@ -1,15 +1,17 @@
 """Published models and drafters, and the bundled one, by name.
 
-Values: `config.json` of MiMo-V2.5-Pro, MiMo-V2.5 (text part) and MiMo-V2-Flash, `dflash/config.json` of
-MiMo-V2.5-Pro-FP4-DFlash.
+Values: `config.json` of MiMo-V2.5-Pro, MiMo-V2.5 and MiMo-V2-Flash, `dflash/config.json` of MiMo-V2.5-Pro-FP4-DFlash;
+of MiMo-V2.6-Pro and V2.6-Flash what is known of theirs: the sizes of V2.5-Pro and V2.5, the towers of V2.5.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from mimo_jax.config.drafter import DrafterConfig
 from mimo_jax.config.model import GLOBAL, MASTERS, PUBLISHED, SLIDING, FileFormat, ModelConfig
+from mimo_jax.config.towers import BY_COLUMNS, BY_ROWS, FULL, AudioConfig, MediaConfig, VisionConfig
 from mimo_jax.errors import UserError
 
 _PRO_GLOBAL_LAYERS = (0, 7, 15, 23, 31, 39, 47, 55, 62, 69)
@@ -53,9 +55,30 @@ _V25 = dataclasses.replace(
     num_experts=256,
     value_scale=0.707,
 )
+_WINDOWS = (FULL, *(BY_ROWS,) * 4, *(BY_COLUMNS,) * 4) * 3 + (FULL,)
+_MEDIA = MediaConfig(
+    image_token=151_655,
+    video_token=151_656,
+    audio_token=151_669,
+    vision_start=151_652,
+    vision_end=151_653,
+    video_start=151_670,
+    video_end=151_671,
+    audio_start=151_673,
+    audio_end=151_674,
+)
+
+
+def _with_towers(config: ModelConfig, **changes: Any) -> ModelConfig:
+    vision, audio = VisionConfig(config.hidden_size, _WINDOWS), AudioConfig(config.hidden_size)
+    return dataclasses.replace(config, vision=vision, audio=audio, media=_MEDIA, **changes)
+
+
 PRESETS = {
     "mimo-v2.5-pro": _PRO,
-    "mimo-v2.5": _V25,
+    "mimo-v2.5": _with_towers(_V25),
+    "mimo-v2.6-pro": _with_towers(_PRO),
+    "mimo-v2.6-flash": _with_towers(_V25, norm_eps=1e-6),
     "mimo-v2-flash": dataclasses.replace(
         _V25, rope_theta=5e6, max_position=262_144, fused_qkv=False, architecture="MiMoV2FlashForCausalLM"
     ),
@@ -88,6 +111,7 @@ PRESETS = {
 FORMATS = {
     "mimo-v2.5-pro": PUBLISHED,
     "mimo-v2.5": FileFormat("fp8"),
+    **dict.fromkeys(("mimo-v2.6-pro", "mimo-v2.6-flash"), FileFormat("mxfp4", router="bfloat16")),
     "mimo-v2-flash": FileFormat("fp8"),
     "mimo-tiny": MASTERS,
 }

@@ -120,10 +120,17 @@ PLAIN = NoDrafter()
 
 
 def draft_sequentially(
-    logits_of: Callable[[int, Array, Any], tuple[Array, Any]], carry: Any, context: DraftContext, block_size: int
+    logits_of: Callable[[int, Array, Any], tuple[Array, Any]],
+    carry: Any,
+    context: DraftContext,
+    block_size: int,
+    confidence: float = 0.0,
 ) -> Draft:
-    """Draws draft after draft from `logits_of(position, token before it, carry)`, which also returns the next carry."""
-    drafted, distributions, token_B = [], [], context.anchor_B
+    """Draws draft after draft from `logits_of(position, token before it, carry)`, which also returns the next carry.
+
+    With a `confidence`, as many are proposed as `confident` says.
+    """
+    drafted, distributions, likely, token_B = [], [], [], context.anchor_B
     for position in range(block_size - 1):
         logits_BC, carry = logits_of(position, token_B, carry)
         keys_B = draft_keys(context.keys_B, position)
@@ -131,8 +138,22 @@ def draft_sequentially(
         drafted.append(token_B)
         if distribution_BC is not None:
             distributions.append(distribution_BC)
-    tokens_BM = jnp.stack(drafted, axis=1)
-    return Draft(tokens_BM, jnp.stack(distributions, axis=1) if distributions else None)
+        if confidence:
+            held_BC = jax.nn.softmax(logits_BC, axis=-1) if distribution_BC is None else distribution_BC
+            likely.append(jnp.max(held_BC, axis=-1))
+    return Draft(
+        jnp.stack(drafted, axis=1),
+        jnp.stack(distributions, axis=1) if distributions else None,
+        confident(jnp.stack(likely, axis=1), confidence) if confidence else None,
+    )
+
+
+def confident(likely_BM: Float[Array, "B M"], confidence: float) -> Int[Array, "B"]:
+    """How many drafts are proposed, if a block ends where the product of the likelihoods so far falls below
+    `confidence`. They are those of the likeliest token in each place, as the drafter has it: so nothing hangs on the
+    token drawn (see `Draft`).
+    """
+    return jnp.sum(jnp.cumprod(likely_BM, axis=1) >= confidence, axis=1)
 
 
 def mask_unknown(logits_BC: Float[Array, "B C"], known: int) -> Float[Array, "B C"]:

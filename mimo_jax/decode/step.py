@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.geometry import target_of
-from mimo_jax.config.model import MAX_BLOCK, ModelConfig
+from mimo_jax.config.model import MESH_BLOCK, ModelConfig
 from mimo_jax.decode.sampling import most_likely
 from mimo_jax.errors import UserError
 from mimo_jax.layouts.native import NATIVE, reason_against
@@ -93,9 +93,11 @@ class FlaxStep:
 
     def _read_on_mesh(self, params, tokens_BT, cache, counts_B, logits) -> tuple[Array, Features, Cache]:
         steps = tokens_BT.shape[1]
+        if logits == "all" and steps > MESH_BLOCK:
+            raise UserError(f"on a mesh a round verifies at most {MESH_BLOCK} tokens, not {steps}")
         # No product has fewer rows than a block: sums are added up in one order, and a token gets the same logits
         # alone as in a block.
-        padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, max(MAX_BLOCK - steps, 0))))
+        padded_BT = jnp.pad(tokens_BT, ((0, 0), (0, max(MESH_BLOCK - steps, 0))))
         with using(self.mesh):
             logits_BTC, features, cache = self._read(params, padded_BT, cache, counts_B, logits)
             # Whole on every device: else what reads the features decides how the residual stream is split.

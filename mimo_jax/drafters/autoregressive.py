@@ -39,7 +39,7 @@ class AutoregressiveDrafter(DFlashDrafter):
             return mask_unknown(logits_BC, self.config.vocab_size), carry
 
         carry = cache.layers, row_positions(SLIDING, cache.layers[0].keys.shape[2], context.lengths_B)
-        return draft_sequentially(logits_of, carry, context, self.block_size)
+        return draft_sequentially(logits_of, carry, context, self.block_size, self.confidence)
 
 
 def _with_row(held: LayerCache, offered: tuple[Array, Array]) -> LayerCache:

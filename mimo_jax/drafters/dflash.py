@@ -36,9 +36,10 @@ class DraftCache:
 
 @dataclasses.dataclass(frozen=True)
 class DFlashDrafter:
-    """The published drafter, see `modeling.dflash`."""
+    """The published drafter, see `modeling.dflash`. `confidence` ends a block early, see `decode.drafter.confident`."""
 
     config: DrafterConfig
+    confidence: float = dataclasses.field(default=0.0, kw_only=True)
 
     @property
     def block_size(self) -> int:
@@ -103,7 +104,7 @@ class DFlashDrafter:
                 logits_BC += jnp.pad(bias_BC, ((0, 0), (0, logits_BC.shape[1] - bias_BC.shape[1])))
             return mask_unknown(logits_BC, self.config.vocab_size), carry
 
-        return draft_sequentially(logits_of, None, context, self.block_size)
+        return draft_sequentially(logits_of, None, context, self.block_size, self.confidence)
 
     def _guesses(self, target: Params, text_BS: Array, anchor_B: Array) -> Guesses:
         text_BS = jnp.concatenate([text_BS, anchor_B[:, None]], axis=1)

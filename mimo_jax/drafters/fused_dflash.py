@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.geometry import drafter_of
 from mimo_jax.config.model import ModelConfig
-from mimo_jax.decode.drafter import Draft, DraftContext, ReadTokens, Weights
+from mimo_jax.decode.drafter import Draft, DraftContext, ReadTokens, Weights, confident
 from mimo_jax.decode.sampling import Greedy
 from mimo_jax.drafters.dflash import DFlashDrafter
 from mimo_jax.errors import UserError
@@ -25,7 +25,7 @@ class FusedDFlashDrafter(DFlashDrafter):
 
     target: ModelConfig
     running: decode_step.Running = decode_step.NORMALLY
-    least: float = 0.2  # a draft is proposed if all up to it are likely to this degree, as the drafter has it
+    confidence: float = dataclasses.field(default=0.2, kw_only=True)  # verifying takes time for each draft
 
     def __post_init__(self) -> None:
         if reason := reason_against_drafter(self.config):
@@ -56,16 +56,10 @@ class FusedDFlashDrafter(DFlashDrafter):
             self.running,
         )
         if is_greedy:
-            return Draft(tokens_BM, None, self._proposed(likely_BM))
+            return Draft(tokens_BM, None, confident(likely_BM, self.confidence))
 
         def bias_of(previous_B: Int[Array, "B"]) -> Float[Array, "B C"]:
             bias_in, bias_out = (context.weights.drafter[name] for name in ("bias_in", "bias_out"))
             return linear(bias_in[previous_B].astype(jnp.float32), bias_out)
 
-        draft = self.draw(context, logits_BMC, bias_of)
-        assert draft.probabilities is not None  # of a strategy that draws
-        return dataclasses.replace(draft, counts=self._proposed(jnp.max(draft.probabilities, axis=-1)))
-
-    def _proposed(self, likely_BM: Float[Array, "B M"]) -> Int[Array, "B"]:
-        """Verifying takes time for each draft: how many are worth it."""
-        return jnp.sum(jnp.cumprod(likely_BM, axis=1) >= self.least, axis=1)
+        return self.draw(context, logits_BMC, bias_of)

@@ -27,9 +27,12 @@ class MtpCache:
 
 @dataclasses.dataclass(frozen=True)
 class MtpDrafter:
-    """The first MTP layer, fed with the target's hidden state, then with its own."""
+    """The first MTP layer, fed with the target's hidden state, then with its own. `confidence` ends a block early, see
+    `decode.drafter.confident`.
+    """
 
     config: ModelConfig
+    confidence: float = dataclasses.field(default=0.0, kw_only=True)
     block_size: int = 8
     aux_layers: tuple[int, ...] = ()
     expected: float | None = None
@@ -57,7 +60,7 @@ class MtpDrafter:
             hidden_BD = hidden_B1D[:, 0]
             return linear(hidden_BD, target["head"], jnp.float32), MtpCache(layer, hidden_BD)
 
-        return draft_sequentially(logits_of, context.cache, context, self.block_size)
+        return draft_sequentially(logits_of, context.cache, context, self.block_size, self.confidence)
 
     def _mtp_step(self, target: Params, *arguments) -> tuple[Array, LayerCache]:
         return Backbone(self.config).apply({"params": target}, *arguments, method="mtp_step")

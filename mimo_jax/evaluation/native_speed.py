@@ -181,7 +181,7 @@ def block_costs(plain: Model, drafting: Model, prompts: list[list[int]], tokens:
 def _with_block(model: Model, drafter: FusedDFlashDrafter, size: int) -> Model:
     """That proposes whole blocks of `size`."""
     config = dataclasses.replace(drafter.config, block_size=size)
-    return dataclasses.replace(model, drafter=dataclasses.replace(drafter, config=config, least=0.0))
+    return dataclasses.replace(model, drafter=dataclasses.replace(drafter, config=config, confidence=0.0))
 
 
 def _round_seconds(model: Model, prompts: list[list[int]], tokens: int) -> dict[str, float]:

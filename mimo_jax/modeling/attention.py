@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mimo_jax.config.model import GLOBAL, MAX_BLOCK, SLIDING, ModelConfig
+from mimo_jax.config.model import GLOBAL, MESH_BLOCK, SLIDING, ModelConfig
 from mimo_jax.modeling.cache import CACHE_AXES, LayerCache, append, row_positions
 from mimo_jax.modeling.layers import rotate
 from mimo_jax.modeling.linear import linear, matrix, parameter
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         updated = append(cache, k, v, lengths_B, counts_B, self.kind)
         if self.kind == GLOBAL and updated.keys.shape[2] > CHUNK:
             return attend_rows(q, updated, query_BT, sink_H), updated
-        if self.kind == SLIDING and (q.shape[1] > MAX_BLOCK or current_mesh() is None):
+        if self.kind == SLIDING and (q.shape[1] > MESH_BLOCK or current_mesh() is None):
             # The ring as it was, then the new tokens: a long chunk overwrites rows its first queries still need, and a
             # CPU need not wait for the update.
             keys = jnp.concatenate([cache.keys, heads_first(k)], axis=2)

@@ -7,7 +7,7 @@ import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimo_jax.cli.options import add_draft_option, need_packages
+from mimo_jax.cli.options import add_draft_options, draft_options, need_packages
 from mimo_jax.cli.values import real, whole
 from mimo_jax.errors import UserError
 
@@ -36,7 +36,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-mb", type=whole(0, MOST_MB), default=256, help="memory for what prompts begin with; 0: read all anew"
     )
-    add_draft_option(parser)
+    add_draft_options(parser)
 
 
 def add_account_options(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +124,7 @@ def engine_of(args: argparse.Namespace, rules: AccountRules | None = None) -> En
     from mimo_jax.serving.engine import Engine, Limits
 
     return_freed_memory()  # prefixes come and go: what they leave would grow for as long as the server runs
-    model = load(args.model or BUNDLED, draft=args.draft)
+    model = load(args.model or BUNDLED, **draft_options(args))
     context = args.context or model.config.max_position
     return Engine(model, Limits(args.slots, context, args.cache_mb * 10**6), rules)
 

@@ -65,6 +65,7 @@ class DraftTrainConfig:
     warmup_share: float = 0.04
     weight_decay: float = 0.1
     human_share: float = 0.0  # of the sequences, taken from the corpus instead of the target's own text
+    bare_share: float = 0.0  # of the blocks, drafted without bias and guesses: what other engines read of a drafter
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class DraftTrainConfig:
         check_whole("drafter", 0, 2**32 - 1, seed=self.seed)
         check_rate("drafter", self.peak_rate)
         check_real("drafter", 0.01, 1e6, gamma=self.gamma)
-        shares = {"human_share": self.human_share, "warmup_share": self.warmup_share}
+        shares = {field: getattr(self, field) for field in ("human_share", "bare_share", "warmup_share")}
         check_real("drafter", 0, 1, weight_decay=self.weight_decay, **shares)
 
     @property
@@ -157,6 +158,26 @@ def draft_hidden(
     return apply(anchor_YD, starts_Y, windows, before_YW, guesses)[:, 1:]
 
 
+def draft_logits(
+    params: Params,
+    config: DrafterConfig,
+    kind: str,
+    target_params: Params,
+    aux_BTZ: Float[Array, "B T Z"],
+    tokens_BT: Int[Array, "B T"],
+    anchors_BA: Int[Array, "B A"],
+) -> Float[Array, "B A M C"]:
+    """Logits of the tokens after every anchor, each told by the bias which token of the text it follows."""
+    hidden_YMD = draft_hidden(params, config, kind, target_params["embed"], aux_BTZ, tokens_BT, anchors_BA)
+    logits_YMC = linear(hidden_YMD, target_params["head"], jnp.float32)[..., : config.vocab_size]
+    if config.bias_rank:
+        places_BAM = anchors_BA[..., None] + jnp.arange(config.block_size - 1)
+        previous_BAM = _at(tokens_BT, jnp.minimum(places_BAM, tokens_BT.shape[1] - 1))
+        previous_YM = previous_BAM.reshape(-1, config.block_size - 1)
+        logits_YMC += DFlash(config).apply({"params": params}, previous_YM, method="bias")
+    return logits_YMC.reshape(*anchors_BA.shape, *logits_YMC.shape[1:])
+
+
 def _at(values: Array, places: Int[Array, "B ..."]) -> Array:
     """Each row's entries of `values` [B, T, ...] at its places."""
     rows = jnp.arange(values.shape[0]).reshape(-1, *[1] * (places.ndim - 1))
@@ -202,17 +223,18 @@ def loss_fn(
     backbone = Backbone(target, config.target_layer_ids)
     target_BTC, features, _ = jax.lax.stop_gradient(backbone.apply({"params": target_params}, tokens_BT))
     anchors_BA, drawn_BA = draw_anchors(key, starts_B, ends_B, tokens_BT.shape[1], train.anchors)
-    embed_CD = target_params["embed"]
-    hidden_YMD = draft_hidden(params, config, train.kind, embed_CD, features.aux, tokens_BT, anchors_BA)
-    logits_YMC = linear(hidden_YMD, target_params["head"], jnp.float32)[..., : config.vocab_size]
+    bare = round(train.bare_share * train.anchors)
+    drafted = [
+        draft_logits(params, each, train.kind, target_params, features.aux, tokens_BT, some_BA)
+        for each, some_BA in ((config.published, anchors_BA[:, :bare]), (config, anchors_BA[:, bare:]))
+        if some_BA.size
+    ]
+    logits_YMC = jnp.concatenate(drafted, axis=1).reshape(-1, *drafted[0].shape[2:])
 
     places_BAM = anchors_BA[..., None] + jnp.arange(1, config.block_size)
     valid_YM = ((places_BAM < ends_B[:, None, None]) & drawn_BA[..., None]).reshape(-1, config.block_size - 1)
     places_BAM = jnp.minimum(places_BAM, tokens_BT.shape[1] - 1)
     labels_YM = _at(tokens_BT, places_BAM).reshape(valid_YM.shape)
-    if config.bias_rank:
-        previous_YM = _at(tokens_BT, places_BAM - 1).reshape(valid_YM.shape)
-        logits_YMC += DFlash(config).apply({"params": params}, previous_YM, method="bias")
 
     text_share, target_share, distance_share, weighting = LOSSES[train.loss]
     ce_YM = cross_entropy(logits_YMC, labels_YM)

@@ -16,118 +16,91 @@ import jax
 
 from mimo_jax.config.drafter import LONGEST_MATCH, DrafterConfig
 from mimo_jax.config.model import GLOBAL, SLIDING, FileFormat, ModelConfig
+from mimo_jax.config.towers import AudioTokenizerConfig
 from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
 from mimo_jax.weights.fp8 import BlockFp8Tensor, grid_shape
 from mimo_jax.weights.mxfp4 import MxTensor
+from mimo_jax.weights.row import Row, expert, matrix, norm
+from mimo_jax.weights.towers import TOWER_ROWS, Rows, rows_of_tokenizer, rows_of_towers
 from pallas_kernels import mxfp4
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One parameter of the model, of every layer, or of every expert of every layer.
-
-    `axes` are the words of `_axis_sizes`, `sharding.MESH_AXES` says which of them devices share. `kind` decides how a
-    file stores it: "plain" (the format's dtype), "router" (F32), "linear" and "expert" (see `config.model`).
-    """
-
-    path: str  # in the parameter tree, below its layer
-    name: str  # published, below its layer
-    axes: str
-    kind: str = "plain"
-    optimizer: str = "adamw"  # or "muon"
-    is_matrix: bool = False  # `modeling.linear` multiplies by it
-
-
-def _matrix(path: str, name: str, axes: str, kind: str = "plain", optimizer: str = "muon") -> Row:
-    return Row(path, name, axes, kind, optimizer, is_matrix=True)
-
-
-def _expert(path: str, name: str, axes: str) -> Row:
-    return Row(path, name, axes, "expert", "muon")
-
-
-def _norm(path: str, name: str, axes: str = "width") -> Row:
-    return Row(f"{path}/weight", f"{name}.weight", axes)
-
 
 _TOP = (
     Row("embed", "model.embed_tokens.weight", "vocab width"),
-    _matrix("head", "lm_head.weight", "vocab width", optimizer="adamw"),
-    _norm("norm", "model.norm"),
+    matrix("head", "lm_head.weight", "vocab width", optimizer="adamw"),
+    norm("norm", "model.norm"),
 )
-_LAYER_NORMS = (_norm("input_norm", "input_layernorm"), _norm("post_norm", "post_attention_layernorm"))
-_FUSED = (_matrix("attention/qkv", "self_attn.qkv_proj", "chunks chunk_rows width", "linear"),)
+_LAYER_NORMS = (norm("input_norm", "input_layernorm"), norm("post_norm", "post_attention_layernorm"))
+_FUSED = (matrix("attention/qkv", "self_attn.qkv_proj", "chunks chunk_rows width", "linear"),)
 _SPLIT = (
-    _matrix("attention/q", "self_attn.q_proj", "query_rows width", "linear"),
-    _matrix("attention/k", "self_attn.k_proj", "key_rows width", "linear"),
-    _matrix("attention/v", "self_attn.v_proj", "value_rows width", "linear"),
+    matrix("attention/q", "self_attn.q_proj", "query_rows width", "linear"),
+    matrix("attention/k", "self_attn.k_proj", "key_rows width", "linear"),
+    matrix("attention/v", "self_attn.v_proj", "value_rows width", "linear"),
 )
-_OUTPUT = (_matrix("attention/o", "self_attn.o_proj.weight", "width head_outputs"),)
+_OUTPUT = (matrix("attention/o", "self_attn.o_proj.weight", "width head_outputs"),)
 _SINK = (Row("attention/sink", "self_attn.attention_sink_bias", "heads"),)
 _MLP = (
-    _matrix("mlp/gate", "mlp.gate_proj", "features width", "linear"),
-    _matrix("mlp/up", "mlp.up_proj", "features width", "linear"),
-    _matrix("mlp/down", "mlp.down_proj", "width features", "linear"),
+    matrix("mlp/gate", "mlp.gate_proj", "features width", "linear"),
+    matrix("mlp/up", "mlp.up_proj", "features width", "linear"),
+    matrix("mlp/down", "mlp.down_proj", "width features", "linear"),
 )
 _MOE = (
     Row("moe/router", "mlp.gate.weight", "router_rows width", "router"),
-    Row("moe/router_bias", "mlp.gate.e_score_correction_bias", "all_experts", "router"),
-    _expert("moe/gate", "mlp.experts.{expert}.gate_proj", "experts expert_features width"),
-    _expert("moe/up", "mlp.experts.{expert}.up_proj", "experts expert_features width"),
-    _expert("moe/down", "mlp.experts.{expert}.down_proj", "experts width expert_features"),
+    Row("moe/router_bias", "mlp.gate.e_score_correction_bias", "all_experts", "float32"),
+    expert("moe/gate", "mlp.experts.{index}.gate_proj", "experts expert_features width"),
+    expert("moe/up", "mlp.experts.{index}.up_proj", "experts expert_features width"),
+    expert("moe/down", "mlp.experts.{index}.down_proj", "experts width expert_features"),
 )
 _MTP = (
-    _norm("embed_norm", "enorm"),
-    _norm("hidden_norm", "hnorm"),
-    _norm("input_norm", "input_layernorm"),
-    _norm("pre_mlp_norm", "pre_mlp_layernorm"),
-    _norm("final_norm", "final_layernorm"),
-    _matrix("eh_proj", "eh_proj.weight", "width two_widths"),
+    norm("embed_norm", "enorm"),
+    norm("hidden_norm", "hnorm"),
+    norm("input_norm", "input_layernorm"),
+    norm("pre_mlp_norm", "pre_mlp_layernorm"),
+    norm("final_norm", "final_layernorm"),
+    matrix("eh_proj", "eh_proj.weight", "width two_widths"),
 )
 
 # The drafter's, in its folder `dflash/`. The order-aware bias and the guesses are extras: published drafters lack them.
 MASK = Row("mask", "", "width")  # a vector in a file of its own
 _DRAFT_TOP = (
-    _matrix("fuse", "fc.weight", "width aux_widths"),
-    _norm("context_norm", "hidden_norm"),
-    _norm("norm", "norm"),
+    matrix("fuse", "fc.weight", "width aux_widths"),
+    norm("context_norm", "hidden_norm"),
+    norm("norm", "norm"),
 )
 _DRAFT_BIAS = (
     Row("bias_in", "markov_in.weight", "looked_up_vocab rank"),
     Row("bias_out", "markov_out.weight", "vocab rank"),
 )
 _DRAFT_LOOKUP = (
-    _matrix("guess", "lookup_guess.weight", "width same_width"),
+    matrix("guess", "lookup_guess.weight", "width same_width"),
     Row("matched", "lookup_matched.weight", "match_lengths width"),
 )
 _DRAFT_LAYER = (
-    _norm("input_norm", "input_layernorm"),
-    _matrix("attention/q", "self_attn.q_proj.weight", "query_rows width"),
-    _matrix("attention/k", "self_attn.k_proj.weight", "key_rows width"),
-    _matrix("attention/v", "self_attn.v_proj.weight", "value_rows width"),
-    _matrix("attention/o", "self_attn.o_proj.weight", "width head_outputs"),
-    _norm("attention/q_norm", "self_attn.q_norm", "head"),
-    _norm("attention/k_norm", "self_attn.k_norm", "head"),
-    _norm("post_norm", "post_attention_layernorm"),
-    _matrix("mlp/gate", "mlp.gate_proj.weight", "features width"),
-    _matrix("mlp/up", "mlp.up_proj.weight", "features width"),
-    _matrix("mlp/down", "mlp.down_proj.weight", "width features"),
+    norm("input_norm", "input_layernorm"),
+    matrix("attention/q", "self_attn.q_proj.weight", "query_rows width"),
+    matrix("attention/k", "self_attn.k_proj.weight", "key_rows width"),
+    matrix("attention/v", "self_attn.v_proj.weight", "value_rows width"),
+    matrix("attention/o", "self_attn.o_proj.weight", "width head_outputs"),
+    norm("attention/q_norm", "self_attn.q_norm", "head"),
+    norm("attention/k_norm", "self_attn.k_norm", "head"),
+    norm("post_norm", "post_attention_layernorm"),
+    matrix("mlp/gate", "mlp.gate_proj.weight", "features width"),
+    matrix("mlp/up", "mlp.up_proj.weight", "features width"),
+    matrix("mlp/down", "mlp.down_proj.weight", "width features"),
 )
 _TARGET = (*_TOP, *_LAYER_NORMS, *_FUSED, *_SPLIT, *_OUTPUT, *_SINK, *_MLP, *_MOE, *_MTP)
 _DRAFTER = (MASK, *_DRAFT_TOP, *_DRAFT_BIAS, *_DRAFT_LOOKUP, *_DRAFT_LAYER, *_SINK)
 # Where both have a path, they differ in what a file does alone.
-ROWS = {row.path: row for row in (*_DRAFTER, *_TARGET)}
+ROWS = {row.path: row for row in (*_DRAFTER, *_TARGET, *TOWER_ROWS)}
 
 MTP_PREFIX = "model.mtp."
-# Tensors of the omnimodal files that a text model does not have; the reader leaves them out and says so.
-SKIPPED_PREFIXES = ("visual.", "audio_encoder.", "speech_embeddings.")
 PACKED_FIELDS = ("codes", "scales")
 STACKS = ("gate", "up", "down")  # of a layer's experts
 
 # Stored form -> parts of one weight: (field of the tree's tensor, suffix of the name, dtype; None is the format's).
 _PARTS: dict[str, tuple[tuple[str | None, str, str | None], ...]] = {
     "plain": ((None, "", None),),
-    "router": ((None, "", "F32"),),
+    "router": ((None, "", None),),
+    "float32": ((None, "", "F32"),),
     "dense": ((None, ".weight", None),),
     "fp8": (("codes", ".weight", "F8_E4M3"), ("scales", ".weight_scale_inv", "F32")),
     "mxfp4": (("codes", ".weight", "U8"), ("scales", ".weight_scale", "U8")),
@@ -135,7 +108,7 @@ _PARTS: dict[str, tuple[tuple[str | None, str, str | None], ...]] = {
 _CONTAINERS: dict[str, Callable[..., Any]] = {
     "fp8": BlockFp8Tensor,
     "mxfp4": MxTensor,
-    **dict.fromkeys(("dense", "plain", "router"), lambda array: array),
+    **dict.fromkeys(("dense", "plain", "router", "float32"), lambda array: array),
 }
 
 ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
@@ -147,7 +120,7 @@ class Part:
 
     path: tuple[str, ...]
     field: str | None
-    name: str  # for a stack of experts, with {expert} in it
+    name: str  # for a stack, with {index} in it
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]  # in the tree
     split: str  # "whole"; "stack": one tensor per leading index; "chunks": leading axes merged into rows
@@ -160,7 +133,7 @@ class Part:
         return (self.shape[0] * self.shape[1], *self.shape[2:]) if self.split == "chunks" else self.shape
 
     def tensor_name(self, index: int = 0) -> str:
-        return self.name.format(expert=index) if self.split == "stack" else self.name
+        return self.name.format(index=index) if self.split == "stack" else self.name
 
     @property
     def count(self) -> int:
@@ -242,6 +215,18 @@ def weights(config: ModelConfig, file_format: FileFormat) -> Iterator[Weight]:
     rows = _MTP + attention + (_SINK if config.has_sink(SLIDING) else ()) + _MLP
     for index in range(config.mtp_layers):
         yield from expand(rows, SLIDING, f"mtp_{index}/", f"{MTP_PREFIX}layers.{index}.")
+    yield from _expanded(rows_of_towers(config.vision, config.audio), file_format)
+
+
+def tokenizer_weights(config: AudioTokenizerConfig, dtype: str) -> Iterator[Weight]:
+    """Every weight of an audio tokenizer whose files store `dtype`."""
+    yield from _expanded(rows_of_tokenizer(config), FileFormat("dense", dtype))
+
+
+def _expanded(groups: Iterator[Rows], file_format: FileFormat) -> Iterator[Weight]:
+    for rows, sizes, path, name in groups:
+        for row in rows:
+            yield _weight(row, sizes, file_format, path, name, GLOBAL)
 
 
 def drafter_weights(config: DrafterConfig, dtype: str) -> Iterator[Weight]:
@@ -311,9 +296,10 @@ def _drafter_sizes(config: DrafterConfig) -> dict[str, int]:
 def _weight(row: Row, sizes: dict[str, int], file_format: FileFormat, path: str, name: str, layer_kind: int) -> Weight:
     stored, axes = file_format.of(row.kind), row.axes.split()
     shape, tree_path = tuple(sizes[axis] for axis in axes), tuple((path + row.path).split("/"))
-    split = {"experts": "stack", "chunks": "chunks"}.get(axes[0], "whole")
+    split = {"experts": "stack", "code_channels": "stack", "chunks": "chunks"}.get(axes[0], "whole")
+    plain = HF_DTYPES[file_format.router if row.kind == "router" else file_format.dtype]
     parts = tuple(
-        Part(tree_path, field, name + row.name + suffix, dtype or HF_DTYPES[file_format.dtype], part_shape, split)
+        Part(tree_path, field, name + row.name + suffix, dtype or plain, part_shape, split)
         for (field, suffix, dtype), part_shape in zip(_PARTS[stored], _part_shapes(stored, shape))
     )
     return Weight(tree_path, row, stored, shape, parts, layer_kind)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mimo_jax.decode.drafter import confident
 from mimo_jax.decode.sampling import Greedy, Sampled, draw
 from mimo_jax.decode.verify import RULES, acceptance, draft_keys, verify
 from mimo_jax.errors import UserError
@@ -111,6 +112,19 @@ def test_a_block_may_end_early(rule, kind):
         result = found(rule, p, q, np.array(counts, np.int32))
         assert all(accepted_N[count + 1 :].sum() == 0 for accepted_N, count in zip(result[1], counts))
         check_law(p, q, result)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_block_may_end_where_the_drafter_is_unsure(rule):
+    """The drafter's confidence, at every degree that makes a difference, leaves the law the target's."""
+    lengths = set()
+    for kind, seed, confidence in itertools.product(KINDS, range(3), (0.15, 0.3, 0.5, 0.7)):
+        p, q = pair(kind, 3, seed)
+        likely_BM = np.stack([along(q, block).max(axis=-1) for block in every_block(3)])
+        counts = np.asarray(confident(likely_BM, confidence), np.int32)
+        check_law(p, q, found(rule, p, q, counts))
+        lengths |= set(counts.tolist())
+    assert lengths == {0, 1, 2, 3}
 
 
 def check_law(p: Model, q: Model, result: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

@@ -15,7 +15,9 @@ from mimo_jax.decode.drafter import Draft
 from mimo_jax.decode.sampling import Sampled, probabilities
 from mimo_jax.decode.verify import draft_keys
 from mimo_jax.drafters.dflash import DFlashDrafter
+from mimo_jax.errors import UserError
 from mimo_jax.generation import Request, generate, generate_batch, stream
+from mimo_jax.loading import with_confidence
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.modeling.dflash import init_drafter
 from tests.tiny import tiny_drafter
@@ -132,6 +134,20 @@ def test_a_drafter_may_propose_fewer(model, plain):
     for row, result in zip(rows, results):
         assert result.tokens == plain[row] and result.acceptance.rounds == rounds
         assert result.acceptance.tested == result.acceptance.accepted == tested.tolist()
+
+
+def test_confidence_ends_blocks_early(model, drafting, plain):
+    """An unsure drafter proposes less, one that must be certain nothing, and the text stays as it is."""
+    tested = []
+    for confidence in (0.0, 0.01, 1.0):
+        result = generate(with_confidence(drafting, confidence), PROMPTS[4], max_tokens=COUNT)
+        assert result.tokens == plain[4]
+        tested.append(sum(result.acceptance.tested))
+    assert tested[0] >= tested[1] > tested[2] == 0
+    with pytest.raises(UserError, match=r"confidence=1\.5 must be a number in 0\.\.1"):
+        with_confidence(drafting, 1.5)
+    with pytest.raises(UserError, match=r"confidence=0\.5, but only mtp and dflash"):
+        with_confidence(model, 0.5)
 
 
 def by_hand(period: int) -> tuple[int, list[int], list[int]]:

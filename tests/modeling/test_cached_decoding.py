@@ -16,7 +16,7 @@ from tests.tiny import random_params, random_tokens, tiny_config
 WINDOW = 8
 CONFIG = tiny_config(sliding_window=WINDOW, mtp_layers=0)
 PARAMS = random_params(CONFIG)
-TOTAL = 48
+TOTAL = 72
 TOKENS = random_tokens(CONFIG, 2, TOTAL)
 PROMPTS = (WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3)
 # float32 through four layers in another summation order; logits of scale 3.
@@ -48,7 +48,7 @@ def prefilled(length: int) -> tuple[np.ndarray, Cache]:
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("block", [1, MAX_BLOCK])
 def test_prefill_then_decode_equals_full_forward(full, prompt, block):
-    """A padded prompt, then tokens one by one or eight at a time: at every window edge the logits are the same."""
+    """A padded prompt, then tokens one by one or in the longest blocks: at every window edge logits are the same."""
     logits, cache = prefilled(prompt)
     np.testing.assert_allclose(logits, full[:, :prompt], atol=TOLERANCE)
     for start in range(prompt, prompt + 3 * MAX_BLOCK, block):

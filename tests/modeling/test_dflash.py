@@ -297,7 +297,7 @@ def test_a_drafter_of_another_target_is_refused(field, value, named):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("block_size", 9),
+        ("block_size", 17),
         ("block_size", 1),
         ("window", 7),
         ("target_layer_ids", (0, 4)),

@@ -1,6 +1,7 @@
 """Training of the drafter: what it is asked, what counts, and that it learns to be accepted."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,26 @@ def test_human_share_of_a_batch_is_from_the_corpus():
     assert [bool((windows == row).all(axis=1).any()) for row in batch.tokens] == [False, False, True, True]
     assert all((TEXTS.tokens == row).all(axis=1).any() for row in batch.tokens[:2])
     assert batch.starts[2:].tolist() == [1, 1] and batch.ends[2:].tolist() == [40, 40]
+
+
+def test_bare_blocks_train_what_others_read():
+    """All blocks bare: bias and guesses learn nothing, and the rest is the published drafter's own loss. Half of them:
+    both learn.
+    """
+    config = dataclasses.replace(CONFIG, bias_rank=4, lookup=16)
+    params = drafter.init_drafter(config, jax.random.key(1))
+
+    def gradients(config, share):
+        train = dataclasses.replace(TRAIN, bare_share=share)
+        of = partial(loss_fn, batch=TEXTS, target=TARGET, config=config, train=train)
+        return jax.jit(jax.grad(of, has_aux=True))(params, jax.random.key(0), MODEL.params)[0]
+
+    bare, published, half = gradients(config, 1.0), gradients(config.published, 0.0), gradients(config, 0.5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-7), bare, published)
+    for extra in ("bias_out", "matched"):
+        assert not np.any(bare[extra]) and np.any(half[extra])  # random texts repeat nothing, so no guess is made
+    with pytest.raises(UserError, match=r"bare_share=1\.5 must be a number in 0\.\.1"):
+        DraftTrainConfig(steps=1, bare_share=1.5)
 
 
 def prepared(directory, train):

@@ -1,5 +1,6 @@
 """The name table against the published inventories and against the model's own parameter tree."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -8,13 +9,18 @@ import pytest
 
 from mimo_jax.config.model import PUBLISHED, FileFormat
 from mimo_jax.config.presets import preset, preset_format
+from mimo_jax.config.towers import MEDIA_TOKENS, AudioConfig, AudioTokenizerConfig, MediaConfig, VisionConfig
+from mimo_jax.modeling.audio import init_audio
+from mimo_jax.modeling.audio_tokenizer import init_audio_tokenizer
 from mimo_jax.modeling.backbone import abstract_params
 from mimo_jax.modeling.dflash import abstract_drafter
+from mimo_jax.modeling.vision import init_vision
 from mimo_jax.sharding import MESH_AXES
 from mimo_jax.weights import params
 from tests.checkpoint.samples import small
-from tests.tiny import in_format, tiny_drafter
+from tests.tiny import in_format, tiny_config, tiny_drafter
 
+SMALL_TOKENS = {name: index for index, name in enumerate(MEDIA_TOKENS)}
 BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 
 
@@ -83,6 +89,71 @@ def test_v25_and_flash_spot_checks() -> None:
     assert flash["model.layers.1.self_attn.k_proj.weight"] == ("F8_E4M3", (1536, 4096))
     assert flash["model.layers.1.self_attn.v_proj.weight_scale_inv"] == ("F32", (8, 32))
     assert not any("qkv_proj" in name for name in flash)
+
+
+def test_towers_have_the_published_tensors() -> None:
+    """459 tensors of towers make up MiMo-V2.5's 73,081 and V2.6-Pro's 160,040, elements by dtype as published."""
+    for name, total in (("mimo-v2.5", 73_081), ("mimo-v2.6-pro", 160_040)):
+        held = tensors_of(preset(name), preset_format(name))
+        assert len(held) == total
+        assert sum(tensor.startswith(("visual.", "audio_encoder.", "speech_embeddings.")) for tensor in held) == 459
+    assert census(preset("mimo-v2.6-pro"), preset_format("mimo-v2.6-pro")) == {
+        "U8": 531_351_207_936,
+        "F8_E4M3": 13_378_781_184,
+        "F32": 857_088,
+        "BF16": 10_647_286_656,
+    }
+
+
+def test_the_audio_tokenizer_has_the_published_tensors() -> None:
+    """389 tensors, the codebooks in float32."""
+    held = params.expected_tensors(params.tokenizer_weights(AudioTokenizerConfig(), "bfloat16"))
+    counts = Counter()
+    for dtype, shape in held.values():
+        counts[dtype] += math.prod(shape)
+    assert len(held) == 389 and counts == {"BF16": 307_927_040, "F32": 4_587_520}
+    assert held["encoder.quantizer.vq.layers.2._codebook.embed"] == ("F32", (256, 1024))
+    assert "encoder.layers.0.self_attn.k_proj.bias" not in held
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("visual.patch_embed.proj.weight", (1280, 3, 2, 16, 16)),
+        ("visual.blocks.1.attn.qkv.weight", (3072, 1280)),
+        ("visual.blocks.1.attn.sinks", (32,)),
+        ("visual.blocks.27.mlp.down_proj.bias", (1280,)),
+        ("visual.merger.mlp.2.weight", (4096, 5120)),
+        ("audio_encoder.input_local_transformer.layers.5.self_attn.k_proj.bias", (1024,)),
+        ("audio_encoder.projection.mlp.0.weight", (16384, 4096)),
+        ("speech_embeddings.19.weight", (1280, 1024)),
+    ],
+)
+def test_rows_of_towers_in_the_published_table(name: str, shape: tuple[int, ...]) -> None:
+    """Single rows of the published table, copied from it."""
+    assert tensors_of(preset("mimo-v2.5"), preset_format("mimo-v2.5"))[name] == ("BF16", shape)
+
+
+def test_table_is_the_towers_trees() -> None:
+    """Every leaf of the modules' trees has its row, with its shape, and no row is without a leaf."""
+    config = dataclasses.replace(
+        tiny_config(),
+        vision=VisionConfig(tiny_config().hidden_size, (-1, 0, 1), 32, 48, num_heads=4, num_kv_heads=2, head_dim=16),
+        audio=AudioConfig(tiny_config().hidden_size, channels=3, hidden_size=32, num_layers=2, num_heads=4),
+        media=MediaConfig(**SMALL_TOKENS),
+    )
+    tokenizer = AudioTokenizerConfig((16, 8), hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48)
+    table = params.abstract_tree(params.weights(config, FileFormat()))
+    held = params.abstract_tree(params.tokenizer_weights(tokenizer, "float32"))
+    key = jax.random.key(0)
+    for tree, init in (
+        (table["vision"], lambda: init_vision(config.vision, key)),
+        (table["audio"], lambda: init_audio(config.audio, key)),
+        (held, lambda: init_audio_tokenizer(tokenizer, key)),
+    ):
+        expected = jax.eval_shape(init)
+        assert jax.tree.structure(expected) == jax.tree.structure(tree)
+        assert [leaf.shape for leaf in jax.tree.leaves(expected)] == [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("name", ["dense", "fp8", "mxfp4"])
