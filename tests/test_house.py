@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import itself and those before it.
 ORDER = (
     *("errors", "files", "tokenizer", "config", "weights", "sharding", "cli", "modeling", "layouts", "checkpoint"),
+    "media",
     *(
         "calibration",
         "decode",

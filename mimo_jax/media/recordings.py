@@ -1,0 +1,45 @@
+"""Recordings as files hold them, decoded within limits."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from jaxtyping import Float
+
+from mimo_jax.errors import UserError
+from mimo_jax.media.sound import resample
+
+MOST_BYTES = 50_000_000
+MOST_SECONDS = 3600
+RATES = (1000, 384_000)  # Hz
+
+
+def decode(data: bytes, rate: int, where: str = "audio") -> Float[np.ndarray, "N"]:
+    """Samples at `rate` Hz, all channels as one, of any format that libsndfile reads (WAV, FLAC, Ogg, MP3).
+
+    Raises UserError where it is none, damaged, empty, or larger than `MOST_BYTES` or `MOST_SECONDS`.
+    """
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{where}: {len(data)} bytes; at most {MOST_BYTES} are read")
+    try:
+        import soundfile
+    except ImportError:
+        raise UserError(f"{where}: recordings need the `media` extra: pip install -e '.[media]'") from None
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            given, frames = file.samplerate, file.frames
+            if not RATES[0] <= given <= RATES[1]:
+                raise UserError(f"{where}: {given} samples a second; expected {RATES[0]} to {RATES[1]}")
+            if frames > given * MOST_SECONDS:
+                raise UserError(f"{where}: {frames / given:.0f} seconds; at most {MOST_SECONDS} are read")
+            samples_NC = file.read(frames=min(frames, given * MOST_SECONDS), dtype="float32", always_2d=True)
+    except UserError:
+        raise
+    except Exception as error:  # libsndfile's errors, and what a header that lies makes NumPy say
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: not a recording that is read ({reason})") from None
+    if not len(samples_NC):
+        raise UserError(f"{where}: holds no sound")
+    channels = [resample(samples_NC[:, channel], given, rate) for channel in range(samples_NC.shape[1])]
+    return np.mean(channels, axis=0, dtype=np.float32)
