@@ -80,7 +80,8 @@ train: $(VENV)/dev.stamp
 
 # Its drafter: first on its own text at three temperatures and on the corpus, then on its greedy text, which the loop
 # verifies at temperature 0; short, because greedy text soon repeats itself. Then with the order-aware bias, and the
-# late positions weighing more, on a mixture of both; at last with guesses from prompt lookup. About two and a half hours on two cores.
+# late positions weighing more, on a mixture of both; then with guesses from prompt lookup; at last on fresh text, a quarter of
+# the blocks without bias and guesses, for those who read neither. About three and a half hours on two cores.
 DRAFT := --model runs/checkpoint --data runs/corpus
 drafter: $(VENV)/dev.stamp
 	$(TRAIN) self-distill $(DRAFT) --out runs/texts --chunks 32
@@ -96,7 +97,11 @@ drafter: $(VENV)/dev.stamp
 	$(TRAIN) export-drafter --run runs/long --out runs/long_dflash
 	$(TRAIN) drafter $(DRAFT) --texts runs/long_texts --start runs/long_dflash --run runs/guessing --lookup 256 \
 	  --steps 2600 --human-share 0.25 --anchors 32 --seed 9
-	$(TRAIN) export-drafter --run runs/guessing --checkpoint runs/checkpoint
+	$(TRAIN) export-drafter --run runs/guessing --out runs/guessing_dflash
+	$(TRAIN) self-distill $(DRAFT) --out runs/fresh_texts --chunks 112 --length 224 --temperature 0 0.7 0 1 --seed 21
+	$(TRAIN) drafter $(DRAFT) --texts runs/fresh_texts --start runs/guessing_dflash --run runs/bare --steps 2200 \
+	  --human-share 0.25 --bare-share 0.25 --anchors 32 --seed 31
+	$(TRAIN) export-drafter --run runs/bare --checkpoint runs/checkpoint
 
 # The controls that docs/results.md compares it with: the same small budget for each, from random weights.
 CONTROL := $(DRAFT) --texts runs/long_texts --steps 400 --batch 8 --human-share 0.25 --seed 5
