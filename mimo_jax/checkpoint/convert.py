@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from mimo_jax.checkpoint import huggingface
+from mimo_jax.checkpoint.audio_tokenizer import audio_tokenizer_files
 from mimo_jax.checkpoint.dflash import drafter_files
 from mimo_jax.checkpoint.export import fill_checkpoint
 from mimo_jax.checkpoint.files.tensorfile import as_bytes, inside, read_bytes
@@ -45,11 +46,12 @@ _MAX_CARRIED_BYTES = 1 << 28
 
 
 def carried_files(directory: Path) -> dict[str, bytes | Path]:
-    """What a checkpoint keeps through every conversion: the tokenizer and other small files, and its drafter."""
+    """What a checkpoint keeps through every conversion: the tokenizer and other small files, its drafter, its codes."""
     if directory.is_file():
         return gguf_files(directory)
     present = [inside(directory, name) for name in CARRIED if (directory / name).exists()]
-    return {**{path.name: read_bytes(path, _MAX_CARRIED_BYTES) for path in present}, **drafter_files(directory)}
+    small = {path.name: read_bytes(path, _MAX_CARRIED_BYTES) for path in present}
+    return {**small, **drafter_files(directory), **audio_tokenizer_files(directory)}
 
 
 def to_orbax(source: Path, destination: Path, overwrite: bool = False) -> dict[str, Any]:

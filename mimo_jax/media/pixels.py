@@ -15,8 +15,8 @@ from jaxtyping import Float
 from mimo_jax.config.towers import VisionConfig
 from mimo_jax.errors import UserError
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MOST_STRETCHED = 200  # long side over short
 
 
@@ -72,10 +72,11 @@ def _between(values: np.ndarray, size: int, axis: int) -> np.ndarray:
 def patches_of(pixels_THWC: Float[np.ndarray, "T H W 3"], config: VisionConfig, least: int, most: int) -> Patches:
     """T frames with channels in 0..255. The last frame is repeated where a temporal patch needs another."""
     patch, merge, frames = config.patch, config.merge, config.temporal_patch
-    height, width = target_size(*pixels_THWC.shape[1:3], patch * merge, least, most)
+    _, tall, wide, _ = pixels_THWC.shape
+    height, width = target_size(tall, wide, patch * merge, least, most)
     missing = -len(pixels_THWC) % frames
     pixels = resized(pixels_THWC.astype(np.float32), height, width)
-    pixels = (pixels - 255 * np.float32(MEAN)) / (255 * np.float32(STD))
+    pixels = (pixels - 255 * MEAN) / (255 * STD)
     pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
     rows, columns = height // patch, width // patch
     cut = pixels.reshape(-1, frames, rows // merge, merge, patch, columns // merge, merge, patch, 3)

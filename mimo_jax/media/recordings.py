@@ -15,7 +15,7 @@ MOST_SECONDS = 3600
 RATES = (1000, 384_000)  # Hz
 
 
-def decode(data: bytes, rate: int, where: str = "audio") -> Float[np.ndarray, "N"]:
+def decode(data: bytes, rate: int, where: str = "audio") -> Float[np.ndarray, "S"]:
     """Samples at `rate` Hz, all channels as one, of any format that libsndfile reads (WAV, FLAC, Ogg, MP3).
 
     Raises UserError where it is none, damaged, empty, or larger than `MOST_BYTES` or `MOST_SECONDS`.
@@ -33,13 +33,13 @@ def decode(data: bytes, rate: int, where: str = "audio") -> Float[np.ndarray, "N
                 raise UserError(f"{where}: {given} samples a second; expected {RATES[0]} to {RATES[1]}")
             if frames > given * MOST_SECONDS:
                 raise UserError(f"{where}: {frames / given:.0f} seconds; at most {MOST_SECONDS} are read")
-            samples_NC = file.read(frames=min(frames, given * MOST_SECONDS), dtype="float32", always_2d=True)
+            samples_SC = file.read(frames=min(frames, given * MOST_SECONDS), dtype="float32", always_2d=True)
     except UserError:
         raise
     except Exception as error:  # libsndfile's errors, and what a header that lies makes NumPy say
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: not a recording that is read ({reason})") from None
-    if not len(samples_NC):
+    if not len(samples_SC):
         raise UserError(f"{where}: holds no sound")
-    channels = [resample(samples_NC[:, channel], given, rate) for channel in range(samples_NC.shape[1])]
-    return np.mean(channels, axis=0, dtype=np.float32)
+    channels = [resample(samples_SC[:, channel], given, rate) for channel in range(samples_SC.shape[1])]
+    return np.stack(channels).mean(axis=0, dtype=np.float32)

@@ -17,13 +17,13 @@ FLOOR = 1e-7  # of a magnitude, before its logarithm
 _AT_ONCE = 1 << 16  # output samples
 
 
-def resample(samples_N: Float[np.ndarray, "N"], given: int, wanted: int) -> Float[np.ndarray, "M"]:
-    """Samples at `given` Hz as samples at `wanted` Hz; M is N wanted / given, rounded up."""
+def resample(samples_S: Float[np.ndarray, "S"], given: int, wanted: int) -> Float[np.ndarray, "M"]:
+    """Samples at `given` Hz as samples at `wanted` Hz; M is S wanted / given, rounded up."""
     if given == wanted:
-        return samples_N.astype(np.float32)
-    count, cutoff = -(-len(samples_N) * wanted // given), min(given, wanted) * ROLLOFF
+        return samples_S.astype(np.float32)
+    count, cutoff = -(-len(samples_S) * wanted // given), min(given, wanted) * ROLLOFF
     reach = int(np.ceil(CROSSINGS * given / cutoff))
-    padded = np.pad(samples_N.astype(np.float32), (reach, reach + 1))
+    padded = np.pad(samples_S.astype(np.float32), (reach, reach + 1))
     taps_W = np.arange(-reach, reach + 1)
     pieces = []
     for first in range(0, count, _AT_ONCE):
@@ -39,12 +39,12 @@ def resample(samples_N: Float[np.ndarray, "N"], given: int, wanted: int) -> Floa
     return np.concatenate(pieces)
 
 
-def log_mel(samples_N: Float[np.ndarray, "N"], config: AudioTokenizerConfig) -> Float[np.ndarray, "T M"]:
-    """T = 1 + N // hop frames of `config.mels` bands, of samples at `config.sample_rate`."""
+def log_mel(samples_S: Float[np.ndarray, "S"], config: AudioTokenizerConfig) -> Float[np.ndarray, "T M"]:
+    """T = 1 + S // hop frames of `config.mels` bands, of samples at `config.sample_rate`."""
     size, half = config.window_samples, config.window_samples // 2
-    if len(samples_N) <= half:
-        raise UserError(f"audio: {len(samples_N)} samples; more than {half} are needed")
-    padded = np.pad(samples_N.astype(np.float32), half, mode="reflect")
+    if len(samples_S) <= half:
+        raise UserError(f"audio: {len(samples_S)} samples; more than {half} are needed")
+    padded = np.pad(samples_S.astype(np.float32), half, mode="reflect")
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)  # periodic
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: config.hop]
     bands_FM = mel_bands(config).astype(np.float32)
