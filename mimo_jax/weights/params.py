@@ -212,9 +212,7 @@ def weights(config: ModelConfig, file_format: FileFormat) -> Iterator[Weight]:
     for index, (kind, has_experts) in enumerate(zip(config.layer_pattern, config.moe_pattern)):
         rows = _LAYER_NORMS + attention + (_SINK if config.has_sink(kind) else ()) + (_MOE if has_experts else _MLP)
         yield from expand(rows, kind, f"layers_{index}/", f"model.layers.{index}.")
-    yield from _expanded(
-        rows_of_towers(config.vision, config.audio), file_format
-    )  # those that predict ahead come last
+    yield from _expanded(rows_of_towers(config.vision, config.audio), file_format)  # those that predict ahead come last
     rows = _MTP + attention + (_SINK if config.has_sink(SLIDING) else ()) + _MLP
     for index in range(config.mtp_layers):
         yield from expand(rows, SLIDING, f"mtp_{index}/", f"{MTP_PREFIX}layers.{index}.")
