@@ -16,7 +16,7 @@ from mimo_jax.checkpoint.huggingface import read_hf_config
 from mimo_jax.checkpoint.manifest import verify_directory
 from mimo_jax.checkpoint.read import read
 from mimo_jax.config.drafter import DrafterConfig
-from mimo_jax.config.model import MASTERS, ModelConfig
+from mimo_jax.config.model import MASTERS, MESH_BLOCK, ModelConfig
 from mimo_jax.decode.drafter import PLAIN, Drafter, Weights
 from mimo_jax.decode.loop import Decoder
 from mimo_jax.decode.sampling import Greedy, Strategy, strategy_of
@@ -175,6 +175,8 @@ def with_drafter(
     if model.layout == "native" and kind is not DFlashDrafter:
         raise UserError("drafter: the native step knows only blocks; load the model with layout='dense'")
     config, params = load_drafter(model.config, directory, model.layout, extras)
+    if model.mesh is not None and config.block_size > MESH_BLOCK:
+        raise UserError(f"drafter: block_size={config.block_size}; on a mesh blocks have at most {MESH_BLOCK} tokens")
     drafter = FusedDFlashDrafter(config, model.config) if model.layout == "native" else kind(config)
     return dataclasses.replace(model, drafter=drafter, draft_params=place(params, model.mesh))
 

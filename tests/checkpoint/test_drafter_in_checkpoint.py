@@ -18,6 +18,7 @@ from mimo_jax.decode.drafter import PLAIN
 from mimo_jax.errors import UserError
 from mimo_jax.loading import with_drafter
 from mimo_jax.modeling.dflash import init_drafter
+from mimo_jax.sharding import MeshShape, make_mesh
 from tests.config.test_drafter import PUBLISHED
 
 DRAFTER = DrafterConfig(
@@ -135,3 +136,14 @@ def test_the_bundled_drafter_is_in_the_published_format():
     assert config["dflash_config"].keys() - PUBLISHED["dflash_config"].keys() == {"acceptance_length"}
     whole, alone = read_drafter(folder)[0], read_drafter(folder, extras=False)[0]
     assert whole.has_extras and alone == whole.published and alone.acceptance_length < whole.acceptance_length
+
+
+def test_long_blocks_are_refused_on_a_mesh(tmp_path):
+    """Rounds on a mesh have the rows of a published block, whoever drafts: a longer one is for one device."""
+    config = dataclasses.replace(DRAFTER, block_size=12)
+    dflash.write_drafter(tmp_path / "long", config, init_drafter(config, jax.random.key(0)))
+    model = mimo.load(draft="none")
+    assert with_drafter(model, tmp_path / "long").drafter.block_size == 12
+    spread = dataclasses.replace(mimo.load(layout="packed", draft="none"), mesh=make_mesh(MeshShape(tensor=8)))
+    with pytest.raises(UserError, match="block_size=12; on a mesh blocks have at most 8 tokens"):
+        with_drafter(spread, tmp_path / "long")
