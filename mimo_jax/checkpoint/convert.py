@@ -46,7 +46,7 @@ _MAX_CARRIED_BYTES = 1 << 28
 
 
 def carried_files(directory: Path) -> dict[str, bytes | Path]:
-    """What a checkpoint keeps through every conversion: the tokenizer and other small files, its drafter, its codes."""
+    """What a checkpoint keeps through every conversion: its tokenizers, other small files, and its drafter."""
     if directory.is_file():
         return gguf_files(directory)
     present = [inside(directory, name) for name in CARRIED if (directory / name).exists()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mimo_jax.config.schema import Schema
-from mimo_jax.config.towers import FULL, AudioConfig, AudioTokenizerConfig, MediaConfig, VisionConfig
+from mimo_jax.config.towers import AudioConfig, AudioTokenizerConfig, MediaConfig, VisionConfig
 from mimo_jax.errors import UserError
 
 VISION = Schema(
@@ -104,7 +104,6 @@ _TOKENS = {
     "audio_start_token_id": "audio_start",
     "audio_end_token_id": "audio_end",
 }
-_PROJECTION_RATIO = 4
 
 
 def towers_from_hf(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -131,11 +130,11 @@ def _vision_of(values: dict[str, Any], where: str) -> VisionConfig:
     windows = fields["windows"]
     if not isinstance(windows, list):
         raise UserError(f"{where}: vit_window_attn_types={windows!r} must be a list with one entry per block")
-    whole = [index for index, kind in enumerate(windows) if kind == FULL]
-    for key, expected in (("depth", len(windows)), ("fullatt_block_indexes", whole)):
+    config = _made(VISION, VisionConfig, fields | {"windows": tuple(windows)}, where)
+    for key, expected in (("depth", config.depth), ("fullatt_block_indexes", config.full_blocks)):
         if values.get(key) not in (None, expected):
             raise UserError(f"{where}: {key}={values[key]!r}, but vit_window_attn_types says {expected}")
-    return _made(VISION, VisionConfig, fields | {"windows": tuple(windows)}, where)
+    return config
 
 
 def _audio_of(values: dict[str, Any], where: str) -> AudioConfig:
@@ -146,7 +145,7 @@ def _audio_of(values: dict[str, Any], where: str) -> AudioConfig:
     heads = values.get("input_local_head_dim")
     if heads not in (None, fields["hidden_size"] // fields["num_heads"]):
         raise UserError(f"{where}: input_local_head_dim={heads!r} must be input_local_dim / input_local_attn_heads")
-    return _made(AUDIO, AudioConfig, fields | {"codes": sizes.pop(), "projection_ratio": _PROJECTION_RATIO}, where)
+    return _made(AUDIO, AudioConfig, fields | {"codes": sizes.pop()}, where)
 
 
 def _whole(text: str) -> int | None:
@@ -190,20 +189,15 @@ def towers_to_hf(vision: VisionConfig | None, audio: AudioConfig | None, media: 
     """The keys of a `config.json` that `towers_from_hf` reads."""
     values: dict[str, Any] = {}
     if vision is not None:
-        values["vision_config"] = VISION.fill(vision) | {
+        values["vision_config"] = _written(VISION, vision) | {
             "depth": vision.depth,
             "spatial_patch_size": vision.patch,
             "num_query_groups": vision.num_heads // vision.num_kv_heads,
-            "fullatt_block_indexes": [index for index, kind in enumerate(vision.windows) if kind == FULL],
-            "hidden_act": "silu",
+            "fullatt_block_indexes": vision.full_blocks,
         }
     if audio is not None:
-        values["audio_config"] = AUDIO.fill(audio) | {
+        values["audio_config"] = _written(AUDIO, audio) | {
             "input_local_head_dim": audio.hidden_size // audio.num_heads,
-            "input_full_attention": True,
-            "add_post_norm": True,
-            "partial_rotary_factor": 1.0,
-            "projection_layers": 2,
             "speech_vocab_size": str(audio.codes),
         }
     if media is not None:
@@ -214,6 +208,10 @@ def towers_to_hf(vision: VisionConfig | None, audio: AudioConfig | None, media: 
 
 def tokenizer_to_hf(config: AudioTokenizerConfig) -> dict[str, Any]:
     """The `config.json` of an audio tokenizer."""
-    fixed = {key: allowed[0] for key, allowed in TOKENIZER.required.items()}
     reach = [config.window, 0]
-    return TOKENIZER.fill(config) | fixed | {"nfft": config.window_samples, "encoder_attn_window_size": reach}
+    return _written(TOKENIZER, config) | {"nfft": config.window_samples, "encoder_attn_window_size": reach}
+
+
+def _written(schema: Schema, config: Any) -> dict[str, Any]:
+    """The keys of a config, and those that the schema allows one value of."""
+    return schema.fill(config) | {key: allowed[0] for key, allowed in schema.required.items()}

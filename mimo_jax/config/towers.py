@@ -44,11 +44,13 @@ class VisionConfig:
     init_range: float = 0.02
 
     def __post_init__(self) -> None:
-        _check("vision", self, tuple(field for field in _VISION_NUMBERS))
+        _check("vision", self, _VISION_NUMBERS)
         if not self.windows or not all(window in (FULL, BY_ROWS, BY_COLUMNS) for window in self.windows):
             raise UserError(f"vision: windows={self.windows!r} must hold one of -1, 0 and 1 for each block")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"vision: num_heads={self.num_heads} must be a multiple of {self.num_kv_heads=}")
+            raise UserError(
+                f"vision: num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
         if self.head_dim % 4:
             raise UserError(f"vision: head_dim={self.head_dim} must be a multiple of 4: rows and columns are rotated")
         if self.sink not in SINKS:
@@ -57,6 +59,11 @@ class VisionConfig:
     @property
     def depth(self) -> int:
         return len(self.windows)
+
+    @property
+    def full_blocks(self) -> list[int]:
+        """Blocks without a window."""
+        return [index for index, window in enumerate(self.windows) if window == FULL]
 
     @property
     def patch_values(self) -> int:
@@ -90,7 +97,9 @@ class AudioConfig:
     def __post_init__(self) -> None:
         _check("audio", self, _AUDIO_NUMBERS)
         if self.hidden_size % (2 * self.num_heads):
-            raise UserError(f"audio: hidden_size={self.hidden_size} must be a multiple of twice {self.num_heads=}")
+            raise UserError(
+                f"audio: hidden_size={self.hidden_size} must be a multiple of twice num_heads={self.num_heads}"
+            )
 
     @property
     def group_size(self) -> int:
@@ -125,7 +134,9 @@ class AudioTokenizerConfig:
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(f"audio tokenizer: hidden_size={self.hidden_size} must be a multiple of 2 x num_heads")
         if not self.skip_layer <= self.num_layers:
-            raise UserError(f"audio tokenizer: skip_layer={self.skip_layer} must be at most {self.num_layers=}")
+            raise UserError(
+                f"audio tokenizer: skip_layer={self.skip_layer} must be at most num_layers={self.num_layers}"
+            )
 
     def has_window(self, layer: int) -> bool:
         return layer % self.window_every == 0

@@ -33,7 +33,7 @@ def decode(data: bytes, rate: int, where: str = "audio") -> Float[np.ndarray, "S
                 raise UserError(f"{where}: {given} samples a second; expected {RATES[0]} to {RATES[1]}")
             if frames > given * MOST_SECONDS:
                 raise UserError(f"{where}: {frames / given:.0f} seconds; at most {MOST_SECONDS} are read")
-            samples_SC = file.read(frames=min(frames, given * MOST_SECONDS), dtype="float32", always_2d=True)
+            samples_SC = file.read(frames=frames, dtype="float32", always_2d=True)
     except UserError:
         raise
     except Exception as error:  # libsndfile's errors, and what a header that lies makes NumPy say

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.towers import AudioConfig
-from mimo_jax.modeling.layers import RMSNorm, rotary_table, rotate
+from mimo_jax.modeling.layers import RMSNorm, rotary_table
 from mimo_jax.modeling.linear import parameter
-from mimo_jax.modeling.towers import Affine, GatedMlp, gelu, look
+from mimo_jax.modeling.towers import Affine, GatedMlp, gelu, look, rotated
 from mimo_jax.weights import Params
 
 
@@ -34,7 +34,7 @@ class LocalAttention(nn.Module):
         )
         place_1T = jnp.arange(x_GTD.shape[1])[None]
         rotary = rotary_table(place_1T, width // heads, config.rope_theta, jnp.float32)
-        q, k = (rotate(part.astype(jnp.float32), *rotary).astype(part.dtype) for part in (q, k))
+        q, k = rotated(q, rotary), rotated(k, rotary)
         out = look(q, k, v, jnp.int32(x_GTD.shape[1]))
         return Affine(width, config.init_range, has_bias=False, name="o_proj")(out.reshape(x_GTD.shape))
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.towers import AudioTokenizerConfig
-from mimo_jax.modeling.layers import rotary_table, rotate
+from mimo_jax.modeling.layers import rotary_table
 from mimo_jax.modeling.linear import matrix, parameter
-from mimo_jax.modeling.towers import Affine, LayerNorm, gelu, look
+from mimo_jax.modeling.towers import Affine, LayerNorm, gelu, look, rotated
 from mimo_jax.weights import Params
 
 
@@ -58,7 +58,7 @@ class TokenizerAttention(nn.Module):
             for name in "qkv"
         )
         rotary = rotary_table(jnp.arange(steps)[None], width // config.num_heads, config.rope_theta, jnp.float32)
-        q, k = (rotate(part.astype(jnp.float32), *rotary).astype(part.dtype) for part in (q, k))
+        q, k = rotated(q, rotary), rotated(k, rotary)
         out = look(q, k, v, count, (config.window if self.has_window else steps, 0))
         return Affine(width, config.init_range, name="out_proj")(out.reshape(x_TD.shape))
 

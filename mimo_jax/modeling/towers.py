@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mimo_jax.modeling.layers import rotate
 from mimo_jax.modeling.linear import linear, matrix, parameter
 
 QUERIES = 128  # that are looked at together: the scores of all would not fit
@@ -63,6 +64,11 @@ class GatedMlp(nn.Module):
 
         gate, up = (affine(self.features, name)(x) for name in ("gate_proj", "up_proj"))
         return affine(x.shape[-1], "down_proj")(nn.silu(gate) * up)
+
+
+def rotated(x_FSHQ: Float[Array, "F S H Q"], rotary: tuple[Array, Array]) -> Float[Array, "F S H Q"]:
+    """Turned by its place, in float32."""
+    return rotate(x_FSHQ.astype(jnp.float32), *rotary).astype(x_FSHQ.dtype)
 
 
 def look(

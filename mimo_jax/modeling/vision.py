@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.towers import BY_COLUMNS, FULL, VisionConfig
-from mimo_jax.modeling.layers import RMSNorm, rotary_frequencies, rotate
+from mimo_jax.modeling.layers import RMSNorm, rotary_frequencies
 from mimo_jax.modeling.linear import linear, matrix, parameter
-from mimo_jax.modeling.towers import Affine, GatedMlp, LayerNorm, gelu, look
+from mimo_jax.modeling.towers import Affine, GatedMlp, LayerNorm, gelu, look, rotated
 from mimo_jax.weights import Params
 
 
@@ -60,7 +60,7 @@ class VisionAttention(nn.Module):
         qkv_FSR = Affine(rows, config.init_range, name="qkv")(x_FSD)
         split = (heads * width, (heads + groups) * width)
         q, k, v = (part.reshape(*x_FSD.shape[:2], -1, width) for part in jnp.split(qkv_FSR, split, axis=-1))
-        q, k = (rotate(part.astype(jnp.float32), *rotary).astype(part.dtype) for part in (q, k))
+        q, k = rotated(q, rotary), rotated(k, rotary)
         sink_H = None
         if config.has_sink and self.kind != FULL:
             sink_H = parameter(self, "sinks", (heads,), nn.initializers.zeros).astype(jnp.float32)
