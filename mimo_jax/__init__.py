@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from mimo_jax.errors import UserError
     from mimo_jax.generation import Piece, Request, Result, Timing, generate, generate_batch, stream
     from mimo_jax.loading import BUNDLED, Model, load
+    from mimo_jax.media.parts import Audio, Image, Video
     from mimo_jax.modeling.backbone import Backbone
     from mimo_jax.paths import Best, Candidate, best_of, tree_search
     from mimo_jax.serving.engine import Engine, Limits
 
 __all__ = [
     "BUNDLED",
+    "Audio",
     "Backbone",
     "Best",
     "Candidate",
     "Engine",
     "Greedy",
+    "Image",
     "Limits",
     "Model",
     "ModelConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "Sampled",
     "Timing",
     "UserError",
+    "Video",
     "best_of",
     "generate",
     "generate_batch",
@@ -48,12 +52,14 @@ __all__ = [
 
 # Where each public name lives: importing the package must not import JAX.
 _HOMES = {
+    "Audio": "media.parts",
     "BUNDLED": "loading",
     "Backbone": "modeling.backbone",
     "Best": "paths",
     "Candidate": "paths",
     "Engine": "serving.engine",
     "Greedy": "decode.sampling",
+    "Image": "media.parts",
     "Limits": "serving.engine",
     "Model": "loading",
     "ModelConfig": "config.model",
@@ -63,6 +69,7 @@ _HOMES = {
     "Sampled": "decode.sampling",
     "Timing": "generation",
     "UserError": "errors",
+    "Video": "media.parts",
     "best_of": "paths",
     "generate": "generation",
     "generate_batch": "generation",

@@ -13,15 +13,20 @@ import jax
 import numpy as np
 
 from mimo_jax.cli.memory import peak_memory
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.decode import loop
 from mimo_jax.decode.controls import Controls, stops_of
 from mimo_jax.decode.sampling import Strategy, rows_of
 from mimo_jax.errors import UserError
 from mimo_jax.loading import Model
+from mimo_jax.media.parts import Part
+from mimo_jax.media.prompt import Encoded, Shown, assemble, batched
+from mimo_jax.media.towers import show
 from mimo_jax.sharding import check_rows
 from mimo_jax.text import Transcript
 
-Prompt = str | Sequence[int] | np.ndarray  # text, or token ids
+# Text, token ids, or pieces one after another: text, token ids, and parts that are images, audio or video.
+Prompt = str | Sequence[int] | np.ndarray | Sequence[str | Part | Sequence[int]] | Encoded
 
 VISIT_SECONDS = 0.05  # the host looks at a text that is watched about so often
 SHARED_ROUNDS = 8  # or after so many rounds, where several processes decode together
@@ -162,9 +167,10 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
     prompts = [encode_prompt(model, request.prompt, request.literal) for request in requests]
     strategies = [model.strategy if request.strategy is None else request.strategy for request in requests]
     check_rows(len(prompts), model.mesh, "prompts")
-    room = [model.config.max_position - len(ids) for ids in prompts]
+    ids_of_rows, media_RD = batched(prompts)
+    room = [model.config.max_position - len(ids) for ids in ids_of_rows]
     limits = np.array([min(request.max_tokens, left) for request, left in zip(requests, room)], np.int32)
-    capacity = loop.capacity_for(max(len(ids) + int(limit) for ids, limit in zip(prompts, limits)))
+    capacity = loop.capacity_for(max(len(ids) + int(limit) for ids, limit in zip(ids_of_rows, limits)))
     controls = Controls(rows_of(strategies), stops_of([model.stop_ids] * len(prompts)))
     decoder, weights = model.decoder, model.weights
     keys = loop.row_keys([request.seed for request in requests])
@@ -173,7 +179,7 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
     rounds = int(limits.max()) if not is_watched else 1 if is_alone else SHARED_ROUNDS
 
     with compile_seconds() as prefill_compile:
-        caches = loop.prefill(decoder, weights, prompts, capacity)
+        caches = loop.prefill(decoder, loop.with_media(weights, media_RD), ids_of_rows, capacity)
         state = loop.start(decoder, *caches, limits, keys, controls)
         tokens, is_done = loop.progress(state)
     first_token = time.perf_counter()
@@ -197,7 +203,7 @@ def _serve(model: Model, requests: list[Request], is_watched: bool) -> Iterator[
 
     used = [transcript.used for transcript in transcripts]
     timing = Timing(
-        prompt_tokens=sum(map(len, prompts)),
+        prompt_tokens=sum(map(len, ids_of_rows)),
         generated_tokens=sum(used),
         prefill_seconds=first_token - begin - prefill_compile[0],
         decode_seconds=end - ready,
@@ -242,25 +248,52 @@ def _until(round_S: np.ndarray, own: int, positions: int) -> tuple[np.ndarray, n
     return (position < kept[:, None]).sum(axis=0), (position < accepted[:, None]).sum(axis=0)
 
 
-def encode_prompt(model: Model, prompt: Prompt, literal: bool = False) -> list[int]:
-    """Token ids of a prompt; empty, over-long, or not encodable prompts are errors that say so."""
-    if isinstance(prompt, str):
+def encode_prompt(model: Model, prompt: Prompt, literal: bool = False) -> Encoded:
+    """A prompt's token ids, and what its media show; towers have not run yet.
+
+    Empty, over-long, or not encodable prompts are errors that say so.
+    """
+    if isinstance(prompt, Encoded):
+        return prompt
+    config = model.config
+    is_pieces = isinstance(prompt, list | tuple) and any(isinstance(piece, str | Part) for piece in prompt)
+    shown = encode_pieces(model, prompt if is_pieces else [prompt], literal)
+    if not shown.ids:
+        raise UserError("prompt: empty; at least one token is needed")
+    if len(shown.ids) >= config.max_position:
+        raise UserError(
+            f"prompt: {len(shown.ids)} tokens; the context holds {config.max_position}, one of them generated"
+        )
+    return shown
+
+
+def encode_pieces(model: Model, pieces: Sequence[Any], literal: bool = False) -> Encoded:
+    """Texts, token ids and parts, one after another; of whatever length."""
+    return assemble([_piece(model, piece, literal) for piece in pieces], model.config.vocab_size)
+
+
+def _piece(model: Model, piece: Any, literal: bool) -> list[int] | Shown:
+    if isinstance(piece, Part):
+        return show(model.towers, piece, lambda text: model.tokenizer.encode(text, literal=True))
+    if isinstance(piece, str):
         try:
-            prompt.encode("utf-8")
+            piece.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(f"prompt: not valid UTF-8 at character {error.start}") from None
-        ids = model.tokenizer.encode(prompt, literal)
+        ids = model.tokenizer.encode(piece, literal)
     else:
-        ids = [_whole(token, "prompt: token id") for token in prompt]
-    config = model.config
-    if not ids:
-        raise UserError("prompt: empty; at least one token is needed")
-    if len(ids) >= config.max_position:
-        raise UserError(f"prompt: {len(ids)} tokens; the context holds {config.max_position}, one of them generated")
-    bad = [token for token in ids if not 0 <= token < config.vocab_size]
-    if bad:
-        raise UserError(f"prompt: token id {bad[0]} is outside the vocabulary of {config.vocab_size}")
+        ids = [_whole(token, "prompt: token id") for token in piece]
+    check_ids(model.config, ids)
     return ids
+
+
+def check_ids(config: ModelConfig, ids: Sequence[int]) -> None:
+    """That all are tokens of the vocabulary, and none is one that stands for a row of media."""
+    for token in ids:
+        if not 0 <= token < config.vocab_size:
+            raise UserError(f"prompt: token id {token} is outside the vocabulary of {config.vocab_size}")
+        if config.media and token in config.media.rows:
+            raise UserError(f"prompt: token id {token} stands for media; give an Image, Audio or Video in its place")
 
 
 @contextmanager

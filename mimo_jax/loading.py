@@ -11,6 +11,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mimo_jax import layouts
+from mimo_jax.checkpoint.audio_tokenizer import FOLDER as AUDIO_TOKENIZER
+from mimo_jax.checkpoint.audio_tokenizer import has_audio_tokenizer, read_audio_tokenizer
 from mimo_jax.checkpoint.files.tensorfile import load_json, read_bytes
 from mimo_jax.checkpoint.huggingface import read_hf_config
 from mimo_jax.checkpoint.manifest import verify_directory
@@ -26,6 +28,7 @@ from mimo_jax.drafters.fused_dflash import FusedDFlashDrafter
 from mimo_jax.drafters.mtp import MtpDrafter
 from mimo_jax.drafters.prompt_lookup import PromptLookupDrafter
 from mimo_jax.errors import UserError, check_real
+from mimo_jax.media.towers import Towers
 from mimo_jax.sharding import check_fits, parameter_sharding, place
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.weights import Params
@@ -48,7 +51,7 @@ class Model:
     layout: str = "dense"  # of `layouts.LAYOUTS`, that `params` are in
     drafter: Drafter = PLAIN
     draft_params: Params = dataclasses.field(default_factory=dict)
-    towers: Params = dataclasses.field(default_factory=dict)  # in front of the text model, as files store them
+    towers: Towers | None = None  # in front of the text model
     rule: str = "block"  # that verifies sampled drafts, see `decode.verify.RULES`
     mesh: Mesh | None = None  # that `params` lie on; None: one device
 
@@ -103,7 +106,7 @@ def load(
     found = read(directory, partial(parameter_sharding, mesh=mesh) if mesh is not None else None)
     if draft == "mtp" and layout is None and layouts.choose(mesh, backend) == "native":
         layout = "dense"  # the native step leaves MTP layers out
-    towers = {name: found.params[name] for name in TOWERS if name in found.params}
+    towers = _towers(found.config, found.params, directory)
     text = {name: held for name, held in found.params.items() if name not in TOWERS}
     name, config, params = layouts.for_device(found.config, text, mesh, layout, backend, consume=True)
     values = _generation_config(directory)
@@ -114,6 +117,14 @@ def load(
         draft = _usual_draft(given, name, directory)
     model = DRAFTS[draft](model, directory)
     return model if confidence is None else with_confidence(model, confidence)
+
+
+def _towers(config: ModelConfig, params: Params, directory: Path) -> Towers | None:
+    own = {name: params[name] for name in TOWERS if name in params}
+    if not own:
+        return None
+    tokenizer = has_audio_tokenizer(directory) and config.audio is not None
+    return Towers(config, own, read_audio_tokenizer(directory / AUDIO_TOKENIZER) if tokenizer else None)
 
 
 def _usual_draft(given: str | Path, layout: str, directory: Path) -> str:

@@ -184,7 +184,8 @@ class _Forks:
 
     def __init__(self, engine: Engine, request: Request, step: int | str | None = None) -> None:
         self._engine, self._model, self._request = engine, engine.model, request
-        self._prompt = tuple(encode_prompt(engine.model, request.prompt, request.literal))
+        encoded = encode_prompt(engine.model, request.prompt, request.literal)
+        self._prompt, self._media = encoded.ids, encoded.media
         self._limit = min(request.max_tokens, engine.context - len(self._prompt))
         self._step = step if isinstance(step, int) else request.max_tokens
         self._line = [step] if isinstance(step, str) else []
@@ -249,6 +250,7 @@ class _Forks:
             samples,
             self._stop_ids,
             top_logprobs=0,
+            media=self._media,
         )
 
     def _end(self, path: _Path, update: Update) -> None:

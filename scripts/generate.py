@@ -3,6 +3,7 @@
 scripts/generate.py --prompt "def binary_search(items, target):"
 scripts/generate.py --model path/to/checkpoint --prompt-ids 17,42 --temperature 0.7 --top-p 0.95 --seed 3
 scripts/generate.py --prompt "def a(" --prompt "class B:"          # a batch
+scripts/generate.py --image code.png                               # what a model with towers reads in a picture
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mimo_jax.decode.sampling import Strategy
     from mimo_jax.generation import Result
     from mimo_jax.loading import Model
+    from mimo_jax.media.parts import Part
 
 
 FEW_ROUNDS = 16  # too few to judge a drafter by
@@ -43,6 +45,14 @@ def parser() -> Parser:
     prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch")
     prompt.add_argument("--prompt-ids", action="append", help="comma-separated token ids instead of text")
     prompt.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
+    for name, kind in (
+        ("image", "PNG, JPEG or WebP"),
+        ("audio", "WAV, FLAC, Ogg or MP3"),
+        ("video", "what FFmpeg reads"),
+    ):
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar="FILE", help=f"shown before the text; {kind}"
+        )
     parser.add_argument("--literal", action="store_true", help="names of special tokens in the prompt are plain text")
     parser.add_argument("--max-tokens", type=int, default=128)
     add_sampling_options(parser)
@@ -70,9 +80,16 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
             return [text.decode("utf-8")]
         except UnicodeDecodeError as error:
             raise UserError(f"{args.prompt_file}: not valid UTF-8 at byte {error.start}") from None
-    if args.prompt is None:
+    if args.prompt is None and not (args.image or args.audio or args.video):
         raise UserError("prompt: missing; give --prompt, --prompt-ids or --prompt-file")
-    return args.prompt
+    return args.prompt or [""]
+
+
+def media_of(args: argparse.Namespace) -> list[Part]:
+    from mimo_jax.media.parts import Audio, Image, Video
+
+    kinds = ((Image, args.image), (Audio, args.audio), (Video, args.video))
+    return [kind(path) for kind, paths in kinds for path in paths]
 
 
 def main(argv: list[str]) -> None:
@@ -85,8 +102,9 @@ def main(argv: list[str]) -> None:
 
     strategy = strategy_of(sampling, "sampling") if sampling else None
     model = load(args.model or BUNDLED, mesh=mesh, **load_options(args))
-    ids = [encode_prompt(model, prompt, args.literal) for prompt in prompts]  # before anything is printed
-    requests = [Request(prompt, strategy, args.max_tokens, args.seed, args.stop) for prompt in ids]
+    media = media_of(args)
+    encoded = [encode_prompt(model, [*media, prompt] if media else prompt, args.literal) for prompt in prompts]
+    requests = [Request(prompt, strategy, args.max_tokens, args.seed, args.stop) for prompt in encoded]
     if len(prompts) > 1:
         results = generate_batch(model, requests)
         for prompt, result in zip(prompts, results):

@@ -48,7 +48,11 @@ def test_the_package_imports_what_it_declares():
     """Every dependency is imported by the package, and everything imported is a dependency or part of an extra."""
     used, needed = imported("mimo_jax", "pallas_kernels", "scripts"), declared(PROJECT["dependencies"])
     optional = declared(
-        [one for extra in ("triton", "plots", "serve", "media", "replicas", "references") for one in EXTRAS[extra]]
+        [
+            one
+            for extra in ("triton", "plots", "serve", "video", "media", "replicas", "references")
+            for one in EXTRAS[extra]
+        ]
     )
     assert needed <= used
     assert used - needed - optional - BY_HAND <= {"triton", "jaxlib"}  # parts of jax-triton and of jax
@@ -59,7 +63,7 @@ def test_the_tests_import_what_they_declare():
     used = imported("tests")
     extra = declared(EXTRAS["dev"] + EXTRAS["references"])
     assert extra <= used | imported("mimo_jax")
-    optional = declared([one for extra in ("serve", "triton", "media", "replicas") for one in EXTRAS[extra]])
+    optional = declared([one for extra in ("serve", "triton", "video", "media", "replicas") for one in EXTRAS[extra]])
     towers = re.findall(r"^([a-z0-9-]+)==", (ROOT / ".ci" / "towers.lock").read_text(), re.MULTILINE)
     alone = {name.replace("-", "_") for name in towers}  # without what they declare, so in no extra
     assert used - BY_HAND <= extra | optional | alone | declared(PROJECT["dependencies"])

@@ -48,6 +48,13 @@ def address(text: str) -> str:
     return text
 
 
+def folder(text: str) -> Path:
+    """A folder that exists."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return Path(text)
+
+
 def output_file(text: str) -> Path:
     """A file to write, in a folder that exists and takes new files. No device: a rename would replace it."""
     path = Path(text)

@@ -172,6 +172,11 @@ class MediaConfig:
             if not fits_devices(getattr(self, field)):
                 raise UserError(f"media: {field}={getattr(self, field)!r} must be a positive number")
 
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Ids that stand for rows of media."""
+        return self.image_token, self.video_token, self.audio_token
+
 
 MEDIA_TOKENS = (
     *("image_token", "video_token", "audio_token", "vision_start", "vision_end"),

@@ -45,9 +45,13 @@ class DraftContext:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReadTokens:
-    """What the target has just read: the first `counts_B` of `tokens_BT`, after `lengths_B` others."""
+    """What the target has just read: the first `counts_B` of `tokens_BT`, after `lengths_B` others.
+
+    Ids beyond the vocabulary stand for media (`modeling.backbone.MEDIA`). In `text_BT` none is: it may be proposed.
+    """
 
     tokens_BT: Int[Array, "B T"]
+    text_BT: Int[Array, "B T"]
     features: Features
     lengths_B: Int[Array, "B"]
     counts_B: Int[Array, "B"]

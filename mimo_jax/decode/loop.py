@@ -25,6 +25,7 @@ from mimo_jax.decode.drafter import PLAIN, Draft, DraftContext, Drafter, ReadTok
 from mimo_jax.decode.sampling import draw
 from mimo_jax.decode.step import Step
 from mimo_jax.decode.verify import verify
+from mimo_jax.modeling.backbone import MEDIA
 from mimo_jax.sharding import place, using
 
 CAPACITY_BUCKETS = tuple(2**power for power in range(8, 21))
@@ -99,10 +100,20 @@ def _prefill_chunk(decoder, weights, tokens_BT, counts_B, cache, draft_cache, lo
     """Runs one chunk; rows that end in it get their next-token logits."""
     before_B = cache.lengths
     new_B1C, features, cache = decoder.step(weights.target, tokens_BT, cache, counts_B, "last")
-    draft_cache = decoder.drafter.update_cache(
-        weights, draft_cache, ReadTokens(tokens_BT, features, before_B, counts_B)
-    )
+    text_BT = jnp.where(tokens_BT < decoder.step.config.vocab_size, tokens_BT, 0)
+    read = ReadTokens(tokens_BT, text_BT, features, before_B, counts_B)
+    draft_cache = decoder.drafter.update_cache(weights, draft_cache, read)
     return cache, draft_cache, jnp.where((counts_B > 0)[:, None], new_B1C[:, 0], logits_BC)
+
+
+def with_media(weights: Weights, rows_RD: Float[Any, "R D"] | None) -> Weights:
+    """`weights` for reading a prompt with media, whose ids beyond the vocabulary stand for rows of `rows_RD`.
+
+    Every number of rows is a program of its own: they come in few sizes (`media.prompt.batched`).
+    """
+    if rows_RD is None:
+        return weights
+    return dataclasses.replace(weights, target={**weights.target, MEDIA: rows_RD})
 
 
 def empty_caches(decoder: Decoder, batch: int, capacity: int) -> tuple[Any, Any, Float[Array, "B C"]]:
@@ -267,7 +278,7 @@ def _commit(
     offered_BN = jnp.where(row_N < accepted_B[:, None], padded_BN, next_B[:, None])
     emitted, kept_B = _emit(state, offered_BN, accepted_B + 1, controls, logits_BNC)
     # The anchor and the accepted drafts have been read; the newest token has not. The rest of the block is taken back.
-    read = ReadTokens(tokens_BN, features, before_B, kept_B)
+    read = ReadTokens(tokens_BN, tokens_BN, features, before_B, kept_B)
     draft_cache = drafter.update_cache(weights, state.draft_cache, read)
     return dataclasses.replace(
         emitted,

@@ -18,7 +18,7 @@ from mimo_jax.config.model import ModelConfig
 from mimo_jax.decode.step import Shown
 from mimo_jax.errors import UserError
 from mimo_jax.layouts.persistent import PERSISTENT, formats_in, plan_of, rotary_tables
-from mimo_jax.modeling.backbone import Features
+from mimo_jax.modeling.backbone import MEDIA, Features
 from mimo_jax.sharding import embedding_lookup
 from mimo_jax.weights import Params
 from pallas_kernels import persistent
@@ -74,6 +74,8 @@ class PersistentStep:
         """See `Step`. UserError where more tokens are asked for than can be taken back."""
         if logits == "all" and tokens_BT.shape[1] > MOST_TOKENS:  # a sliding layer's ring has overwritten older keys
             raise UserError(f"the persistent step verifies at most {MOST_TOKENS} tokens, not {tokens_BT.shape[1]}")
+        if MEDIA in params:
+            raise UserError("the persistent step reads no images, video or audio; load the model with layout='dense'")
         weights = dataclasses.replace(params[PERSISTENT], rotary=cache.rotary)
         tokens = min(size for size in KERNELS if size >= min(tokens_BT.shape[1], MOST_TOKENS))
         launch = launcher(self.plan(tokens, cache.capacity))

@@ -18,7 +18,7 @@ from mimo_jax.config.model import MESH_BLOCK, ModelConfig
 from mimo_jax.decode.sampling import most_likely
 from mimo_jax.errors import UserError
 from mimo_jax.layouts.native import NATIVE, reason_against
-from mimo_jax.modeling.backbone import Backbone, Features
+from mimo_jax.modeling.backbone import MEDIA, Backbone, Features
 from mimo_jax.modeling.cache import Cache, init_cache
 from mimo_jax.sharding import replicate, using
 from mimo_jax.weights import Params
@@ -160,6 +160,7 @@ class FusedStep:
             counts_B,
             logits == "last",
             self.running,
+            params.get(MEDIA),
         )
         features = Features(found.hidden, found.expert_counts, found.aux, found.best)
         return found.logits, features, StackedCache(found.cache, cache.lengths + counts_B)

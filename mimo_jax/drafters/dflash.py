@@ -57,7 +57,7 @@ class DFlashDrafter:
         return DraftCache(self.empty_rings(batch), jnp.full((batch, self.config.lookup), -1, jnp.int32))
 
     def update_cache(self, weights: Weights, cache: DraftCache, read: ReadTokens) -> DraftCache:
-        text_BS = jnp.concatenate([cache.text, read.tokens_BT], axis=1)
+        text_BS = jnp.concatenate([cache.text, read.text_BT], axis=1)
         newest_BS = read.counts_B[:, None] + jnp.arange(self.config.lookup)
         layers = self.updated_rings(weights, cache.layers, read)
         return DraftCache(layers, jnp.take_along_axis(text_BS, newest_BS, axis=1))

@@ -32,7 +32,7 @@ class PromptLookupDrafter:
         step_T = jnp.arange(read.tokens_BT.shape[1])
         nowhere = cache.shape[1]
         column_BT = jnp.where(step_T < read.counts_B[:, None], read.lengths_B[:, None] + step_T, nowhere)
-        return cache.at[jnp.arange(cache.shape[0])[:, None], column_BT].set(read.tokens_BT, mode="drop")
+        return cache.at[jnp.arange(cache.shape[0])[:, None], column_BT].set(read.text_BT, mode="drop")
 
     def propose(self, context: DraftContext) -> Draft:
         rows_B = jnp.arange(context.cache.shape[0])

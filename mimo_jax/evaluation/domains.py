@@ -40,7 +40,7 @@ def _prompts_of(table: Any, where: str, model: Model, directory: Path) -> list[l
     if "texts" in table:
         if not all(isinstance(text, str) for text in given):
             raise UserError(f"{where}: texts must be strings")
-        return [encode_prompt(model, text) for text in given]
+        return [list(encode_prompt(model, text).ids) for text in given]
     from mimo_jax.serving.messages import checked_tools, normalized
     from mimo_jax.serving.template import ChatTemplate
 

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 def decode_runs(directory: Path, prompt: str, count: int, with_transformers: bool) -> dict[str, Callable[[], Any]]:
     """Greedy decoding of `count` tokens, by name: native code, the modules under XLA, transformers."""
     models = {layout: load(directory, layout=layout, draft="none") for layout in ("native", "dense")}
-    ids = encode_prompt(models["native"], prompt)
+    ids = list(encode_prompt(models["native"], prompt).ids)
     runs: dict[str, Callable[[], Any]] = {
         layout: partial(generate, model, ids, Greedy(), max_tokens=count) for layout, model in models.items()
     }
@@ -97,7 +97,7 @@ def _speedup(rows: np.ndarray, plain: np.ndarray) -> dict[str, float]:
 
 def streaming(model: Model, prompt: str, lengths: list[int], repeats: int) -> Record:
     """Per length: what streaming a greedy text costs over making it in one visit, as ratios of decoding seconds."""
-    ids, record = encode_prompt(model, prompt), {}
+    ids, record = list(encode_prompt(model, prompt).ids), {}
     for length in lengths:
         request, ratios = Request(ids, Greedy(), max_tokens=length), []
         for number in range(repeats + 1):

@@ -70,15 +70,19 @@ def _between(values: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 
 def patches_of(pixels_THWC: Float[np.ndarray, "T H W 3"], config: VisionConfig, least: int, most: int) -> Patches:
-    """T frames with channels in 0..255. The last frame is repeated where a temporal patch needs another."""
-    patch, merge, frames = config.patch, config.merge, config.temporal_patch
+    """T frames with channels in 0..255, resized to `least` to `most` pixels each."""
     _, tall, wide, _ = pixels_THWC.shape
-    height, width = target_size(tall, wide, patch * merge, least, most)
+    height, width = target_size(tall, wide, config.patch * config.merge, least, most)
+    return in_patches(resized(pixels_THWC.astype(np.float32), height, width), config)
+
+
+def in_patches(pixels_THWC: Float[np.ndarray, "T H W 3"], config: VisionConfig) -> Patches:
+    """T frames with channels in 0..255. The last one is repeated where a temporal patch needs another."""
+    patch, merge, frames = config.patch, config.merge, config.temporal_patch
     missing = -len(pixels_THWC) % frames
-    pixels = resized(pixels_THWC.astype(np.float32), height, width)
-    pixels = (pixels - 255 * MEAN) / (255 * STD)
+    pixels = (pixels_THWC - 255 * MEAN) / (255 * STD)
     pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
-    rows, columns = height // patch, width // patch
+    rows, columns = (side // patch for side in pixels.shape[1:3])
     cut = pixels.reshape(-1, frames, rows // merge, merge, patch, columns // merge, merge, patch, 3)
     # Frame, block, patch in its block; then channel, frame, row and column in the patch.
     ordered = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)

@@ -41,5 +41,10 @@ def decode(data: bytes, rate: int, where: str = "audio") -> Float[np.ndarray, "S
         raise UserError(f"{where}: not a recording that is read ({reason})") from None
     if not len(samples_SC):
         raise UserError(f"{where}: holds no sound")
+    return mixed(samples_SC, given, rate)
+
+
+def mixed(samples_SC: Float[np.ndarray, "S C"], given: int, rate: int) -> Float[np.ndarray, "M"]:
+    """Channels at `given` Hz, each brought to `rate` Hz, then their mean."""
     channels = [resample(samples_SC[:, channel], given, rate) for channel in range(samples_SC.shape[1])]
     return np.stack(channels).mean(axis=0, dtype=np.float32)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.towers import AudioConfig, AudioTokenizerConfig, VisionConfig
 from mimo_jax.media.pixels import Patches
-from mimo_jax.media.sound import log_mel
+from mimo_jax.media.sound import frame_count, log_mel
 from mimo_jax.modeling.audio import AudioEncoder, grouped
 from mimo_jax.modeling.audio_tokenizer import AudioTokenizer, code_count
 from mimo_jax.modeling.vision import Places, VisionTower, places_of
@@ -40,6 +40,13 @@ def vision_rows(
 @partial(jax.jit, static_argnames="config")
 def _see(config: VisionConfig, params: Params, patches_FSP: Array, places: Places) -> Array:
     return VisionTower(config).apply({"params": params}, patches_FSP, places)
+
+
+def row_count(config: AudioConfig, tokenizer: AudioTokenizerConfig, samples: int) -> int:
+    """How many rows so many samples at the tokenizer's rate become."""
+    whole, rest = divmod(frame_count(samples, tokenizer), config.segment)
+    codes = whole * code_count(config.segment) + (code_count(rest) if rest else 0)
+    return -(-codes // config.group)
 
 
 def audio_codes(

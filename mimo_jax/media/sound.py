@@ -39,11 +39,18 @@ def resample(samples_S: Float[np.ndarray, "S"], given: int, wanted: int) -> Floa
     return np.concatenate(pieces)
 
 
+def frame_count(samples: int, config: AudioTokenizerConfig) -> int:
+    """Of the spectrogram of so many samples. UserError where they are too few for one."""
+    half = config.window_samples // 2
+    if samples <= half:
+        raise UserError(f"audio: {samples} samples; more than {half} are needed")
+    return 1 + samples // config.hop
+
+
 def log_mel(samples_S: Float[np.ndarray, "S"], config: AudioTokenizerConfig) -> Float[np.ndarray, "T M"]:
-    """T = 1 + S // hop frames of `config.mels` bands, of samples at `config.sample_rate`."""
+    """T frames of `config.mels` bands, of samples at `config.sample_rate`."""
+    frame_count(len(samples_S), config)
     size, half = config.window_samples, config.window_samples // 2
-    if len(samples_S) <= half:
-        raise UserError(f"audio: {len(samples_S)} samples; more than {half} are needed")
     padded = np.pad(samples_S.astype(np.float32), half, mode="reflect")
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)  # periodic
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: config.hop]

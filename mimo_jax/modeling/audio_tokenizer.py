@@ -115,6 +115,9 @@ class AudioTokenizer(nn.Module):
         return LayerNorm(config.norm_eps, name="down_sample_norm")(gelu(down(x_TD)))
 
 
+MEL_PER_CODE = 4  # frames of the spectrogram to a frame of codes
+
+
 def code_count(frames: int) -> int:
     """Frames of codes of a segment of so many mel frames: two halvings, each rounded up."""
     return -(-((frames - 1) // 2 + 1) // 2)

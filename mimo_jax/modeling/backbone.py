@@ -23,6 +23,8 @@ from mimo_jax.modeling.moe import MoE
 from mimo_jax.sharding import embedding_lookup
 from mimo_jax.weights import Params
 
+MEDIA = "media"  # parameter [R, D] of what is read with media: id `vocab_size` + r is row r of it, not a token
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +185,12 @@ class Backbone(nn.Module):
         return logits, self.predict_ahead(features.hidden, tokens_BT)
 
     def _embedded(self, tokens_BT: Array) -> Array:
-        return embedding_lookup(self.embed, tokens_BT).astype(self.config.dtype)
+        if not self.has_variable("params", MEDIA):
+            return embedding_lookup(self.embed, tokens_BT).astype(self.config.dtype)
+        row_BT = tokens_BT - self.config.vocab_size
+        x_BTD = embedding_lookup(self.embed, jnp.minimum(tokens_BT, self.config.vocab_size - 1))
+        media_BTD = self.get_variable("params", MEDIA)[jnp.maximum(row_BT, 0)]
+        return jnp.where(row_BT[..., None] >= 0, media_BTD, x_BTD).astype(self.config.dtype)
 
     def _rotary(self, positions_BT: Array) -> dict[int, tuple[Array, Array]]:
         config = self.config

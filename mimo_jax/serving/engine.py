@@ -201,9 +201,10 @@ class Engine:
             raise UserError("prompt: empty; at least one token is needed")
         if len(request.prompt) >= self.context:
             raise TooLong(f"prompt: {len(request.prompt)} tokens; a row holds {self.context}, one of them generated")
-        for name, ids in (("prompt", request.prompt), ("logit_bias", request.logit_bias)):
+        rows = len(request.media.keys) if request.media else 0
+        for name, ids, end in (("prompt", request.prompt, rows), ("logit_bias", request.logit_bias, 0)):
             for token in ids:
-                if type(token) is not int or not 0 <= token < config.vocab_size:
+                if type(token) is not int or not 0 <= token < config.vocab_size + end:
                     raise UserError(f"{name}: token id {token!r} is outside the vocabulary of {config.vocab_size}")
 
     def _check_room(self, request: TokenRequest) -> None:
@@ -289,7 +290,7 @@ class Engine:
 
     def _reader(self, job: _Job, cache: PrefixCache | None) -> Reader:
         slots, request = self._slots, job.request
-        return Reader(slots.decoder, slots.weights, slots.capacity, request.prompt, cache, request.account)
+        return Reader(slots.decoder, slots.weights, slots.capacity, request, cache)
 
     def _fill_slots(self) -> None:
         """Samples of the prompt that has been read take what slots are free."""
@@ -359,7 +360,7 @@ class Engine:
     def _keep(self, job: _Job, text: Text) -> None:
         """What was read and written is the beginning of the next turn, often."""
         if self._cache is not None and self._slots.decoder.step.groups_freely and text.tokens:
-            tokens = (*job.request.prompt, *text.tokens[:-1])
+            tokens = (*job.request.known, *text.tokens[:-1])
             self._cache.keep(job.request.account, tokens, self._slots.caches_of(text))
 
     def _forget(self, job: _Job) -> None:

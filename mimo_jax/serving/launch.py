@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimo_jax.cli.options import add_draft_options, draft_options, need_packages
-from mimo_jax.cli.values import real, whole
+from mimo_jax.cli.values import folder, real, whole
 from mimo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_SLOTS, MOST_TOKENS, MOST_MB, MOST_ENTRIES = 1024, 10**7, 10**6, 10**6
 MOST_GRACE, MOST_MINUTES = 3600.0, 10_000.0
 MOST_KEY_BYTES = 1 << 20
+MOST_MEDIA_BYTES = 16 << 20  # of a request to a model that takes pictures: the largest one in base64, and text
 EXAMPLE = """curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\
   -d '{{"messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 64, "stream": true}}'"""
 
@@ -63,6 +64,9 @@ def add_http_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="web page whose scripts may call; repeat it (default: none)",
+    )
+    parser.add_argument(
+        "--media-files", type=folder, metavar="DIR", help="folder below which messages may name files (default: none)"
     )
     parser.add_argument("--metrics-prefix", default="mimo:", help="of names in /metrics; vllm: for vLLM's dashboards")
     parser.add_argument(
@@ -131,10 +135,12 @@ def engine_of(args: argparse.Namespace, rules: AccountRules | None = None) -> En
 
 def app_of(args: argparse.Namespace, keys: dict[str, str], engine: Engine) -> tuple[Service, Starlette]:
     from mimo_jax.serving.http.app import AppOptions, create_app
+    from mimo_jax.serving.http.limits import LimitOptions
     from mimo_jax.serving.http.service import Service
 
-    service = Service.of(engine.model, engine, *model_of(args), engine.context, args.metrics_prefix)
-    return service, create_app(service, AppOptions(keys, args.allow_origin))
+    service = Service.of(engine.model, engine, *model_of(args), engine.context, args.metrics_prefix, args.media_files)
+    limits = LimitOptions() if engine.model.towers is None else LimitOptions(body_bytes=MOST_MEDIA_BYTES)
+    return service, create_app(service, AppOptions(keys, args.allow_origin, limits))
 
 
 def need_server_packages() -> None:

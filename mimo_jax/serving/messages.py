@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from mimo_jax.errors import UserError
+from mimo_jax.media.parts import Part
+from mimo_jax.serving.attachments import MOST, TEXT_ALONE, Attachments
 from mimo_jax.serving.dialect import CLOSE, OPEN
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -16,15 +18,20 @@ REASONING = ("reasoning_content", "reasoning")  # the same by two names; the fir
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-def normalized(messages: Any) -> list[dict[str, Any]]:
-    """The messages with `role` and `content`, a string; nothing but these, and what their roles add:
+def normalized(messages: Any, attachments: Attachments = TEXT_ALONE) -> list[dict[str, Any]]:
+    """The messages with `role` and `content`, a string, or with `attachments` a list of strings and parts; nothing but
+    these, and what their roles add:
 
     of the assistant `reasoning_content` and `tool_calls` with mappings for arguments, of a tool `tool_call_id`. Unknown
     fields are dropped. Raises a `UserError` that names the field.
     """
     if not isinstance(messages, list | tuple) or not messages:
         _refuse("messages", messages, "a list of at least one message")
-    return [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
+    found = [_message(message, f"messages[{place}]", attachments) for place, message in enumerate(messages)]
+    count = sum(isinstance(part, Part) for message in found for part in message["content"])
+    if count > MOST:
+        raise UserError(f"messages: {count} images, recordings and videos; at most {MOST} are read")
+    return found
 
 
 def checked_tools(tools: Any) -> list[dict[str, Any]]:
@@ -49,17 +56,20 @@ def checked_functions(
     return checked
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, attachments: Attachments) -> dict[str, Any]:
     message = _object(message, where)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         _refuse(f"{where}.role", role, f"one of {', '.join(ROLES)}")
-    found: dict[str, Any] = {"role": ROLES[role], "content": text_of(message.get("content"), f"{where}.content")}
+    content, at = message.get("content"), f"{where}.content"
     if role == "assistant":
+        found: dict[str, Any] = {"role": role, "content": text_of(content, at)}
         found |= _reasoning(message, found["content"], where)
         if calls := _calls(message.get("tool_calls"), f"{where}.tool_calls"):
             found["tool_calls"] = calls
-    elif role == "tool":
+        return found
+    found = {"role": ROLES[role], "content": _content(content, at, attachments)}
+    if role == "tool":
         found["tool_call_id"] = _text(message.get("tool_call_id"), f"{where}.tool_call_id")
     return found
 
@@ -75,10 +85,24 @@ def text_of(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:
     return _text(content, where)
 
 
-def _part(part: Any, where: str, kinds: Sequence[str]) -> str:
+def _content(content: Any, where: str, attachments: Attachments) -> str | list[str | Part]:
+    """Text as `text_of` has it; or if parts are none, a list of texts and these."""
+    if not attachments.kinds or not isinstance(content, list | tuple):
+        return text_of(content, where)
+    found = [_part_or_text(part, f"{where}[{place}]", attachments) for place, part in enumerate(content)]
+    return found if any(isinstance(part, Part) for part in found) else "".join(map(str, found))
+
+
+def _part_or_text(part: Any, where: str, attachments: Attachments) -> str | Part:
+    if _object(part, where).get("type") in attachments.kinds:
+        return attachments.part(part, where)
+    return _part(part, where, ("text",), attachments.kinds)
+
+
+def _part(part: Any, where: str, kinds: Sequence[str], others: Sequence[str] = ()) -> str:
     kind = _object(part, where).get("type")
     if kind not in kinds:
-        _refuse(f"{where}.type", kind, f"{' or '.join(map(repr, kinds))}; this model reads nothing else")
+        _refuse(f"{where}.type", kind, f"{' or '.join(map(repr, (*kinds, *others)))}; this model reads nothing else")
     return _text(part.get("text"), f"{where}.text")
 
 

@@ -10,7 +10,9 @@ from mimo_jax.decode import loop
 from mimo_jax.decode.controls import Controls
 from mimo_jax.decode.drafter import Weights
 from mimo_jax.decode.loop import Decoder, State
+from mimo_jax.media.prompt import padded
 from mimo_jax.serving.prefix_cache import PrefixCache
+from mimo_jax.serving.requests import TokenRequest
 
 
 class Reader:
@@ -21,16 +23,18 @@ class Reader:
         decoder: Decoder,
         weights: Weights,
         capacity: int,
-        prompt: tuple[int, ...],
+        request: TokenRequest,
         cache: PrefixCache | None = None,
-        account: str = "",
     ) -> None:
-        self._decoder, self._weights, self._cache, self._account = decoder, weights, cache, account
-        self.prompt, self.length, self._worthwhile = prompt, 0, frozenset[int]()
+        self._decoder, self._cache, self._account = decoder, cache, request.account
+        self.prompt, self.length, self._worthwhile = request.prompt, 0, frozenset[int]()
+        self._weights, self._known = weights, request.known
+        if request.media is not None:
+            self._weights = loop.with_media(weights, padded(request.media.rows_RD))
         *caches, self._logits = loop.empty_caches(self._decoder, 1, capacity)
         self._caches = (caches[0], caches[1])
         if cache is not None:
-            found = cache.restore(account, prompt, self._caches)
+            found = cache.restore(self._account, self._known, self._caches)
             self._caches, self.length, self._worthwhile = found.caches, found.length, found.worthwhile
         self.cached = self.length
 
@@ -51,7 +55,7 @@ class Reader:
         self.length += count
         is_end = not self.left and self._decoder.step.groups_freely  # where the answer to it begins
         if self._cache is not None and (is_end or self.length in self._worthwhile):
-            self._cache.keep(self._account, self.prompt[: self.length], self._caches)
+            self._cache.keep(self._account, self._known[: self.length], self._caches)
 
     def start(
         self, seed: int, limit: int, controls: Controls, masks_BW: np.ndarray | None, most_logprobs: int | None

@@ -1,4 +1,4 @@
-"""What the engine takes and gives: token ids, never text, and nothing of HTTP."""
+"""What the engine takes and gives: token ids and rows of media, never text, and nothing of HTTP."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from mimo_jax.decode.sampling import Strategy
 from mimo_jax.errors import UserError, check_real, check_whole
 from mimo_jax.generation import Acceptance
+from mimo_jax.media.prompt import Media
 
 MOST_SAMPLES = 64
 MOST_TOP_LOGPROBS = 20
@@ -66,6 +67,12 @@ class TokenRequest:
     matcher: Callable[[], Matcher] | None = None  # makes one for each sample
     seconds: float = math.inf  # from submission to the end; what there is by then is the answer
     account: str = ""  # whose share of the engine, and of the prefix cache, it takes
+    media: Media | None = None  # what ids of the prompt beyond the vocabulary stand for
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """The prompt as caches know it."""
+        return self.prompt if self.media is None else self.media.known(self.prompt)
 
     def __post_init__(self) -> None:
         check_whole("request", 1, max_tokens=self.max_tokens)

@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mimo_jax.checkpoint.files.tensorfile import load_json, read_bytes
 from mimo_jax.errors import UserError
+from mimo_jax.media.parts import Part
 from mimo_jax.serving.dialect import CLOSE, OPEN, TURN, thinks
 from mimo_jax.tokenizer import Tokenizer
 
@@ -35,11 +36,16 @@ FIRST_MARKER = 0x13000  # hieroglyphs: few write them, and no filter of Jinja or
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A prompt: its token ids, the text they spell, and whether it leaves the model thinking."""
+    """A prompt: its token ids, and between them parts; the text, and whether it leaves the model thinking."""
 
-    ids: tuple[int, ...]
+    pieces: tuple[tuple[int, ...] | Part, ...]
     text: str
     thinks: bool
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Of a prompt that is text alone."""
+        return tuple(token for piece in self.pieces if not isinstance(piece, Part) for token in piece)
 
 
 class ChatTemplate:
@@ -86,14 +92,26 @@ class ChatTemplate:
         `options` are variables of the template, such as clients send as chat_template_kwargs.
         """
         given = {**options, "messages": messages, "tools": tools or None}
+        parts = [part for message in messages for part in message["content"] if isinstance(part, Part)]
         with _explaining():
-            marker = self._marker(given)
-            broken = self._broken(given, marker)
+            marker, *marks = self._unused(given, 1 + len(parts))
+            broken = self._broken(given, marker, dict(zip(parts, marks)))
         values = {**self._variables, **broken, "add_generation_prompt": True}
         if thinking is not None:
             values["enable_thinking"] = thinking
         text = self._text(values, marker)
-        return Rendered(tuple(self._encoded(text, marker)), text.replace(marker, ""), thinks(text))
+        pieces, place = list[tuple[int, ...] | Part](), 0
+        for part, mark in zip(parts, marks):
+            before, found, rest = text[place:].partition(mark)
+            if not found or mark in rest:
+                raise UserError(
+                    "chat template: it leaves out, repeats or reorders the images and recordings of messages"
+                )
+            pieces += [tuple(self._encoded(before, marker)), part]
+            place += len(before) + 1
+        pieces.append(tuple(self._encoded(text[place:], marker)))
+        shown = text.translate({ord(mark): "" for mark in (marker, *marks)})
+        return Rendered(tuple(pieces), shown, thinks(text))
 
     def _encoded(self, text: str, marker: str) -> Iterator[int]:
         for place, stretch in enumerate(self._split.split(text)):
@@ -113,18 +131,25 @@ class ChatTemplate:
                 parts.append(part)
         return "".join(parts)
 
-    def _marker(self, values: Mapping[str, Any]) -> str:
-        """A character that neither the values nor the template has."""
-        used = self._characters.union(json.dumps(values, ensure_ascii=False))
-        places = range(FIRST_MARKER, FIRST_MARKER + len(used) + 1)
-        return next(char for char in map(chr, places) if char not in used)
+    def _unused(self, values: Mapping[str, Any], count: int) -> list[str]:
+        """Characters that neither the values nor the template has."""
+        used = self._characters.union(json.dumps(values, ensure_ascii=False, default=lambda part: None))
+        places = range(FIRST_MARKER, FIRST_MARKER + len(used) + count)
+        return [char for char in map(chr, places) if char not in used][:count]
 
-    def _broken(self, value: Any, marker: str) -> Any:
-        """The value with its strings broken wherever the name of a special token is, or one could be completed."""
+    def _broken(self, value: Any, marker: str, marks: Mapping[Part, str]) -> Any:
+        """The value with its strings broken wherever the name of a special token is, or one could be completed, and
+        with a mark in the place of each part.
+        """
         if isinstance(value, Mapping):
-            return {self._broken(key, marker): self._broken(inner, marker) for key, inner in value.items()}
+            return {
+                self._broken(key, marker, marks): self._broken(inner, marker, marks) for key, inner in value.items()
+            }
         if isinstance(value, list | tuple):
-            return [self._broken(inner, marker) for inner in value]
+            broken = [self._broken(inner, marker, marks) for inner in value]
+            return "".join(broken) if any(isinstance(inner, Part) for inner in value) else broken
+        if isinstance(value, Part):
+            return marks[value]
         if not isinstance(value, str):
             return value
         for name in self._names:

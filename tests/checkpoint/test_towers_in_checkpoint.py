@@ -50,8 +50,8 @@ def test_load_keeps_towers_beside_the_text_model(tmp_path, layout):
     source = save_checkpoint(tmp_path / "hf", SEEING, tensors)
     (source / "tokenizer.json").write_bytes((mimo.BUNDLED / "tokenizer.json").read_bytes())
     model = mimo.load(source, layout=layout)
-    assert model.towers.keys() == {"vision", "audio"} and not model.towers.keys() & model.params.keys()
-    held = np.asarray(model.towers["audio"]["speech_embeddings"][1])
+    assert model.towers.params.keys() == {"vision", "audio"} and not model.towers.params.keys() & model.params.keys()
+    held = np.asarray(model.towers.params["audio"]["speech_embeddings"][1])
     assert held.tobytes() == tensors["speech_embeddings.1.weight"][1].tobytes()
 
 

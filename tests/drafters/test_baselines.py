@@ -29,7 +29,7 @@ def test_ngrams_are_copied_from_the_latest_longest_match():
     cache = DRAFTER.init_cache(len(texts), 64)
     held = np.zeros(len(texts), np.int32)
     update = jax.jit(
-        lambda cache, *read: DRAFTER.update_cache(Weights({}), cache, ReadTokens(read[0], None, *read[1:]))
+        lambda cache, *read: DRAFTER.update_cache(Weights({}), cache, ReadTokens(read[0], read[0], None, *read[1:]))
     )
     while (held < lengths - 1).any():
         counts = np.minimum(rng.integers(0, 9, len(texts)), lengths - 1 - held).astype(np.int32)
@@ -57,7 +57,9 @@ def test_mtp_drafts_are_those_of_the_layer_from_scratch():
     for start, count in ((0, 9), (9, 1), (10, 3), (13, 8)):  # the last token of a piece is padding
         piece = slice(start, start + count + 1)
         seen = dataclasses.replace(features, hidden=jnp.pad(features.hidden, [(0, 0), (0, 1), (0, 0)])[:, piece])
-        cache = update(weights, cache, ReadTokens(text[:, piece], seen, jnp.array([start]), jnp.array([count])))
+        cache = update(
+            weights, cache, ReadTokens(text[:, piece], text[:, piece], seen, jnp.array([start]), jnp.array([count]))
+        )
     context = DraftContext(weights, cache, text[:, length], jnp.array([length]), Greedy(), row_keys([0]))
     drafted = jax.jit(drafter.propose)(context).tokens
 

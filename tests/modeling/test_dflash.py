@@ -164,7 +164,7 @@ def test_the_ring_equals_a_recompute_whatever_was_rejected():
             block = np.full((1, size, AUX.shape[-1]), 99.0, np.float32)  # rejected rows hold rubbish
             block[:, :kept] = AUX[:, length : length + kept]
             tokens = jnp.zeros((1, size), jnp.int32)
-            read = ReadTokens(tokens, features(block), jnp.array([length]), jnp.array([kept]))
+            read = ReadTokens(tokens, tokens, features(block), jnp.array([length]), jnp.array([kept]))
             cache = update(weights, cache, read)
             length += kept
             context = DraftContext(weights, cache, jnp.array([17]), jnp.array([length]), Greedy(), keys)
@@ -221,7 +221,7 @@ def test_drafts_start_from_what_prompt_lookup_finds(start):
         piece = slice(length, length + 8)
         tokens = jnp.asarray(TEXT[None, piece]).at[:, kept:].set(99)  # rejected
         seen = features(AUX[:, piece])
-        read = ReadTokens(tokens, seen, jnp.array([length]), jnp.array([kept]))
+        read = ReadTokens(tokens, tokens, seen, jnp.array([length]), jnp.array([kept]))
         cache = proposer.update_cache(weights, cache, read)
         length += kept
     last, keys = jnp.array([TEXT[start]]), jax.random.key(0)[None]
@@ -251,7 +251,7 @@ def test_the_chain_drafts_what_it_was_trained_for():
     zero, count = jnp.array([0]), jnp.array([length])
     tokens = jnp.zeros((1, length), jnp.int32)
     weights = Weights(TARGET, params(config))
-    cache = proposer.update_cache(weights, cache, ReadTokens(tokens, features(AUX[:, :length]), zero, count))
+    cache = proposer.update_cache(weights, cache, ReadTokens(tokens, tokens, features(AUX[:, :length]), zero, count))
     last, keys = jnp.array([17]), jax.random.key(0)[None]
     drafted = jax.jit(proposer.propose)(DraftContext(weights, cache, last, count, Greedy(), keys))
     text = np.zeros((1, LENGTH), int)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from mimo_jax.serving.attachments import Attachments
 from mimo_jax.serving.dialect import Part, Piece
 from mimo_jax.serving.http import sse
 from mimo_jax.serving.http.conversation import Conversation
@@ -63,7 +64,7 @@ class Chat:
         self._spelling, self._head = service.spelling, service.head("chatcmpl-", "chat.completion")
         self._top_logprobs = _top_logprobs(fields)
         with naming(CHAT):
-            self.turns = [conversation(fields).turn(service, fields, account, self._top_logprobs)]
+            self.turns = [conversation(fields, service.attachments).turn(service, fields, account, self._top_logprobs)]
 
     async def whole(self, run: Run) -> dict[str, Any]:
         pieces: list[list[Piece]] = [[] for _ in run.choices]
@@ -143,9 +144,9 @@ def message_of(pieces: Sequence[Piece]) -> dict[str, Any]:
 # What a body asks for.
 
 
-def conversation(fields: Fields) -> Conversation:
+def conversation(fields: Fields, attachments: Attachments) -> Conversation:
     """Of a body's fields, those of `CHAT` that do not sample."""
-    messages, tools = normalized(fields.get("messages")), checked_tools(fields.get("tools"))
+    messages, tools = normalized(fields.get("messages"), attachments), checked_tools(fields.get("tools"))
     choice = _tool_choice(fields)
     options = fields.get("chat_template_kwargs", {})
     answer = read_fields(fields.get("response_format", {}), FORMAT, "response_format.")

@@ -34,9 +34,11 @@ class Conversation:
     def turn(self, service: Service, fields: Fields, account: str, top_logprobs: int | None = None) -> Turn:
         """Renders and compiles, for which no event loop should wait."""
         rendered = self.rendered(service)
+        encoded = service.encode(rendered)
         grammar = self._grammar(service.grammars)
         request = dataclasses.replace(
-            token_request(service, fields, rendered.ids, account),
+            token_request(service, fields, encoded.ids, account),
+            media=service.media_of(encoded),
             top_logprobs=top_logprobs,
             matcher=functools.partial(grammar.matcher, rendered.thinks) if grammar else None,
         )

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mimo_jax.decode.sampling import Strategy
+from mimo_jax.generation import encode_pieces
 from mimo_jax.loading import Model
+from mimo_jax.media.prompt import Encoded, Media
+from mimo_jax.serving.attachments import Attachments
 from mimo_jax.serving.dialect import CALL, CLOSE, OPEN
 from mimo_jax.serving.grammar import Grammars
 from mimo_jax.serving.http.errors import not_found
 from mimo_jax.serving.http.logprobs import Spelling
 from mimo_jax.serving.http.metrics import Metrics
 from mimo_jax.serving.requests import Busy, Serving
-from mimo_jax.serving.template import ChatTemplate
+from mimo_jax.serving.template import ChatTemplate, Rendered
 from mimo_jax.tokenizer import Tokenizer
 
 
@@ -37,8 +42,11 @@ class Service:
     context: int
     thinking_begin: int | None  # tokens by which the model begins to think, and after which it does no more
     thinking_ends: frozenset[int]
+    attachments: Attachments
+    encode: Callable[[Rendered], Encoded]
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     is_draining: bool = False  # takes no more work
+    _towers: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @classmethod
     def of(
@@ -49,8 +57,9 @@ class Service:
         name: str,
         context: int,
         metrics_prefix: str = "mimo:",
+        files: Path | None = None,
     ) -> Service:
-        """A model, which was loaded from `directory`, as `engine` runs it."""
+        """A model, which was loaded from `directory`, as `engine` runs it. Messages may name `files` below a folder."""
         tokenizer, config = model.tokenizer, model.config
         ends = (tokenizer.added_tokens.get(tag) for tag in (CLOSE, CALL))
         return cls(
@@ -67,7 +76,14 @@ class Service:
             context=context,
             thinking_begin=tokenizer.added_tokens.get(OPEN),
             thinking_ends=frozenset(token for token in ends if token is not None),
+            attachments=Attachments.of(config, files),
+            encode=lambda rendered: encode_pieces(model, rendered.pieces),
         )
+
+    def media_of(self, encoded: Encoded) -> Media | None:
+        """Runs the towers, for one request at a time: of many at once, pictures would take too much memory."""
+        with self._towers:
+            return encoded.media
 
     def check_open(self) -> None:
         if self.is_draining:

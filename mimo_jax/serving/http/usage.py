@@ -6,6 +6,8 @@ OpenAI's `accepted_prediction_tokens` are of predictions that a client sends; a 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from mimo_jax.serving.http.sampling import FLAG, Fields, read_fields
@@ -20,6 +22,7 @@ class Tokens:
     cached: int  # of the prompt
     completion: int
     reasoning: int  # of the completion
+    media: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of the prompt: image, audio, video
 
     @property
     def total(self) -> int:
@@ -28,7 +31,9 @@ class Tokens:
 
 def tokens_of(run: Run) -> Tokens:
     """Of all prompts and choices. A prompt counts once, however many choices continue it."""
+    media = sum((turn.request.media.counts for turn in run.turns if turn.request.media), Counter[str]())
     return Tokens(
+        media=media,
         prompt=sum(len(turn.request.prompt) for turn in run.turns),
         cached=sum(choice.usage.cached_tokens for choice in run.choices[:: run.samples] if choice.usage),
         completion=sum(choice.used for choice in run.choices),
@@ -65,7 +70,10 @@ def usage_of(run: Run) -> dict[str, Any]:
         "prompt_tokens": tokens.prompt,
         "completion_tokens": tokens.completion,
         "total_tokens": tokens.total,
-        "prompt_tokens_details": {"cached_tokens": tokens.cached},
+        "prompt_tokens_details": {
+            "cached_tokens": tokens.cached,
+            **{f"{kind}_tokens": count for kind, count in tokens.media.items()},
+        },
         "completion_tokens_details": {"reasoning_tokens": tokens.reasoning},
     }
 

@@ -113,9 +113,14 @@ def step(
     counts_B: Int[Array, "B"],
     last_only: bool,
     running: Running = NORMALLY,
+    media_RD: Float[Array, "R D"] | None = None,
 ) -> StepOutputs:
-    """Reads the first `counts_B` tokens of each row after `lengths_B` others; logits of all T, or of the last one."""
+    """Reads the first `counts_B` tokens of each row after `lengths_B` others; logits of all T, or of the last one.
+
+    Id `target.vocab` + r is no token, but row r of `media_RD` in the place of an embedding.
+    """
     batch, steps = tokens_BT.shape
+    media_RD = jnp.zeros((0, target.width)) if media_RD is None else media_RD.astype(jnp.float32)
     if steps > CHUNK:
         raise ValueError(
             f"step: {steps} tokens of each row in one call; at most {CHUNK}, or a ring would overwrite them"
@@ -133,7 +138,7 @@ def step(
         "step",
         running,
         claimed_rows(step_phases(target, steps, batch)),
-        (weights, tokens_BT, lengths_B, counts_B),
+        (weights, tokens_BT, media_RD, lengths_B, counts_B),
         results,
         _scratch(running, "step", sizes, batch * steps, batch * shown),
         updated=cache,

@@ -50,7 +50,7 @@ float* in_place(const FloatArray& given, ffi::Result<FloatArray>& result) {
 }
 
 ffi::Error step(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArray directory, IntArray tokens,
-                IntArray lengths, IntArray counts, FloatArray global_keys, FloatArray global_values,
+                FloatArray media, IntArray lengths, IntArray counts, FloatArray global_keys, FloatArray global_values,
                 FloatArray sliding_keys, FloatArray sliding_values, ffi::Result<FloatArray> logits,
                 ffi::Result<FloatArray> hidden, ffi::Result<FloatArray> aux, ffi::Result<IntArray> expert_counts,
                 ffi::Result<IntArray> best, ffi::Result<FloatArray> new_global_keys,
@@ -58,7 +58,7 @@ ffi::Error step(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArra
                 ffi::Result<FloatArray> new_sliding_values, ffi::Result<ByteArray> scratch, IntSpan sizes,
                 FloatSpan numbers, IntSpan layers, IntSpan aux_layers, int32_t threads, int32_t delays) {
   TargetArrays arrays = {};
-  arrays.tokens = tokens.typed_data(), arrays.lengths = lengths.typed_data(), arrays.counts = counts.typed_data();
+  arrays.tokens = tokens.typed_data(), arrays.media = media.typed_data(), arrays.lengths = lengths.typed_data(), arrays.counts = counts.typed_data();
   arrays.global_keys = in_place(global_keys, new_global_keys);
   arrays.global_values = in_place(global_values, new_global_values);
   arrays.sliding_keys = in_place(sliding_keys, new_sliding_keys);
@@ -153,8 +153,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_step, step,
                                   .Arg<ByteArray>()
                                   .Arg<IntArray>()  // table, weights
                                   .Arg<IntArray>()
+                                  .Arg<FloatArray>()
                                   .Arg<IntArray>()
-                                  .Arg<IntArray>()  // tokens, lengths, counts
+                                  .Arg<IntArray>()  // tokens, media, lengths, counts
                                   .Arg<FloatArray>()
                                   .Arg<FloatArray>()
                                   .Arg<FloatArray>()

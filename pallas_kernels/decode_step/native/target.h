@@ -8,6 +8,7 @@
 // [L][B][K][S][V].
 struct TargetArrays {
   const int32_t *tokens, *lengths, *counts;  // [B][T], [B], [B]
+  const float* media;                        // [R][D], for ids from the vocabulary's size on
   float *global_keys, *global_values, *sliding_keys, *sliding_values;
   float *logits, *hidden, *aux;   // [B][shown][C], [B][T][D], [B][T][aux layers][D]
   int32_t *expert_counts, *best;  // [MoE layers][E], [B][shown]
@@ -110,7 +111,11 @@ class Target {
     const float* frequencies[2] = {w.vector(SLOT_GLOBAL_FREQUENCIES), w.vector(SLOT_SLIDING_FREQUENCIES)};
     for (int m = row.first(count()); m < row.last(count()); m++) {
       const Token& token = tokens_[m];
-      w.look_up(SLOT_EMBED, a.tokens[token.row * a.steps + token.place], x.row(m));
+      const int id = a.tokens[token.row * a.steps + token.place];
+      if (id < s.vocab)
+        w.look_up(SLOT_EMBED, id, x.row(m));
+      else
+        std::copy_n(a.media + (size_t)(id - s.vocab) * s.width, s.width, x.row(m));
       for (int kind = 0; kind < 2; kind++) angles_[kind].set(m, token.position, frequencies[kind]);
     }
   }
