@@ -12,6 +12,7 @@ from mimo_jax.errors import UserError
 
 FULL, BY_ROWS, BY_COLUMNS = -1, 0, 1  # what a block attends to, and in which order its window runs
 SINKS = ("denominator", "first key")
+RESIZING = ("bilinear", "bicubic")
 
 
 def _check(where: str, config: object, fields: tuple[str, ...]) -> None:
@@ -38,7 +39,9 @@ class VisionConfig:
     merge: int = 2  # patches on each side of a token
     window: int = 64  # patches of the sequence, to each side
     has_sink: bool = True  # on blocks with a window
-    sink: str = "denominator"  # or "first key", see `modeling.vision`; no file says which
+    # What no published file says, and implementations disagree about.
+    sink: str = "denominator"  # or "first key", see `modeling.vision`
+    resizing: str = "bilinear"  # of pictures, as Xiaomi's serving code does; or "bicubic", see `media.pixels`
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     init_range: float = 0.02
@@ -55,6 +58,8 @@ class VisionConfig:
             raise UserError(f"vision: head_dim={self.head_dim} must be a multiple of 4: rows and columns are rotated")
         if self.sink not in SINKS:
             raise UserError(f"vision: sink={self.sink!r} must be one of {', '.join(SINKS)}")
+        if self.resizing not in RESIZING:
+            raise UserError(f"vision: resizing={self.resizing!r} must be one of {', '.join(RESIZING)}")
 
     @property
     def depth(self) -> int:

@@ -1,7 +1,8 @@
 """From pixels to patches: the size a picture is read at, its resizing, and the order in which patches lie.
 
 Numbers are those of Xiaomi's own serving code (SGLang's processor of MiMo-V2): bilinear without antialiasing, in
-float32 and without rounding to 8 bits, then CLIP's statistics.
+float32 and without rounding to 8 bits, then CLIP's statistics. Hugging Face's processor of Qwen2-VL, which other
+engines use, is bicubic with antialiasing, in 8 bits.
 """
 
 from __future__ import annotations
@@ -52,8 +53,23 @@ def target_size(height: int, width: int, factor: int, least: int, most: int) -> 
     return tall, wide
 
 
-def resized(pixels_THWC: Float[np.ndarray, "T H W C"], height: int, width: int) -> Float[np.ndarray, "T I J C"]:
-    """Bilinear, with half-pixel centres, edges held, and no antialiasing."""
+def resized(
+    pixels_THWC: Float[np.ndarray, "T H W 3"], height: int, width: int, resizing: str = "bilinear"
+) -> Float[np.ndarray, "T I J 3"]:
+    """Frames with channels in 0..255 at another size, by one of `RESIZERS`."""
+    return RESIZERS[resizing](pixels_THWC.astype(np.float32), height, width)
+
+
+def _bicubic(pixels_THWC: Float[np.ndarray, "T H W 3"], height: int, width: int) -> Float[np.ndarray, "T I J 3"]:
+    """Pillow's."""
+    from PIL import Image
+
+    frames = [Image.fromarray(np.rint(frame).clip(0, 255).astype(np.uint8)) for frame in pixels_THWC]
+    return np.stack([frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames]).astype(np.float32)
+
+
+def _bilinear(pixels_THWC: Float[np.ndarray, "T H W 3"], height: int, width: int) -> Float[np.ndarray, "T I J 3"]:
+    """With half-pixel centres, edges held, and no antialiasing."""
     rows_TIWC = _between(pixels_THWC, height, axis=1)
     return _between(rows_TIWC, width, axis=2)
 
@@ -69,11 +85,14 @@ def _between(values: np.ndarray, size: int, axis: int) -> np.ndarray:
     return np.take(values, low, axis) * (1 - share) + np.take(values, high, axis) * share
 
 
+RESIZERS = {"bilinear": _bilinear, "bicubic": _bicubic}
+
+
 def patches_of(pixels_THWC: Float[np.ndarray, "T H W 3"], config: VisionConfig, least: int, most: int) -> Patches:
     """T frames with channels in 0..255, resized to `least` to `most` pixels each."""
     _, tall, wide, _ = pixels_THWC.shape
     height, width = target_size(tall, wide, config.patch * config.merge, least, most)
-    return in_patches(resized(pixels_THWC.astype(np.float32), height, width), config)
+    return in_patches(resized(pixels_THWC, height, width, config.resizing), config)
 
 
 def in_patches(pixels_THWC: Float[np.ndarray, "T H W 3"], config: VisionConfig) -> Patches:

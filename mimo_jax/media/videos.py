@@ -103,7 +103,7 @@ def _frames(
                 size = target_size(tall, wide, vision.patch * vision.merge, media.video_min_pixels, most)
                 if size[0] * size[1] * len(chosen) > MOST_KEPT:
                     raise UserError(f"{where}: {len(chosen)} frames of {size[1]} x {size[0]} pixels are too many")
-            yield resized(pixels[None], *size)[0]
+            yield resized(pixels[None], *size, vision.resizing)[0]
         if index >= chosen[-1]:
             return
 
