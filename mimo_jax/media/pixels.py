@@ -64,8 +64,11 @@ def _bicubic(pixels_THWC: Float[np.ndarray, "T H W 3"], height: int, width: int)
     """Pillow's."""
     from PIL import Image
 
-    frames = [Image.fromarray(np.rint(frame).clip(0, 255).astype(np.uint8)) for frame in pixels_THWC]
-    return np.stack([frame.resize((width, height), Image.Resampling.BICUBIC) for frame in frames]).astype(np.float32)
+    def one(pixels_HWC: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(np.rint(pixels_HWC).clip(0, 255).astype(np.uint8))
+        return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+
+    return np.stack([one(frame) for frame in pixels_THWC])
 
 
 def _bilinear(pixels_THWC: Float[np.ndarray, "T H W 3"], height: int, width: int) -> Float[np.ndarray, "T I J 3"]:
