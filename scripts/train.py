@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from mimo_jax.cli.guard import main_guard
 from mimo_jax.cli.options import Parser, add_mesh_options, mesh_of
 from mimo_jax.cli.plots import need_matplotlib
-from mimo_jax.cli.values import new_folder, output_file, output_folder, real, whole
+from mimo_jax.cli.values import folder, new_folder, output_file, output_folder, real, whole
 
 if TYPE_CHECKING:
     from mimo_jax.training.launch import Launch
@@ -107,6 +107,30 @@ def export_drafter_command(args: argparse.Namespace) -> dict:
 
     checkpoint = Path(args.checkpoint) if args.checkpoint else None
     return export_drafter(Path(args.run), args.out, checkpoint, args.expect, args.expect_published)
+
+
+def characters_command(args: argparse.Namespace) -> dict:
+    launch = launch_of(args)
+    from mimo_jax.training.reading.characters import CharacterConfig
+    from mimo_jax.training.reading.launch import train_characters
+
+    train = CharacterConfig(args.steps, args.rows, args.rate, seed=args.seed)
+    return train_characters(launch, Path(args.model), args.fonts, train)
+
+
+def join_command(args: argparse.Namespace) -> dict:
+    launch = launch_of(args)
+    from mimo_jax.training.reading.joining import JoinConfig
+    from mimo_jax.training.reading.launch import train_join
+
+    train = JoinConfig(args.steps, args.rows, tower_rate=args.tower_rate, text_rate=args.rate, seed=args.seed)
+    return train_join(launch, Path(args.model), Path(args.start), args.fonts, train)
+
+
+def export_seeing_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.training.reading.launch import export_seeing
+
+    return export_seeing(Path(args.run), Path(args.model), args.out)
 
 
 def plot_command(args: argparse.Namespace) -> dict:
@@ -195,19 +219,37 @@ def parser() -> Parser:
     export_drafter.add_argument("--expect-published", type=real(1, 1000), help="the same of the drafter without extras")
     export_drafter.set_defaults(command=export_drafter_command)
 
+    characters = commands.add_parser("characters", help="a vision tower that tells characters in pictures of code")
+    characters.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
+    characters.set_defaults(command=characters_command)
+
+    join = commands.add_parser("join", help="tower and text model together: they learn to write down pictures")
+    join.add_argument("--start", required=True, help="the run of characters to start from")
+    join.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the text model")
+    join.add_argument("--tower-rate", type=float, default=2e-3, help="peak learning rate of the tower")
+    join.set_defaults(command=join_command)
+
+    export_seeing = commands.add_parser("export-seeing", help="write a checkpoint with the tower of a finished join")
+    export_seeing.add_argument("--run", required=True, help="the run to export")
+    export_seeing.add_argument("--out", type=new_folder, required=True, help="folder to write; must not exist")
+    export_seeing.set_defaults(command=export_seeing_command)
+
+    for command in (characters, join):
+        command.add_argument("--rows", type=whole(256), default=1024, help="of pictures, in a step")
+        command.add_argument("--fonts", type=folder, help="folder that `make fonts` installed them into")
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")
     plot.add_argument("--run", action="append", required=True, help="a run; repeat it")
     plot.add_argument("--out", type=output_file, required=True, help="PNG file to write")
     plot.set_defaults(command=plot_command)
 
-    for command in (distill, drafter):
+    for command in (distill, drafter, characters, join, export_seeing):
         command.add_argument("--model", required=True, help="checkpoint folder of the target")
-    for command in (pretrain, distill, drafter):
+    for command in (pretrain, distill, drafter, characters, join):
         command.add_argument("--seed", type=int, default=0)
     corpus.add_argument("--data", type=output_folder, default="runs/corpus", help="folder of the corpus")
-    for command in (pretrain, anneal, export, distill, drafter):
+    for command in (pretrain, anneal, export, distill, drafter, characters, join):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
-    for command in (pretrain, anneal, drafter):
+    for command in (pretrain, anneal, drafter, characters, join):
         command.add_argument(
             "--run", type=output_folder, required=True, help="folder of the run: log, plot, checkpoints"
         )

@@ -89,7 +89,7 @@ def train_drafter(
         check_same_tokenizer(model_directory, launch.data)
     settings = run.settings_of(config, train, start=start, corpus=identity(launch.data))
     tokens_per_step = train.batch * texts.tokens.shape[1]
-    return _go(launch, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step)
+    return go(launch, settings, lambda: drafter.init_state(config, train, params), update, tokens_per_step)
 
 
 def _on_corpus(
@@ -100,10 +100,10 @@ def _on_corpus(
     check_rows(train.batch, launch.mesh, "sequences of a batch")
     check_rows(train.mtp_rows, launch.mesh, "sequences of a batch that train the MTP layers")
     update = run.pretraining_update(load_tokens(launch.data, "train"), config, train, launch.mesh)
-    return _go(launch, settings, fresh_state, update, train.batch * train.length)
+    return go(launch, settings, fresh_state, update, train.batch * train.length)
 
 
-def _go(
+def go(
     launch: Launch,
     settings: dict[str, Any],
     fresh_state: Callable[[], Any],

@@ -1,0 +1,110 @@
+"""The first stage: a vision tower learns to tell which characters each of its tokens holds.
+
+Linear heads on its rows, which are left out afterwards, say for every slot of a token (`examples`) which character has
+its centre there, if any. So the rows that reach the text model spell the text already, three characters each at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mimo_jax.config.towers import VisionConfig
+from mimo_jax.errors import check_real, check_whole
+from mimo_jax.modeling.vision import VisionTower, init_vision
+from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
+from mimo_jax.training.reading.examples import CLASSES, NOTHING, SLOTS, Batch
+from mimo_jax.weights import Params
+
+HEADS = "heads"
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterConfig:
+    """One run: `tokens` of the tower in a step. Slots without a character count for `nothing` of one with."""
+
+    steps: int
+    tokens: int = 1024
+    peak_rate: float = 4e-3
+    warmup: int = 100
+    decay_share: float = 0.3  # of the steps, at the end, in which the rate falls to zero
+    weight_decay: float = 0.05
+    nothing: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("characters", 1, steps=self.steps, tokens=self.tokens)
+        check_whole("characters", 0, 2**32 - 1, seed=self.seed)
+        check_whole("characters", 0, warmup=self.warmup)
+        check_rate("characters", self.peak_rate)
+        check_real(
+            "characters", 0, 1, decay_share=self.decay_share, nothing=self.nothing, weight_decay=self.weight_decay
+        )
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        decay = int(self.steps * self.decay_share)
+        schedule = learning_rate(self.peak_rate, self.warmup, self.steps - decay, decay)
+        rules = {"tower": make_optimizer(schedule, self.weight_decay), HEADS: optax.adamw(schedule, weight_decay=0.0)}
+        return optax.partition(rules, {"vision": "tower", HEADS: HEADS})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CharacterState:
+    """`params` are the tower's, "vision", and the heads'."""
+
+    params: Params
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+def init_characters(config: VisionConfig, train: CharacterConfig) -> CharacterState:
+    tower, heads = jax.random.split(jax.random.key(train.seed))
+    shape = (config.out_size, SLOTS * CLASSES)
+    params = {"vision": init_vision(config, tower), HEADS: 0.02 * jax.random.normal(heads, shape)}
+    return CharacterState(params, train.optimizer.init(params), jnp.int32(0))
+
+
+def rows_of(config: VisionConfig, tower: Params, batch: Batch) -> Float[Array, "B R D"]:
+    """The tower's rows of each picture."""
+
+    def of_picture(patches_SP: Array, places: Any) -> Array:
+        return VisionTower(config).apply({"params": tower}, patches_SP[None], places)[0]
+
+    return jax.vmap(of_picture)(jnp.asarray(batch.patches_BSP), batch.places)
+
+
+def classes_of(config: VisionConfig, params: Params, batch: Batch) -> Float[Array, "B R N K"]:
+    """Logits of the classes of every slot."""
+    rows_BRD = rows_of(config, params["vision"], batch)
+    return (rows_BRD @ params[HEADS]).reshape(*rows_BRD.shape[:2], SLOTS, CLASSES)
+
+
+def loss_fn(params: Params, batch: Batch, config: VisionConfig, train: CharacterConfig):
+    """Cross-entropy per slot, weighted; and the share of characters that were told right."""
+    logits_BRNK = classes_of(config, params, batch)
+    is_real_BR1 = (jnp.arange(logits_BRNK.shape[1]) < batch.counts_B[:, None])[..., None]
+    is_nothing = batch.labels_BRN == NOTHING
+    weights = is_real_BR1 * jnp.where(is_nothing, train.nothing, 1.0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BRNK, batch.labels_BRN)
+    is_right = (jnp.argmax(logits_BRNK, axis=-1) == batch.labels_BRN) & ~is_nothing
+    return jnp.sum(weights * losses) / jnp.sum(weights), jnp.sum(is_right) / jnp.sum(~is_nothing)
+
+
+@partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
+def character_step(
+    state: CharacterState, batch: Batch, config: VisionConfig, train: CharacterConfig
+) -> tuple[CharacterState, dict[str, Array]]:
+    """One update. Returns the new state (the old one is donated) and scalar metrics."""
+    (loss, right), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, config, train)
+    updates, optimizer = train.optimizer.update(gradients, state.optimizer, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "right": right, "gradient_norm": optax.tree.norm(gradients)}
+    return CharacterState(params, optimizer, state.step + 1), metrics

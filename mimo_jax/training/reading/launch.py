@@ -1,0 +1,128 @@
+"""Starts the stages of a model that reads, goes on with them, and writes what comes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mimo_jax.checkpoint.convert import carried_files
+from mimo_jax.checkpoint.export import write_checkpoint
+from mimo_jax.checkpoint.read import read
+from mimo_jax.config.model import ModelConfig
+from mimo_jax.config.towers import MEDIA_TOKENS, MediaConfig, VisionConfig
+from mimo_jax.loading import load_dense
+from mimo_jax.tokenizer import Tokenizer
+from mimo_jax.training import run
+from mimo_jax.training.corpus import batch_at, check_same_tokenizer, check_vocabulary, identity, load_tokens
+from mimo_jax.training.launch import Launch, go
+from mimo_jax.training.reading.characters import (
+    CharacterConfig,
+    CharacterState,
+    character_step,
+    init_characters,
+)
+from mimo_jax.training.reading.examples import Reader, batches
+from mimo_jax.training.reading.fonts import TRAINED, font_file
+from mimo_jax.training.reading.joining import JoinConfig, JoinState, init_join, join_step, merged, transcripts
+
+FIRST_UNUSED = 0xF5  # of the bytes that no UTF-8 text has: their tokens are free to stand for media
+
+
+def seeing(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """`config` with a small vision tower, 0.8 million parameters, for pictures of up to 256 rows."""
+    unused = (tokenizer.id_of(chr(FIRST_UNUSED + index)) for index in range(len(MEDIA_TOKENS)))
+    limits = {"image_min_pixels": 1024, "image_max_pixels": 65_536}
+    vision = VisionConfig(
+        config.hidden_size,
+        windows=(0, 1, 0, 0, -1),
+        hidden_size=96,
+        intermediate_size=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24,
+        patch=8,
+        init_range=0.08,  # at 0.02 the first characters took three times as many steps
+    )
+    return dataclasses.replace(config, vision=vision, media=MediaConfig(**dict(zip(MEDIA_TOKENS, unused)), **limits))
+
+
+def reader_of(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, fonts: Path | None) -> Reader:
+    """Pictures in all fonts that are not held out."""
+    assert config.vision is not None and config.media is not None
+    files = tuple(font_file(name, fonts) for name in TRAINED)
+    return Reader(tokens, tokenizer, files, config.vision, config.media)
+
+
+def train_characters(launch: Launch, model: Path, fonts: Path | None, train: CharacterConfig) -> dict[str, Any]:
+    """The first stage, for the width of the model's text part."""
+    held = load_dense(model)
+    config, reader = _reader(launch, held.config, held.tokenizer, model, fonts)
+    vision = reader.vision
+
+    def update(state: CharacterState, step: int) -> tuple[CharacterState, run.Metrics]:
+        batch, _ = next(batches(reader, train.tokens, train.seed, step))
+        return character_step(state, batch, vision, train)
+
+    settings = run.settings_of(config, train, corpus=identity(launch.data), fonts=list(TRAINED))
+    return go(launch, settings, lambda: init_characters(vision, train), update, train.tokens)
+
+
+def train_join(launch: Launch, model: Path, start: Path, fonts: Path | None, train: JoinConfig) -> dict[str, Any]:
+    """The second stage, from the tower of the run `start`."""
+    held = load_dense(model)
+    config, reader = _reader(launch, held.config, held.tokenizer, model, fonts)
+    tokens = load_tokens(launch.data, "train")
+    text = {name: part for name, part in held.params.items() if name != "mtp"}
+
+    def fresh() -> JoinState:
+        base = CharacterConfig(**run.all_settings(start)["train"])
+        return init_join(text, run.restore(start, lambda: init_characters(reader.vision, base)).params["vision"], train)
+
+    def update(state: JoinState, step: int) -> tuple[JoinState, run.Metrics]:
+        for batch, found in batches(reader, train.rows, train.seed, step * TRIES):
+            told = transcripts(found, config, held.tokenizer, batch.labels_BRN.shape[1])
+            if told is not None:
+                break
+        window = batch_at(tokens, step, train.windows, train.length, train.seed)
+        return join_step(state, text, batch, told, window, config, train)
+
+    settings = run.settings_of(config, train, start=start.name, corpus=identity(launch.data), fonts=list(TRAINED))
+    return go(launch, settings, fresh, update, train.rows + train.windows * train.length)
+
+
+TRIES = 16  # batches of other pictures in reserve for each step
+
+
+def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
+    """The checkpoint `model` with the tower of a finished run, and with what its text part has learnt.
+
+    All other weights keep their bits.
+    """
+    settings = run.all_settings(directory)
+    train, dense = JoinConfig(**settings["train"]), load_dense(model)
+    config = seeing(dense.config, dense.tokenizer)
+    vision = config.vision
+    assert vision is not None
+
+    def fresh() -> JoinState:
+        return init_join(dense.params, init_characters(vision, CharacterConfig(1)).params["vision"], train)
+
+    state, held = run.restore(directory, fresh), read(model)
+    params = {**merged(held.params, state.params), "vision": state.params["vision"]}
+    config = dataclasses.replace(config, dtype=held.config.dtype)
+    write_checkpoint(out, config, jax.device_get(params), carried_files(model))
+    return {"checkpoint": str(out), "step": int(state.step)}
+
+
+def _reader(
+    launch: Launch, config: ModelConfig, tokenizer: Tokenizer, model: Path, fonts: Path | None
+) -> tuple[ModelConfig, Reader]:
+    check_same_tokenizer(model, launch.data)
+    tokens = load_tokens(launch.data, "train")
+    check_vocabulary(tokens, config.vocab_size)
+    config = seeing(config, tokenizer)
+    return config, reader_of(config, tokenizer, tokens, fonts)

@@ -1,0 +1,85 @@
+"""Pictures of code as editors and terminals show it, and where each character of them is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from mimo_jax.training.reading.fonts import load_font
+
+EMS = (11, 19)  # pixels
+LINE_HEIGHTS = (1.1, 1.5)  # in ems
+LEAST_PITCH = 17  # pixels from line to line: a little more than that of the tower's tokens, so that none has two lines
+MARGIN = 12  # pixels, at most
+MOST_NOISE = 12.0  # standard deviation, of 255 levels
+LEAST_CONTRAST = 90  # levels between the ground and what is written on it
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What was drawn: lines of text, and the grid that their characters stand in, in pixels."""
+
+    pixels_HW3: Float[np.ndarray, "H W 3"]
+    lines: tuple[str, ...]
+    left: float
+    top: float
+    advance: float  # from character to character
+    pitch: float  # from line to line
+
+    def centre(self, line: int, column: int) -> tuple[float, float]:
+        """(x, y) of a character."""
+        return self.left + (column + 0.5) * self.advance, self.top + (line + 0.5) * self.pitch
+
+
+def draw(lines: Sequence[str], file: Path, rng: np.random.Generator, size: int | None = None) -> Picture:
+    """Lines in a font at a random size, with random margins, colours and noise."""
+    from PIL import Image, ImageDraw
+
+    size = int(rng.integers(EMS[0], EMS[1] + 1)) if size is None else size
+    font = load_font(file, size)
+    advance, (ascent, descent) = font.getlength("M"), font.getmetrics()
+    pitch = max(LEAST_PITCH, round(size * rng.uniform(*LINE_HEIGHTS)), ascent + descent)
+    left, top, right, bottom = rng.integers(1, MARGIN, 4)
+    width = int(np.ceil(left + advance * max(map(len, lines)) + right))
+    ground, inks = _colours(rng)
+    picture = Image.new("RGB", (width, int(top + pitch * len(lines) + bottom)), ground)
+    pen, above = ImageDraw.Draw(picture), (pitch - ascent - descent) / 2
+    for row, line in enumerate(lines):
+        for column, word in _words(line):
+            ink = inks[rng.integers(len(inks))]
+            pen.text((left + column * advance, top + row * pitch + above), word, fill=ink, font=font)
+    pixels = np.asarray(picture, np.float32)
+    pixels += rng.normal(0, rng.uniform(0, MOST_NOISE), pixels.shape).astype(np.float32)
+    return Picture(pixels.clip(0, 255), tuple(lines), float(left), float(top), float(advance), float(pitch))
+
+
+def _words(line: str) -> list[tuple[int, str]]:
+    """Stretches without spaces, and the column that each begins at."""
+    found, column = list[tuple[int, str]](), 0
+    for word in line.split(" "):
+        if word:
+            found.append((column, word))
+        column += len(word) + 1
+    return found
+
+
+def _colours(rng: np.random.Generator) -> tuple[tuple[int, int, int], list[tuple[int, int, int]]]:
+    """A ground, dark or light, and one to four inks that stand out from it, as highlighting has them."""
+    is_dark = rng.random() < 0.5
+    ground = rng.integers(0, 60, 3) if is_dark else rng.integers(200, 256, 3)
+    inks = list[tuple[int, int, int]]()
+    count = int(rng.integers(1, 5))
+    while len(inks) < count:
+        ink = rng.integers(0, 256, 3)
+        if abs(float(ink.mean() - ground.mean())) >= LEAST_CONTRAST:
+            inks.append(_rgb(ink))
+    return _rgb(ground), inks
+
+
+def _rgb(levels: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = levels.tolist()
+    return red, green, blue

@@ -1,0 +1,208 @@
+"""Pictures of code: what they are said to hold is what they hold; stages learn, and leave alone what they must."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+import mimo_jax as mimo
+from mimo_jax.checkpoint.export import write_checkpoint
+from mimo_jax.checkpoint.huggingface import read_hf_config
+from mimo_jax.config.towers import VisionConfig
+from mimo_jax.errors import UserError
+from mimo_jax.evaluation.reading import Told, accuracy, distance
+from mimo_jax.loading import load
+from mimo_jax.modeling.backbone import init_params
+from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
+from mimo_jax.training import corpus
+from mimo_jax.training.export import extra_files
+from mimo_jax.training.launch import Launch
+from mimo_jax.training.reading import launch as stages
+from mimo_jax.training.reading.characters import CharacterConfig, character_step, init_characters
+from mimo_jax.training.reading.examples import SIZES, Reader, batches, examples, labels_of, spelled
+from mimo_jax.training.reading.fonts import FONTS, HELD_OUT, TRAINED, font_file
+from mimo_jax.training.reading.joining import TEXT_TOKENS, JoinConfig, transcripts
+from mimo_jax.training.reading.pictures import LEAST_PITCH, draw
+from mimo_jax.training.reading.snippets import CHARACTERS, snippet
+from tests.checkpoint.samples import load_file, small
+
+ROOT = Path(mimo.__file__).parent
+TOKENIZER = Tokenizer.load(mimo.BUNDLED / "tokenizer.json")
+TEXT = "".join(path.read_text() for path in sorted((ROOT / "decode").glob("*.py")))
+TOKENS = np.array(TOKENIZER.encode(TEXT, literal=True), np.uint16)
+INSTALLED = [name for name, font in FONTS.items() if importlib.util.find_spec(font.package)]
+CONFIG = stages.seeing(small(vocab_size=4096), TOKENIZER)
+TINY = VisionConfig(64, (0, 1, -1), 32, 48, num_heads=4, num_kv_heads=2, head_dim=8, patch=8, window=16, init_range=0.1)
+
+
+def reader(vision: VisionConfig = TINY) -> Reader:
+    assert CONFIG.media is not None
+    files = tuple(font_file(name) for name in INSTALLED if name in TRAINED)
+    return Reader(TOKENS, TOKENIZER, files, vision, CONFIG.media)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_labels_spell_the_picture(name):
+    """In every font that is here, at any size and margin: each character in a slot of its own, line after line."""
+    found = dataclasses.replace(reader(), fonts=(font_file(name),))
+    for example in itertools.islice(examples(found, np.random.default_rng(0), 128), 40):
+        told = spelled(example.labels_RN, example.columns // TINY.merge)
+        assert told == "\n".join(line for line in example.text.split("\n") if line)  # empty lines have no slot
+
+
+def test_labels_lie_where_ink_is():
+    """Of a picture of dots in the first and third line, the darkest tokens are those that labels name."""
+    rng = np.random.default_rng(1)
+    picture = draw(["#  #", "", " ##"], font_file("DejaVu Sans Mono Bold"), rng, size=16)
+    height, width, _ = picture.pixels_HW3.shape
+    rows, columns = height // 16, width // 16
+    labels = labels_of(picture, rows, columns)
+    hash_class = 1 + CHARACTERS.index("#")
+    ground = np.median(picture.pixels_HW3, axis=(0, 1))
+    differs = np.abs(picture.pixels_HW3 - ground).mean(axis=2)
+    cells = differs[: rows * 16, : columns * 16].reshape(rows, 16, columns, 16).mean(axis=(1, 3)).ravel()
+    inked = (labels == hash_class).any(axis=1)
+    assert cells[inked].min() > 2 * np.median(cells[~inked])
+    assert picture.pitch >= LEAST_PITCH
+
+
+def test_snippets_are_code_as_it_stands():
+    """They fit, are printable, begin at the margin, and every line is one of the corpus, but for its indentation."""
+    rng, known = np.random.default_rng(0), [line.strip() for line in TEXT.expandtabs(4).split("\n")]
+    for _ in range(50):
+        lines = snippet(TOKENS, TOKENIZER, rng, SIZES[256])
+        assert 1 <= len(lines) <= 12 and all(len(line) <= 40 and set(line) <= set(CHARACTERS) for line in lines)
+        assert any(line and not line.startswith(" ") for line in lines)
+        assert all(any(one.startswith(line.strip()) for one in known) for line in lines)
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    """So a run that is killed goes on with the same pictures."""
+    first = list(itertools.islice(batches(reader(), 256, seed=3), 3))
+    again, _ = next(batches(reader(), 256, seed=3, first=2))
+    for one, other in zip(jax.tree.leaves(first[2][0]), jax.tree.leaves(again)):
+        np.testing.assert_array_equal(one, other)
+    assert first[0][0].patches_BSP.shape[0] * first[0][0].labels_BRN.shape[1] == 256
+
+
+def test_the_first_stage_learns_a_batch():
+    """From one batch alone, most of its characters within some steps."""
+    train = CharacterConfig(100, 256, 5e-3, warmup=5, decay_share=0)
+    batch, _ = next(batches(reader(), 64, seed=0))
+    state, rights = init_characters(TINY, train), []
+    for _ in range(100):
+        state, metrics = character_step(state, batch, TINY, train)
+        rights.append(float(metrics["right"]))
+    assert rights[0] < 0.1 and rights[-1] > 0.5
+
+
+def test_a_transcript_is_the_prompt_and_then_the_text():
+    """Ids as `media.prompt` makes them of an image, the text's tokens and the end; only the latter are told."""
+    batch, found = next(batches(reader(), 256, seed=0))
+    size = batch.labels_BRN.shape[1]
+    told = transcripts(found, CONFIG, TOKENIZER, size)
+    assert told is not None and CONFIG.media is not None
+    for place, example in enumerate(found):
+        own = told.tokens_BT[place, told.is_told_BT[place]]
+        assert TOKENIZER.decode(own[:-1].tolist()) == example.text and own[-1] == TOKENIZER.id_of(END_OF_TEXT)
+        shown = told.tokens_BT[place, : 2 + example.count]
+        rows = 4096 + place * size + np.arange(example.count)
+        np.testing.assert_array_equal(shown, [CONFIG.media.vision_start, *rows, CONFIG.media.vision_end])
+    long = [dataclasses.replace(found[0], text="é" * (TEXT_TOKENS[size] + 1))]
+    assert transcripts(long, CONFIG, TOKENIZER, size) is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small checkpoint, and the same after two steps of each stage."""
+    folder = tmp_path_factory.mktemp("reading")
+    source = folder / "code" / "package"
+    source.mkdir(parents=True)
+    for path in (ROOT / "decode").glob("*.py"):
+        (source / path.name).write_bytes(path.read_bytes())
+        (folder / "code" / path.name).write_bytes(path.read_bytes() + b"\n")
+    corpus.build(folder / "corpus", [folder / "code"], 4096, 1, TOKENIZER)
+    config = small(vocab_size=4096)
+    start, tokenizer_json = folder / "start", (mimo.BUNDLED / "tokenizer.json").read_bytes()
+    params = init_params(config, jax.random.key(0))
+    write_checkpoint(start, config, params, extra_files(config, TOKENIZER, tokenizer_json))
+    launch = Launch(folder / "first", folder / "corpus", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "TRAINED", tuple(name for name in INSTALLED if name in TRAINED))
+        for size in (128, 256):  # so that each stage is one program
+            patch.delitem(SIZES, size)
+        stages.train_characters(launch, start, None, CharacterConfig(2, 256))
+        launch = dataclasses.replace(launch, run=folder / "second")
+        record = stages.train_join(launch, start, folder / "first", None, JoinConfig(2, 256, length=32))
+    stages.export_seeing(folder / "second", start, folder / "seeing")
+    return start, folder / "seeing", record
+
+
+def test_joining_changes_attention_and_norms_alone(trained):
+    """Every other tensor of the text model keeps its bits in the file; the tower is there."""
+    start, seeing, record = trained
+    before, after = (
+        {name: held for file in folder.glob("*.safetensors") for name, held in load_file(file).items()}
+        for folder in (start, seeing)
+    )
+    assert {name for name in after if name not in before} == {name for name in after if name.startswith("visual.")}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed and all("self_attn" in name or "layernorm" in name for name in changed)
+    assert not any(name.startswith("model.mtp") or "mtp" in name for name in changed)
+    assert set(record) >= {"loss", "divergence", "right"}
+
+
+def test_the_joined_checkpoint_takes_pictures(trained):
+    """`load` finds the tower, and a picture can be read."""
+    _, seeing, _ = trained
+    model = load(seeing)
+    assert model.towers is not None and read_hf_config(seeing)[0].vision is not None
+    picture = draw(["x = 1"], font_file("DejaVu Sans Mono"), np.random.default_rng(0))
+    file = io.BytesIO()
+    Picture.fromarray(picture.pixels_HW3.astype(np.uint8)).save(file, "PNG")
+    result = mimo.generate(model, [mimo.Image(file.getvalue())], max_tokens=3)
+    assert len(result.tokens) == 3
+
+
+def test_fonts_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(FONTS, "Fira Code", dataclasses.replace(FONTS["Fira Code"], package="no_such_package"))
+    with pytest.raises(UserError, match="font 'Fira Code': the package no_such_package is not installed; `make fonts`"):
+        font_file("Fira Code", tmp_path)
+    assert not set(HELD_OUT) & set(TRAINED)
+
+
+def by_definition(one: str, other: str) -> int:
+    if not one or not other:
+        return len(one) + len(other)
+    return min(
+        by_definition(one[1:], other) + 1,
+        by_definition(one, other[1:]) + 1,
+        by_definition(one[1:], other[1:]) + (one[0] != other[0]),
+    )
+
+
+def test_errors_are_levenshteins_distance():
+    """Against its definition, for random short strings."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        one, other = ("".join(rng.choice(list("abc"), rng.integers(0, 6))) for _ in range(2))
+        assert distance(one, other) == by_definition(one, other)
+
+
+def test_accuracy_counts_characters_not_pictures():
+    """Two errors in 20 characters; the interval is that of a ratio over pictures."""
+    told = [Told("f", "abcdefghij", "abcdefghij"), Told("f", "abcdefghij", "abXdefghi")]
+    found = accuracy(told)
+    assert found["accuracy"] == pytest.approx(0.9) and found["exact"] == 1 and found["characters"] == 20
+    spread = np.std([0 - 1.0, 2 - 1.0], ddof=1) * np.sqrt(2) / 20
+    assert found["interval"] == pytest.approx(1.96 * spread)
+    assert json.dumps(found)
