@@ -22,7 +22,7 @@ TRAIN_ENV := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 TF_CPP_MIN_LOG_LEVEL=3 \
 WHOLE := --data runs/corpus --batch 8 --length 1024
 LONG := --data runs/corpus --batch 16 --length 512
 
-.PHONY: generate chat serve install test lint lock gpu replicate train drafter controls clean
+.PHONY: generate chat serve install test lint lock gpu replicate train drafter fonts eyes controls clean
 
 generate: $(VENV)/generate.stamp
 	@$(BIN)/python scripts/generate.py --prompt="$$MIMO_PROMPT" $(ARGS)
@@ -102,6 +102,17 @@ drafter: $(VENV)/dev.stamp
 	$(TRAIN) drafter $(DRAFT) --texts runs/fresh_texts --start runs/guessing_dflash --run runs/bare --steps 2200 \
 	  --human-share 0.25 --bare-share 0.25 --anchors 32 --seed 31
 	$(TRAIN) export-drafter --run runs/bare --checkpoint runs/checkpoint
+
+# Fonts of other packages, for pictures of code: more than these packages' files of fonts is never touched.
+fonts: | $(BIN)/python
+	$(PIP) --no-deps --target runs/fonts textual-serve==1.1.3 imgui-bundle==1.93.0 streamlit==1.67.0 rich-codex==1.4.0
+
+# Its eyes: a tower that tells characters in pictures of the corpus, then tower and model together.
+READ := --data runs/corpus --fonts runs/fonts --model runs/checkpoint
+eyes: $(VENV)/dev.stamp fonts
+	$(TRAIN) characters $(READ) --run runs/characters --steps 3000
+	$(TRAIN) join $(READ) --start runs/characters --run runs/joined --steps 2000
+	$(TRAIN) export-seeing --run runs/joined --model runs/checkpoint --out runs/seeing
 
 # The controls that docs/results.md compares it with: the same small budget for each, from random weights.
 CONTROL := $(DRAFT) --texts runs/long_texts --steps 400 --batch 8 --human-share 0.25 --seed 5

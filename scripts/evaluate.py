@@ -6,6 +6,7 @@ scripts/evaluate.py rounding --model smol.gguf --calibrate docs # what MXFP4 cos
 scripts/evaluate.py acceptance --model path/to/checkpoint      # what the target accepts of its drafter's blocks
 scripts/evaluate.py domains --plot domains.png                 # the same by domain: code, prose, chat and others
 scripts/evaluate.py llama.cpp --llama runs/llama.cpp            # the same drafter there: texts, tokens per round
+scripts/evaluate.py reading --model path/to/checkpoint         # characters that it reads right in pictures, by font
 scripts/evaluate.py paths                                      # functions that compile: best of 8 against one
 """
 
@@ -27,7 +28,7 @@ from mimo_jax.cli.options import (
     named_folders,
 )
 from mimo_jax.cli.plots import need_matplotlib
-from mimo_jax.cli.values import HOTTEST, output_file, output_folder, real, whole
+from mimo_jax.cli.values import HOTTEST, folder, output_file, output_folder, real, whole
 from mimo_jax.errors import UserError
 from mimo_jax.files import write_atomically
 
@@ -142,6 +143,22 @@ def domains_command(args: argparse.Namespace) -> dict:
     return {"model": directory.name, **draft_options(args), "max_tokens": args.tokens, "rows": rows}
 
 
+def reading_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.evaluation import reading
+    from mimo_jax.evaluation.bits import heldout_of
+    from mimo_jax.loading import BUNDLED, load
+
+    directory = Path(args.model or BUNDLED)
+    tokens, _ = heldout_of(Path(args.data), directory)
+    told = reading.transcribe(load(directory, draft="none"), tokens, args.pictures, args.fonts, args.size, args.seed)
+    rows = list(reading.by_font(told))
+    for row in rows:
+        figures = "{accuracy:7.2%} +- {interval:.2%}  {exact} of {pictures} whole".format(**row)
+        print(f"{row['font']:<28}{figures}{'  (never seen in training)' * row['held_out']}", file=sys.stderr)
+    samples = [dataclasses.asdict(one) for one in told[:: args.pictures]]
+    return {"model": directory.name, "size": args.size, "seed": args.seed, "rows": rows, "samples": samples}
+
+
 def llama_cpp_command(args: argparse.Namespace) -> dict:
     from mimo_jax.evaluation import acceptance, llama_cpp_drafting
     from mimo_jax.evaluation.bits import heldout_of
@@ -242,11 +259,18 @@ def parser() -> Parser:
     paths.add_argument("--tokens", type=whole(1), default=128, help="of a body, at most")
     paths.add_argument("--temperature", type=real(0, HOTTEST), default=0.7)
     paths.set_defaults(command=paths_command)
+    reading = commands.add_parser("reading", help="characters read right in pictures of held-out code, by font")
+    reading.add_argument("--model", help="checkpoint directory (default: the bundled model)")
+    reading.add_argument("--pictures", type=whole(2, 10_000), default=50, help="of each font")
+    reading.add_argument("--size", type=whole(6, 64), help="of the font, pixels to the em (default: 11 to 19)")
+    reading.add_argument("--fonts", type=folder, help="folder that `make fonts` installed them into")
+    reading.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
+    reading.set_defaults(command=reading_command)
     for command in (bits, qat):
         command.add_argument("--windows", type=whole(2), default=400, help="held-out windows of 512 tokens")
-    for command in (bits, qat, acceptance, beside, paths):
+    for command in (bits, qat, acceptance, beside, reading, paths):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
-    for command in (bits, qat, rounding, acceptance, domains, beside, paths):
+    for command in (bits, qat, rounding, acceptance, domains, beside, reading, paths):
         command.add_argument("--out", type=output_file, help="also write the result to this JSON file")
     return parser
 
