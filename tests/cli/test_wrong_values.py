@@ -21,6 +21,8 @@ from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import run
 from mimo_jax.training.drafter import DraftTrainConfig, Geometry, drafter_for
 from mimo_jax.training.pretraining import TrainConfig
+from mimo_jax.training.reading.characters import CharacterConfig
+from mimo_jax.training.reading.joining import JoinConfig
 from mimo_jax.training.self_distillation import Texts
 from tests.checkpoint.gguf_samples import write_llama
 from tests.checkpoint.samples import random_tensors, save_checkpoint, small
@@ -57,6 +59,7 @@ WORK = (
     "mimo_jax.evaluation.rounding._laws",
     "mimo_jax.evaluation.slice.random_weights",
     "mimo_jax.evaluation.speed.generate",
+    "mimo_jax.evaluation.reading.transcribe",
     "mimo_jax.evaluation.speed.interleaved",
     "mimo_jax.generation.stream",
     "mimo_jax.planning.compiled.compile_programs",
@@ -66,7 +69,9 @@ WORK = (
     "mimo_jax.serving.engine.Engine.__init__",
     "mimo_jax.training.corpus.collect",
     "mimo_jax.training.drafter.latest_state",
-    "mimo_jax.training.launch._go",
+    "mimo_jax.training.launch.go",
+    "mimo_jax.training.reading.launch.reader_of",
+    "mimo_jax.training.run.restore",
     "mimo_jax.training.run.latest_state",
     "mimo_jax.training.run.save_figure",
     "mimo_jax.training.self_distillation.generate_chunk",
@@ -126,6 +131,8 @@ def folder(tmp_path_factory) -> Path:
     run.prepare(folder / "run", run.settings_of(CONFIG, TrainConfig(batch=2, length=16)))
     (folder / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     run.prepare(folder / "drafter_run", run.settings_of(drafter, DraftTrainConfig(steps=1)))
+    run.prepare(folder / "characters_run", run.settings_of(CONFIG, CharacterConfig(steps=1)))
+    run.prepare(folder / "join_run", run.settings_of(CONFIG, JoinConfig(steps=1)))
     write_llama(folder / "model.gguf")
     (folder / "file").write_text("a file")
     (folder / "text").write_text("def f(items):\n    return items\n" * 2000)
@@ -171,6 +178,9 @@ def good_arguments(folder: Path, script: str, name: str) -> dict[str, list[str]]
         ("train", "pretrain"): {"run": "new", "start": folder / "model", "batch": 2, "length": 16},
         ("train", "anneal"): {"run": "new"},
         ("train", "drafter"): {"run": "new", "start": folder / "model" / FOLDER, "anchors": 2},
+        ("train", "characters"): {"run": "new"},
+        ("train", "join"): {"run": "new", "start": folder / "characters_run"},
+        ("train", "export-seeing"): {"run": folder / "join_run"},
         ("train", "corpus"): {"data": "corpus"},
         ("benchmark", "slice"): {"layers": 1},
         ("convert", "from-gguf"): {"source": folder / "model.gguf"},

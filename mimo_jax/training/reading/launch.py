@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from mimo_jax.checkpoint.export import write_checkpoint
 from mimo_jax.checkpoint.read import read
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.towers import MEDIA_TOKENS, MediaConfig, VisionConfig
+from mimo_jax.errors import UserError
 from mimo_jax.loading import load_dense
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import run
@@ -29,6 +30,7 @@ from mimo_jax.training.reading.examples import Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
 from mimo_jax.training.reading.joining import JoinConfig, JoinState, init_join, join_step, merged, transcripts
 
+T = TypeVar("T")
 FIRST_UNUSED = 0xF5  # of the bytes that no UTF-8 text has: their tokens are free to stand for media
 
 
@@ -78,9 +80,11 @@ def train_join(launch: Launch, model: Path, start: Path, fonts: Path | None, tra
     tokens = load_tokens(launch.data, "train")
     text = {name: part for name, part in held.params.items() if name != "mtp"}
 
+    base = _train_config(start, CharacterConfig)
+
     def fresh() -> JoinState:
-        base = CharacterConfig(**run.all_settings(start)["train"])
-        return init_join(text, run.restore(start, lambda: init_characters(reader.vision, base)).params["vision"], train)
+        state = run.restore(start, lambda: init_characters(reader.vision, base))
+        return init_join(text, state.params["vision"], train)
 
     def update(state: JoinState, step: int) -> tuple[JoinState, run.Metrics]:
         for batch, found in batches(reader, train.rows, train.seed, step * TRIES):
@@ -102,8 +106,7 @@ def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
 
     All other weights keep their bits.
     """
-    settings = run.all_settings(directory)
-    train, dense = JoinConfig(**settings["train"]), load_dense(model)
+    train, dense = _train_config(directory, JoinConfig), load_dense(model)
     config = seeing(dense.config, dense.tokenizer)
     vision = config.vision
     assert vision is not None
@@ -116,6 +119,14 @@ def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
     config = dataclasses.replace(config, dtype=held.config.dtype)
     write_checkpoint(out, config, jax.device_get(params), carried_files(model))
     return {"checkpoint": str(out), "step": int(state.step)}
+
+
+def _train_config(directory: Path, kind: type[T]) -> T:
+    """What a run was started with, which must be of a kind."""
+    try:
+        return kind(**run.all_settings(directory)["train"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{directory}: not a run of this stage, or one of another version ({error})") from None
 
 
 def _reader(
