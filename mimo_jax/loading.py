@@ -106,9 +106,10 @@ def load(
     found = read(directory, partial(parameter_sharding, mesh=mesh) if mesh is not None else None)
     if draft == "mtp" and layout is None and layouts.choose(mesh, backend) == "native":
         layout = "dense"  # the native step leaves MTP layers out
-    towers = _towers(found.config, found.params, directory)
+    own = {name: found.params[name] for name in TOWERS if name in found.params}
     text = {name: held for name, held in found.params.items() if name not in TOWERS}
     name, config, params = layouts.for_device(found.config, text, mesh, layout, backend, consume=True)
+    towers = _towers(config, own, directory) if own else None
     values = _generation_config(directory)
     strategy = strategy_of(values, f"{directory / GENERATION_CONFIG}") if generation_config else Greedy()
     stop_ids = _stop_ids(values, config, directory)
@@ -119,12 +120,10 @@ def load(
     return model if confidence is None else with_confidence(model, confidence)
 
 
-def _towers(config: ModelConfig, params: Params, directory: Path) -> Towers | None:
-    own = {name: params[name] for name in TOWERS if name in params}
-    if not own:
-        return None
-    tokenizer = has_audio_tokenizer(directory) and config.audio is not None
-    return Towers(config, own, read_audio_tokenizer(directory / AUDIO_TOKENIZER) if tokenizer else None)
+def _towers(config: ModelConfig, params: Params, directory: Path) -> Towers:
+    """With activations of the text model's dtype."""
+    hears = config.audio is not None and has_audio_tokenizer(directory)
+    return Towers(config, params, read_audio_tokenizer(directory / AUDIO_TOKENIZER) if hears else None)
 
 
 def _usual_draft(given: str | Path, layout: str, directory: Path) -> str:
