@@ -28,7 +28,18 @@ from mimo_jax.training.export import extra_files
 from mimo_jax.training.launch import Launch
 from mimo_jax.training.reading import launch as stages
 from mimo_jax.training.reading.characters import CharacterConfig, character_step, init_characters
-from mimo_jax.training.reading.examples import SIZES, Reader, batches, examples, labels_of, spelled
+from mimo_jax.training.reading.examples import (
+    BEFORE,
+    NEWLINE,
+    SIZES,
+    Reader,
+    around,
+    batches,
+    classes_at,
+    examples,
+    places_in,
+    spelled,
+)
 from mimo_jax.training.reading.fonts import FONTS, HELD_OUT, TRAINED, font_file
 from mimo_jax.training.reading.joining import TEXT_TOKENS, JoinConfig, transcripts
 from mimo_jax.training.reading.pictures import LEAST_PITCH, draw
@@ -65,14 +76,23 @@ def test_labels_lie_where_ink_is():
     picture = draw(["#  #", "", " ##"], font_file("DejaVu Sans Mono Bold"), rng, size=16)
     height, width, _ = picture.pixels_HW3.shape
     rows, columns = height // 16, width // 16
-    labels = labels_of(picture, rows, columns)
-    hash_class = 1 + CHARACTERS.index("#")
+    places = places_in(picture, rows, columns)
+    text = "\n".join(picture.lines)
     ground = np.median(picture.pixels_HW3, axis=(0, 1))
     differs = np.abs(picture.pixels_HW3 - ground).mean(axis=2)
     cells = differs[: rows * 16, : columns * 16].reshape(rows, 16, columns, 16).mean(axis=(1, 3)).ravel()
-    inked = (labels == hash_class).any(axis=1)
+    inked = (classes_at(text, places) == 1 + CHARACTERS.index("#")).any(axis=1)
     assert cells[inked].min() > 2 * np.median(cells[~inked])
     assert picture.pitch >= LEAST_PITCH
+
+
+def test_a_token_tells_what_comes_before_and_after_its_own():
+    """In the order of reading, over the ends of lines; nothing before the first character and after the last."""
+    text, places = "ab\ncd", np.array([[0, 1, -1], [-1, -1, -1], [3, -1, -1], [-1, 4, -1]])
+    a, b, c, d = (1 + CHARACTERS.index(character) for character in "abcd")
+    found = around(text, places)
+    assert found[:, :BEFORE].tolist() == [[0, 0, 0], [-1] * 3, [NEWLINE, b, a], [c, NEWLINE, b]]
+    assert found[:, BEFORE:].tolist() == [[NEWLINE, c, d, 0, 0], [-1] * 5, [d, 0, 0, 0, 0], [0] * 5]
 
 
 def test_snippets_are_code_as_it_stands():

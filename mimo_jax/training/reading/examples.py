@@ -2,6 +2,8 @@
 
 A token of the tower is a square of a picture. Lines are at least as far apart as it is high, so no more than one line
 has its centre in it, and of that line at most `SLOTS` characters: each belongs to the slot that its centre lies in.
+Beside its own, a token tells characters around them, in the order of reading: so who reads on finds in one place what
+has just been read and what comes next.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from mimo_jax.training.reading.snippets import CHARACTERS, Shape, snippet
 SLOTS = 3  # of a token
 NOTHING = 0  # in a slot; character k is class k + 1
 CLASSES = 1 + len(CHARACTERS)
+BEFORE, AFTER = 3, 5  # characters around a token's own that it tells, too
+NEWLINE = CLASSES  # among these; NOTHING: before the first character and after the last
 # Tokens of a picture, as it is padded, and what is drawn of so many.
 SIZES = {64: Shape(1, 3), 128: Shape(2, 6), 256: Shape(4, 12)}
 
@@ -43,11 +47,14 @@ class Reader:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Pictures of one padded size. `labels` are classes of slots; `count` is how many tokens a picture has."""
+    """Pictures of one padded size. `labels` are classes of slots, `around` those of the characters before and after
+    them, -1 where a token has none of its own; `count` is how many tokens a picture has.
+    """
 
     patches_BSP: Float[np.ndarray, "B S P"]
     places: Places  # of each
     labels_BRN: Int[np.ndarray, "B R N"]
+    around_BRA: Int[np.ndarray, "B R A"]
     counts_B: Int[np.ndarray, "B"]
 
 
@@ -59,6 +66,7 @@ class Example:
     rows: int
     columns: int
     labels_RN: np.ndarray
+    around_RA: np.ndarray
     text: str
 
     @property
@@ -80,19 +88,38 @@ def examples(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Ex
 def example_of(picture: Picture, reader: Reader) -> Example:
     vision, media = reader.vision, reader.media
     patches = patches_of(picture.pixels_HW3[None], vision, media.image_min_pixels, media.image_max_pixels)
-    labels_RN = labels_of(picture, patches.rows // vision.merge, patches.columns // vision.merge)
-    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, "\n".join(picture.lines))
+    places_RN = places_in(picture, patches.rows // vision.merge, patches.columns // vision.merge)
+    text = "\n".join(picture.lines)
+    labels_RN, around_RA = classes_at(text, places_RN), around(text, places_RN)
+    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, around_RA, text)
 
 
-def labels_of(picture: Picture, rows: int, columns: int) -> Int[np.ndarray, "R N"]:
-    """Classes of the slots of `rows` x `columns` tokens, row by row. Spaces up to a line's end are characters, too."""
+def places_in(picture: Picture, rows: int, columns: int) -> Int[np.ndarray, "R N"]:
+    """For every slot of `rows` x `columns` tokens, the place in the text of the character in it; -1: none."""
     height, width, _ = picture.pixels_HW3.shape
-    labels = np.full((rows, columns * SLOTS), NOTHING, np.int32)
+    places, begin = np.full((rows, columns * SLOTS), -1, np.int32), 0
     for line, text in enumerate(picture.lines):
-        for column, character in enumerate(text):
+        for column in range(len(text)):
             x, y = picture.centre(line, column)
-            labels[int(y * rows / height), int(x * columns * SLOTS / width)] = 1 + CHARACTERS.index(character)
-    return labels.reshape(rows * columns, SLOTS)
+            places[int(y * rows / height), int(x * columns * SLOTS / width)] = begin + column
+        begin += len(text) + 1
+    return places.reshape(rows * columns, SLOTS)
+
+
+def classes_at(text: str, places: Int[np.ndarray, "*S"]) -> Int[np.ndarray, "*S"]:
+    """Classes of the characters at places of a text, newlines included; NOTHING outside of it."""
+    known = [NEWLINE if character == "\n" else 1 + CHARACTERS.index(character) for character in text]
+    inside = (places >= 0) & (places < len(text))
+    return np.where(inside, np.array(known, np.int32)[np.where(inside, places, 0)], NOTHING).astype(np.int32)
+
+
+def around(text: str, places_RN: Int[np.ndarray, "R N"]) -> Int[np.ndarray, "R A"]:
+    """Classes of the characters before, the nearest first, and after those of each token; -1 where it has none."""
+    has_own = places_RN.max(axis=1) >= 0
+    first = np.where(places_RN >= 0, places_RN, len(text)).min(axis=1)
+    last = places_RN.max(axis=1)
+    near = [first[:, None] - 1 - np.arange(BEFORE), last[:, None] + 1 + np.arange(AFTER)]
+    return np.where(has_own[:, None], classes_at(text, np.concatenate(near, axis=1)), -1)
 
 
 def spelled(labels_RN: Int[np.ndarray, "R N"], columns: int) -> str:
@@ -109,12 +136,13 @@ def batched(found: Sequence[Example], size: int, merge: int) -> Batch:
     """Examples of at most `size` tokens, padded to it."""
     patches = np.zeros((len(found), size * merge**2, found[0].patches_SP.shape[1]), np.float32)
     labels = np.full((len(found), size, SLOTS), NOTHING, np.int32)
+    around = np.full((len(found), size, BEFORE + AFTER), -1, np.int32)
     for row, example in enumerate(found):
         patches[row, : len(example.patches_SP)] = example.patches_SP
-        labels[row, : example.count] = example.labels_RN
+        labels[row, : example.count], around[row, : example.count] = example.labels_RN, example.around_RA
     places = [places_of(example.rows, example.columns, size * merge**2, merge) for example in found]
     stacked = jax.tree.map(lambda *each: np.stack(each), *places)
-    return Batch(patches, stacked, labels, np.array([example.count for example in found], np.int32))
+    return Batch(patches, stacked, labels, around, np.array([example.count for example in found], np.int32))
 
 
 def batches(reader: Reader, tokens: int, seed: int, first: int = 0) -> Iterator[tuple[Batch, list[Example]]]:
