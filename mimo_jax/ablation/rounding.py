@@ -6,8 +6,12 @@ The masters of a seed are the same in all arms: QAT learns beside them (`trainin
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from mimo_jax.ablation.experiments import Metrics
 from mimo_jax.ablation.heldout import bits_of
@@ -45,7 +49,7 @@ def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
     config, tokens = config_of(settings["width"]), load_tokens(data, "train")
     first, second = _schedules(settings, seed)
     begun = second.decay_start
-    state: Any = trained(init_state(config, first), pretraining_update(tokens, config, first), range(begun))
+    state: Any = jax.tree.map(jnp.copy, _masters(config, first, data, begun))  # training takes what it is given
     if second.qat:
         state = begin(state, second)
     state = trained(state, pretraining_update(tokens, config, second), range(begun, begun + second.decay_steps))
@@ -57,10 +61,15 @@ def run(settings: dict[str, Any], seed: int, folder: Path) -> Metrics:
     return {"bits_per_byte": found, "loss": 100 * (found / exact - 1)}
 
 
+@functools.lru_cache(maxsize=1)  # a study runs all arms of a seed before the next seed
+def _masters(config: ModelConfig, train: TrainConfig, data: Path, steps: int) -> Any:
+    update = pretraining_update(load_tokens(data, "train"), config, train)
+    return trained(init_state(config, train), update, range(steps))
+
+
 def _schedules(settings: dict[str, Any], seed: int) -> tuple[TrainConfig, TrainConfig]:
     """The rate falls to zero, then once more from a fifth, with QAT: as the bundled model was trained."""
     steps, descent = settings["steps"], settings["descent"]
-    rule = {"scale_rule": settings["rule"], "seed": seed}
-    first = TrainConfig(settings["batch"], LENGTH, decay_start=steps, decay_steps=descent, **rule)
-    second = dataclasses.replace(first, peak_rate=first.peak_rate / 5, decay_start=steps + descent, qat=settings["qat"])
-    return first, second
+    first = TrainConfig(settings["batch"], LENGTH, decay_start=steps, decay_steps=descent, seed=seed)
+    again = {"peak_rate": first.peak_rate / 5, "decay_start": steps + descent, "scale_rule": settings["rule"]}
+    return first, dataclasses.replace(first, qat=settings["qat"], **again)
