@@ -17,7 +17,7 @@ from mimo_jax.config.model import PUBLISHED
 from mimo_jax.config.presets import preset
 from mimo_jax.decode.controls import alike
 from mimo_jax.decode.drafter import PLAIN
-from mimo_jax.decode.loop import _decode, prefill, row_keys, start
+from mimo_jax.decode.loop import _decode, prefill, row_keys, start, with_media
 from mimo_jax.decode.sampling import Greedy, Sampled
 from mimo_jax.decode.step import FlaxStep
 from mimo_jax.drafters.dflash import DFlashDrafter
@@ -87,6 +87,20 @@ def test_logits_are_those_of_one_device(mesh, file_format, length):
     one, many = (logits_of(model_of(file_format, where), tokens) for where in (None, MESHES[mesh]))
     assert np.abs(one).max() > 0.5
     np.testing.assert_allclose(many, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["EP2xTP4", "data 2 x TP4"])
+def test_rows_of_media_are_read_on_a_mesh(mesh):
+    """Whole on every device, in the place of embeddings whose vocabulary is sharded."""
+    rows = np.random.default_rng(0).normal(0, 0.1, (64, CONFIG.hidden_size)).astype(np.float32)
+    prompts = [[7, *range(256, 280), 9], [3, *range(280, 300)]]
+    found = []
+    for shape in (None, MESHES[mesh]):
+        model = model_of("dense", shape)
+        found.append(np.asarray(prefill(model.decoder, with_media(model.weights, rows), prompts, 64)[2]))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    other = np.asarray(prefill(model.decoder, with_media(model.weights, -rows), prompts, 64)[2])
+    assert np.abs(other - found[0]).max() > 0.05
 
 
 class Text:

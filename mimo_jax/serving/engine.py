@@ -201,10 +201,12 @@ class Engine:
             raise UserError("prompt: empty; at least one token is needed")
         if len(request.prompt) >= self.context:
             raise TooLong(f"prompt: {len(request.prompt)} tokens; a row holds {self.context}, one of them generated")
-        rows = len(request.media.keys) if request.media else 0
-        for name, ids, end in (("prompt", request.prompt, rows), ("logit_bias", request.logit_bias, 0)):
+        rows = (0, config.hidden_size) if request.media is None else request.media.rows_RD.shape
+        if rows[1] != config.hidden_size:
+            raise UserError(f"media: rows of width {rows[1]}; this model's have {config.hidden_size}")
+        for name, ids, more in (("prompt", request.prompt, rows[0]), ("logit_bias", request.logit_bias, 0)):
             for token in ids:
-                if type(token) is not int or not 0 <= token < config.vocab_size + end:
+                if type(token) is not int or not 0 <= token < config.vocab_size + more:
                     raise UserError(f"{name}: token id {token!r} is outside the vocabulary of {config.vocab_size}")
 
     def _check_room(self, request: TokenRequest) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import io
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -156,14 +157,21 @@ def trained(tmp_path_factory):
     params = init_params(config, jax.random.key(0))
     write_checkpoint(start, config, params, extra_files(config, TOKENIZER, tokenizer_json))
     launch = Launch(folder / "first", folder / "corpus", 2)
+    whole, blocks = stages.seeing, (0, -1)
+
+    def smaller(config, tokenizer):
+        found = whole(config, tokenizer)
+        return dataclasses.replace(found, vision=dataclasses.replace(found.vision, windows=blocks))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "seeing", smaller)
         patch.setattr(stages, "TRAINED", tuple(name for name in INSTALLED if name in TRAINED))
         for size in (128, 256):  # so that each stage is one program
             patch.delitem(SIZES, size)
         stages.train_characters(launch, start, None, CharacterConfig(2, 256))
         launch = dataclasses.replace(launch, run=folder / "second")
         record = stages.train_join(launch, start, folder / "first", None, JoinConfig(2, 256, length=32))
-    stages.export_seeing(folder / "second", start, folder / "seeing")
+        stages.export_seeing(folder / "second", start, folder / "seeing")
     return start, folder / "seeing", record
 
 
@@ -181,16 +189,24 @@ def test_joining_changes_attention_and_norms_alone(trained):
     assert set(record) >= {"loss", "divergence", "right"}
 
 
-def test_the_joined_checkpoint_takes_pictures(trained):
-    """`load` finds the tower, and a picture can be read."""
-    _, seeing, _ = trained
+def test_the_joined_checkpoint_takes_pictures(trained, tmp_path):
+    """`load` finds the tower; the library and the command line read the same picture; the model before has no tower."""
+    start, seeing, _ = trained
     model = load(seeing)
     assert model.towers is not None and read_hf_config(seeing)[0].vision is not None
     picture = draw(["x = 1"], font_file("DejaVu Sans Mono"), np.random.default_rng(0))
-    file = io.BytesIO()
-    Picture.fromarray(picture.pixels_HW3.astype(np.uint8)).save(file, "PNG")
-    result = mimo.generate(model, [mimo.Image(file.getvalue())], max_tokens=3)
-    assert len(result.tokens) == 3
+    file = tmp_path / "a.png"
+    Picture.fromarray(picture.pixels_HW3.astype(np.uint8)).save(file)
+    result = mimo.generate(model, [mimo.Image(file)], mimo.Greedy(), max_tokens=3)
+    command = [sys.executable, "scripts/generate.py", "--image", str(file), "--max-tokens", "3", "--temperature", "0"]
+    done, refused = (
+        subprocess.run([*command, "--model", str(folder)], cwd=ROOT.parent, capture_output=True, text=True)
+        for folder in (seeing, start)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(result.text)
+    assert json.loads(done.stdout.splitlines()[-1])["prompt_tokens"] == result.timing.prompt_tokens
+    assert refused.returncode == 2 and f"{file}: this model takes no images" in refused.stderr
 
 
 def test_fonts_that_are_missing_are_named(tmp_path, monkeypatch):
