@@ -115,7 +115,7 @@ def characters_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.reading.launch import train_characters
 
     train = CharacterConfig(args.steps, args.rows, args.rate, seed=args.seed)
-    return train_characters(launch, Path(args.model), args.fonts, train)
+    return train_characters(launch, Path(args.model), args.fonts, train, Path(args.start) if args.start else None)
 
 
 def join_command(args: argparse.Namespace) -> dict:
@@ -221,6 +221,7 @@ def parser() -> Parser:
 
     characters = commands.add_parser("characters", help="a vision tower that tells characters in pictures of code")
     characters.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
+    characters.add_argument("--start", help="a run of characters to go on from, instead of random weights")
     characters.set_defaults(command=characters_command)
 
     join = commands.add_parser("join", help="tower and text model together: they learn to write down pictures")

@@ -51,8 +51,9 @@ def _image(towers: Towers, part: Part, spell: Spell) -> Shown:
     config, media = _vision(towers), towers.media
     pixels_HWC = images.decode(part.content(images.MOST_BYTES), part.where)
     patches = patches_of(pixels_HWC[None], config, media.image_min_pixels, media.image_max_pixels)
-    ids = _frame(media, config, patches)
-    return Shown("image", tuple(ids), lambda: np.concatenate(_seen(towers, patches)), _digest(config, patches))
+    ids = _frame(media, patches.tokens(config.merge))
+    content = (patches.values_FSP, np.array([patches.rows, patches.columns]))
+    return Shown("image", tuple(ids), lambda: _seen(towers, patches), _digest(config, *content))
 
 
 def _audio(towers: Towers, part: Part, spell: Spell) -> Shown:
@@ -66,45 +67,48 @@ def _video(towers: Towers, part: Part, spell: Spell) -> Shown:
     """Frames with their time, each followed by what is heard until the next one."""
     config, media = _vision(towers), towers.media
     rate = _hearing(towers, part)[1].sample_rate if towers.config.audio and towers.tokenizer else None
-    film = videos.decode(part.content(videos.MOST_BYTES), config, media, rate, part.where)
-    shares = _shares(towers, part, film)
+    film = videos.survey(part.content(videos.MOST_BYTES), config, media, rate, part.where)
+    times, tokens = film.seconds(config), film.height * film.width // (config.patch * config.merge) ** 2
+    shares = _shares(towers, part, film, times)
     ids = [media.video_start]
-    for seconds, (first, last) in zip(film.seconds, shares):
-        ids += [*spell(time_stamp(seconds)), *_frame(media, config, film.patches)]
+    for seconds, (first, last) in zip(times, shares):
+        ids += [*spell(time_stamp(seconds)), *_frame(media, tokens)]
         ids += _stretch(media, last - first) if last > first else []
     ids.append(media.video_end)
 
     def rows() -> Float[np.ndarray, "R D"]:
-        seen_FMD = _seen(towers, film.patches)
-        heard_RD = seen_FMD[0, :0] if film.samples_S is None else _heard(towers, part, film.samples_S)
-        pairs = [(seen_MD, heard_RD[first:last]) for seen_MD, (first, last) in zip(seen_FMD, shares)]
-        return np.concatenate([rows for pair in pairs for rows in pair])
+        heard_RD = np.zeros((0, config.out_size), np.float32)
+        if film.samples_S is not None:
+            heard_RD = _heard(towers, part, film.samples_S)
+        pairs = zip(film.patches(config), shares)
+        return np.concatenate(
+            [piece for seen, (first, last) in pairs for piece in (_seen(towers, seen), heard_RD[first:last])]
+        )
 
-    times = np.array([film.seconds, *zip(*shares)])
-    return Shown("video", tuple(ids), rows, _digest(config, film.patches, film.samples_S, times))
+    return Shown("video", tuple(ids), rows, _digest((config, media), np.frombuffer(film.data, np.uint8)))
 
 
-def _shares(towers: Towers, part: Part, film: videos.Film) -> list[tuple[int, int]]:
-    """Which rows of the sound follow each frame: those of the time until the next one."""
+def _shares(towers: Towers, part: Part, film: videos.Film, times: list[float]) -> list[tuple[int, int]]:
+    """Which rows of the sound follow each temporal patch: those of the time until the next one."""
     if film.samples_S is None:
-        return [(0, 0)] * len(film.seconds)
+        return [(0, 0)] * len(times)
     config, tokenizer, _ = _hearing(towers, part)
     rows = row_count(config, tokenizer, len(film.samples_S))
     per_second = tokenizer.sample_rate / (tokenizer.hop * MEL_PER_CODE * config.group)
-    ends = [min(int(per_second * seconds), rows) for seconds in (*film.seconds, film.duration)]
+    ends = [min(int(per_second * seconds), rows) for seconds in (*times, film.duration)]
     return list(itertools.pairwise(ends))
 
 
-def _frame(media: MediaConfig, config: VisionConfig, patches: Patches) -> list[int]:
-    return [media.vision_start, *(ROW,) * patches.tokens(config.merge), media.vision_end]
+def _frame(media: MediaConfig, tokens: int) -> list[int]:
+    return [media.vision_start, *(ROW,) * tokens, media.vision_end]
 
 
 def _stretch(media: MediaConfig, rows: int) -> list[int]:
     return [media.audio_start, *(ROW,) * rows, media.audio_end]
 
 
-def _seen(towers: Towers, patches: Patches) -> Float[np.ndarray, "F M D"]:
-    return vision_rows(_vision(towers), towers.params["vision"], patches, towers.config.dtype)
+def _seen(towers: Towers, patches: Patches) -> Float[np.ndarray, "R D"]:
+    return np.concatenate(vision_rows(_vision(towers), towers.params["vision"], patches, towers.config.dtype))
 
 
 def _heard(towers: Towers, part: Part, samples_S: Float[np.ndarray, "S"]) -> Float[np.ndarray, "R D"]:
@@ -125,14 +129,12 @@ def _hearing(towers: Towers, part: Part) -> tuple[AudioConfig, AudioTokenizerCon
     return towers.config.audio, *towers.tokenizer
 
 
-def _digest(config: object, *content: Patches | np.ndarray | None) -> bytes:
+def _digest(config: object, *content: np.ndarray) -> bytes:
     """128 bits of what rows are made of: what was decoded, its shape, and by which tower it is read."""
     found = hashlib.blake2b(repr(config).encode(), digest_size=16)
-    for each in content:
-        values = each.values_FSP if isinstance(each, Patches) else np.zeros(0) if each is None else each
-        grid = (each.rows, each.columns) if isinstance(each, Patches) else ()
-        found.update(repr((values.shape, *grid)).encode())
-        found.update(np.ascontiguousarray(values).tobytes())
+    for values in content:
+        found.update(repr(values.shape).encode())
+        found.update(np.ascontiguousarray(values).data)
     return found.digest()
 
 

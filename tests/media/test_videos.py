@@ -9,29 +9,37 @@ import pytest
 from mimo_jax.errors import UserError
 from mimo_jax.media.images import MOST_PIXELS
 from mimo_jax.media.pixels import MEAN, STD
-from mimo_jax.media.videos import decode
+from mimo_jax.media.videos import survey
 from tests.media.models import MEDIA, VISION, mp4, wav
 
 
 def test_frames_are_those_of_the_rule():
     """Eight of 12, each 10 brighter than the one before it in the file; the first of a pair tells the time."""
-    film = decode(mp4(), VISION, MEDIA, None)
-    assert film.seconds == (0, 0.5, 1, 1.5) and film.duration == 2 and film.samples_S is None
-    assert (film.patches.rows, film.patches.columns) == (6, 8)
-    levels = film.patches.values_FSP.reshape(4, 48, 3, 2, 64).mean(axis=(1, 4)).swapaxes(1, 2).reshape(8, 3)
+    film = survey(mp4(), VISION, MEDIA, None)
+    assert film.seconds(VISION) == [0, 0.5, 1, 1.5] and film.duration == 2 and film.samples_S is None
+    found = list(film.patches(VISION))
+    assert [(one.rows, one.columns) for one in found] == [(6, 8)] * 4 and (film.height, film.width) == (48, 64)
+    levels = (
+        np.concatenate([one.values_FSP for one in found])
+        .reshape(4, 48, 3, 2, 64)
+        .mean(axis=(1, 4))
+        .swapaxes(1, 2)
+        .reshape(8, 3)
+    )
     expected = (np.array([0, 1, 3, 4, 6, 7, 9, 11])[:, None] * 10 / 255 - MEAN) / STD
     np.testing.assert_allclose(levels, expected, atol=1e-4)
 
 
 def test_an_odd_number_of_frames_repeats_the_last():
-    film = decode(mp4(frames=1), VISION, MEDIA, None)
-    assert film.patches.values_FSP.shape[0] == 1 and film.seconds == (0,)
-    values = film.patches.values_FSP.reshape(48, 3, 2, 64)
+    film = survey(mp4(frames=1), VISION, MEDIA, None)
+    (patches,) = film.patches(VISION)
+    assert patches.values_FSP.shape[0] == 1 and film.seconds(VISION) == [0]
+    values = patches.values_FSP.reshape(48, 3, 2, 64)
     np.testing.assert_array_equal(values[:, :, 0], values[:, :, 1])
 
 
 def test_sound_is_brought_to_the_tokenizers_rate():
-    film = decode(mp4(sound=wav(2.0, rate=8000)), VISION, MEDIA, 4000)
+    film = survey(mp4(sound=wav(2.0, rate=8000)), VISION, MEDIA, 4000)
     assert film.samples_S is not None and len(film.samples_S) == 8000
 
 
@@ -52,7 +60,7 @@ REFUSED = {
     "sound alone": (empty_video(), "video: holds no frame"),
     "nothing": (b"", "video: not a video that is read"),
     "text": (b"hello" * 100, "video: not a video that is read"),
-    "header alone": (WHOLE[:600], "video: 0 frames|video: not a video|video: holds no frame"),
+    "header alone": (WHOLE[:600], "video: not a video|video: holds no frame"),
     "too many bytes": (b"x" * 50_000_001, "video: 50000001 bytes; at most 50000000 are read"),
     "too many pixels": (mp4(frames=1, size=(MOST_PIXELS // 6000 + 1, 6000)), "6000 x 5593 pixels; at most"),
 }
@@ -62,4 +70,4 @@ REFUSED = {
 def test_refused(case):
     data, message = case
     with pytest.raises(UserError, match=message):
-        decode(data, VISION, MEDIA, None)
+        survey(data, VISION, MEDIA, None)

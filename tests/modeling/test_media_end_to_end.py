@@ -65,8 +65,7 @@ def of_audio(oracles) -> list:
 def of_video(oracles) -> list:
     """Two seconds with sound: frames 0, 3, 6 and 9 of 12 begin the four pairs."""
     data, sound = mp4(sound=wav(4.0)), wav(4.0)
-    film = videos.decode(data, VISION, MEDIA, None)
-    rows = np.split(seen(oracles, film.patches), 4)
+    rows = [seen(oracles, patches) for patches in videos.survey(data, VISION, MEDIA, None).patches(VISION)]
     heard = oracles[2].rows(grouped(oracles[1].codes(log_mel(recordings.decode(sound, 4000), TOKENIZER)), 4))
     ends = [int(4000 / 3840 * seconds) for seconds in (0, 3 / 6, 6 / 6, 9 / 6, 2)]
     told = [MEDIA.video_start]

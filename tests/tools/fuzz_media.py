@@ -24,7 +24,8 @@ from mimo_jax.cli.memory import peak_memory
 from mimo_jax.errors import UserError
 from mimo_jax.media.parts import Audio, Image, Part, Video
 from mimo_jax.media.towers import Towers, show
-from tests.media.models import CONFIG, TOKENIZER, mp4, png, wav
+from mimo_jax.media.videos import survey
+from tests.media.models import CONFIG, MEDIA, TOKENIZER, VISION, mp4, png, wav
 from tests.tools.fuzz import mutate_bytes
 
 SECONDS, HANG_SECONDS = 5.0, 60
@@ -64,6 +65,8 @@ def run(count: int, seed: int = 0, first: int = 0) -> dict[str, float]:
     def decode(kind: type[Part], content: bytes) -> str:
         try:
             show(towers, kind(content), lambda text: [1])
+            if kind is Video:  # whose frames are decoded again for the tower
+                list(survey(content, VISION, MEDIA, None).patches(VISION))
         except UserError as error:
             assert "\n" not in str(error), f"not one line: {error}"
             return "rejected"

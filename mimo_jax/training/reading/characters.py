@@ -69,10 +69,12 @@ class CharacterState:
     step: Int[Array, ""]
 
 
-def init_characters(config: VisionConfig, train: CharacterConfig) -> CharacterState:
-    tower, heads = jax.random.split(jax.random.key(train.seed))
-    shape = (config.out_size, sum(WIDTHS))
-    params = {"vision": init_vision(config, tower), HEADS: 0.02 * jax.random.normal(heads, shape)}
+def init_characters(config: VisionConfig, train: CharacterConfig, params: Params | None = None) -> CharacterState:
+    """The state before the first update: random parameters unless some are given."""
+    if params is None:
+        tower, heads = jax.random.split(jax.random.key(train.seed))
+        drawn = 0.02 * jax.random.normal(heads, (config.out_size, sum(WIDTHS)))
+        params = {"vision": init_vision(config, tower), HEADS: drawn}
     return CharacterState(params, train.optimizer.init(params), jnp.int32(0))
 
 

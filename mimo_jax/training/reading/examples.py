@@ -145,12 +145,14 @@ def batched(found: Sequence[Example], size: int, merge: int) -> Batch:
     return Batch(patches, stacked, labels, around, np.array([example.count for example in found], np.int32))
 
 
-def batches(reader: Reader, tokens: int, seed: int, first: int = 0) -> Iterator[tuple[Batch, list[Example]]]:
-    """Batches of about so many tokens, each of pictures of one size; batch k depends on (seed, k) alone."""
+def batches(
+    reader: Reader, tokens: int, seed: int, first: int = 0, sizes: Sequence[int] | None = None
+) -> Iterator[tuple[Batch, list[Example]]]:
+    """Batches of about so many tokens, each of pictures of one of `sizes` (None: any); batch k depends on (seed, k)."""
     step = first
     while True:
         rng = np.random.default_rng((seed, step))
-        size = int(rng.choice(list(SIZES)))
+        size = int(rng.choice(sizes or list(SIZES)))
         found = list(itertools.islice(examples(reader, rng, size), max(1, tokens // size)))
         yield batched(found, size, reader.vision.merge), found
         step += 1

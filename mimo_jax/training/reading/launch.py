@@ -59,8 +59,10 @@ def reader_of(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, fon
     return Reader(tokens, tokenizer, files, config.vision, config.media)
 
 
-def train_characters(launch: Launch, model: Path, fonts: Path | None, train: CharacterConfig) -> dict[str, Any]:
-    """The first stage, for the width of the model's text part."""
+def train_characters(
+    launch: Launch, model: Path, fonts: Path | None, train: CharacterConfig, start: Path | None = None
+) -> dict[str, Any]:
+    """The first stage, for the width of the model's text part; from random weights, or those of the run `start`."""
     held = load_dense(model)
     config, reader = _reader(launch, held.config, held.tokenizer, model, fonts)
     vision = reader.vision
@@ -69,8 +71,19 @@ def train_characters(launch: Launch, model: Path, fonts: Path | None, train: Cha
         batch, _ = next(batches(reader, train.tokens, train.seed, step))
         return character_step(state, batch, vision, train)
 
-    settings = run.settings_of(config, train, corpus=identity(launch.data), fonts=list(TRAINED))
-    return go(launch, settings, lambda: init_characters(vision, train), update, train.tokens)
+    def fresh() -> CharacterState:
+        return init_characters(vision, train, None if start is None else _characters(start, vision).params)
+
+    settings = run.settings_of(
+        config, train, start=start and start.name, corpus=identity(launch.data), fonts=list(TRAINED)
+    )
+    return go(launch, settings, fresh, update, train.tokens)
+
+
+def _characters(directory: Path, vision: VisionConfig) -> CharacterState:
+    """The newest state of a run of the first stage."""
+    train = _train_config(directory, CharacterConfig)
+    return run.restore(directory, lambda: init_characters(vision, train))
 
 
 def train_join(launch: Launch, model: Path, start: Path, fonts: Path | None, train: JoinConfig) -> dict[str, Any]:
@@ -80,19 +93,18 @@ def train_join(launch: Launch, model: Path, start: Path, fonts: Path | None, tra
     tokens = load_tokens(launch.data, "train")
     text = {name: part for name, part in held.params.items() if name != "mtp"}
 
-    base = _train_config(start, CharacterConfig)
-
-    def fresh() -> JoinState:
-        state = run.restore(start, lambda: init_characters(reader.vision, base))
-        return init_join(text, state.params["vision"], train)
+    tower = _characters(start, reader.vision).params["vision"]
 
     def update(state: JoinState, step: int) -> tuple[JoinState, run.Metrics]:
-        for batch, found in batches(reader, train.rows, train.seed, step * TRIES):
+        for batch, found in batches(reader, train.rows, train.seed, step * TRIES, train.sizes_at(step)):
             told = transcripts(found, config, held.tokenizer, batch.labels_BRN.shape[1])
             if told is not None:
                 break
         window = batch_at(tokens, step, train.windows, train.length, train.seed)
         return join_step(state, text, batch, told, window, config, train)
+
+    def fresh() -> JoinState:
+        return init_join(text, tower, train)
 
     settings = run.settings_of(config, train, start=start.name, corpus=identity(launch.data), fonts=list(TRAINED))
     return go(launch, settings, fresh, update, train.rows + train.windows * train.length)
