@@ -50,6 +50,7 @@ static std::vector<float> step(std::vector<Array> a, int threads, int delays) {
   const TargetArrays arrays = {as<int32_t>(a[7]),
                                as<int32_t>(a[8]),
                                as<int32_t>(a[9]),
+                               nullptr,  // no media
                                as<float>(a[10]),
                                as<float>(a[11]),
                                as<float>(a[12]),

@@ -186,7 +186,9 @@ def test_every_code_is_decoded_exactly(path, name):
 
 
 def columns_of(head: Stored, path: str) -> np.ndarray:
-    """What a model of no layers computes with a head of 32 columns: token i is embedded as the i-th unit vector."""
+    """What a model of no layers computes with a head of 32 columns: token i is embedded as the i-th unit vector, and so
+    are rows of media in the place of tokens beyond its vocabulary.
+    """
     target = Target(head.values.shape[0], 32, (), 1, 1, 1, 8, 8, 8, 8, 1, 1, 8, 2, 1, 1.0, 1.0, 1.0, 1e-12)
     blob = Blob(5)
     blob.add_table(0, np.eye(32, dtype=np.float32))
@@ -196,7 +198,8 @@ def columns_of(head: Stored, path: str) -> np.ndarray:
     blob.add_vector(4, np.ones(1))
     weights = Packed(*map(jnp.asarray, blob.finish()))
     tokens, zero, all_of_them = np.arange(32, dtype=np.int32)[None], np.zeros(1, np.int32), np.full(1, 32, np.int32)
-    out = step(target, (), weights, tokens, init_cache(target, 1, 32), zero, all_of_them, False, Running(path))
+    media = jnp.eye(32)[target.vocab :]
+    out = step(target, (), weights, tokens, init_cache(target, 1, 32), zero, all_of_them, False, Running(path), media)
     return np.asarray(out.logits[0]).T
 
 
