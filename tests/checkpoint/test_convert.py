@@ -321,7 +321,7 @@ print(report["peak_over_base"], report["array_bytes"])
 
 
 def test_peak_memory(tmp_path) -> None:
-    """Converting holds the arrays once: 1.15 times their bytes, the largest tensor three times, and what libraries take.
+    """Converting holds the arrays once: 1.15 times their bytes, the largest tensor thrice, and what libraries take.
 
     Orbax keeps a tensor as it was read and as it is put, and in some runs reads the next one meanwhile.
     """
