@@ -103,8 +103,9 @@ drafter: $(VENV)/dev.stamp
 	  --human-share 0.25 --bare-share 0.25 --anchors 32 --seed 31
 	$(TRAIN) export-drafter --run runs/bare --checkpoint runs/checkpoint
 
-# Fonts of other packages, for pictures of code: more than these packages' files of fonts is never touched.
-fonts: | $(BIN)/python
+# Fonts for pictures of code, out of packages of which nothing else is used.
+fonts: runs/fonts
+runs/fonts: | $(BIN)/python
 	$(PIP) --no-deps --target runs/fonts textual-serve==1.1.3 imgui-bundle==1.93.0 streamlit==1.67.0 rich-codex==1.4.0
 
 # Its eyes: a tower that tells characters in pictures of the corpus, then tower and model together.

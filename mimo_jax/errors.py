@@ -1,10 +1,16 @@
 """The one exception that scripts turn into a single line and exit code 2, and what numbers may be."""
 
 LARGEST = 10**9  # of a count: devices count in int32, where the sum of two must fit
+MOST_REASON = 200  # characters of another library's message, which may quote what it met
 
 
 class UserError(ValueError):
     """Bad input: says what was found, where, what was expected, and what to do."""
+
+
+def one_line(error: object) -> str:
+    """What another library has to say, as the reason within an error of ours."""
+    return " ".join(str(error).split())[:MOST_REASON]
 
 
 def check_whole(where: str, lowest: int, highest: int = LARGEST, **values: object) -> None:

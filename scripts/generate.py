@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mimo_jax.media.parts import Part
 
 
+MEDIA = {"image": "PNG, JPEG or WebP", "audio": "WAV, FLAC, Ogg or MP3", "video": "what FFmpeg reads"}
 FEW_ROUNDS = 16  # too few to judge a drafter by
 MOST_BYTES = 1 << 24  # of a prompt: a device has no end
 SUSPICIOUS_SHARE = 0.25  # of the accepted drafts to expect
@@ -45,11 +46,7 @@ def parser() -> Parser:
     prompt.add_argument("--prompt", action="append", help="text to continue; repeat it for a batch")
     prompt.add_argument("--prompt-ids", action="append", help="comma-separated token ids instead of text")
     prompt.add_argument("--prompt-file", help="file with the text to continue; - for standard input")
-    for name, kind in (
-        ("image", "PNG, JPEG or WebP"),
-        ("audio", "WAV, FLAC, Ogg or MP3"),
-        ("video", "what FFmpeg reads"),
-    ):
+    for name, kind in MEDIA.items():
         parser.add_argument(
             f"--{name}", action="append", default=[], metavar="FILE", help=f"shown before the text; {kind}"
         )
@@ -80,7 +77,7 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
             return [text.decode("utf-8")]
         except UnicodeDecodeError as error:
             raise UserError(f"{args.prompt_file}: not valid UTF-8 at byte {error.start}") from None
-    if args.prompt is None and not (args.image or args.audio or args.video):
+    if args.prompt is None and not any(getattr(args, name) for name in MEDIA):
         raise UserError("prompt: missing; give --prompt, --prompt-ids or --prompt-file")
     return args.prompt or [""]
 
@@ -88,8 +85,8 @@ def read_prompts(args: argparse.Namespace) -> list[str | list[int]]:
 def media_of(args: argparse.Namespace) -> list[Part]:
     from mimo_jax.media.parts import Audio, Image, Video
 
-    kinds = ((Image, args.image), (Audio, args.audio), (Video, args.video))
-    return [kind(path) for kind, paths in kinds for path in paths]
+    kinds = {"image": Image, "audio": Audio, "video": Video}
+    return [kinds[name](path) for name in MEDIA for path in getattr(args, name)]
 
 
 def main(argv: list[str]) -> None:

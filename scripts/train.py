@@ -238,6 +238,7 @@ def parser() -> Parser:
     for command in (characters, join):
         command.add_argument("--rows", type=whole(256), default=1024, help="of pictures, in a step")
         command.add_argument("--fonts", type=folder, help="folder that `make fonts` installed them into")
+
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")
     plot.add_argument("--run", action="append", required=True, help="a run; repeat it")
     plot.add_argument("--out", type=output_file, required=True, help="PNG file to write")

@@ -20,7 +20,7 @@ from mimo_jax.checkpoint.files.tensorfile import TensorFile, inside, load_json, 
 from mimo_jax.checkpoint.finite import check_stored
 from mimo_jax.config.huggingface import from_hf
 from mimo_jax.config.model import FileFormat, ModelConfig
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, one_line
 from mimo_jax.weights import Params
 from mimo_jax.weights.dtypes import DTYPES, HF_DTYPES
 from mimo_jax.weights.params import (
@@ -44,7 +44,6 @@ _SAME_BYTES = {
     **dict.fromkeys((("F32", name) for name in ("weight", "weight_scale_inv", "e_score_correction_bias")), ("BF16",)),
 }
 _MAX_CONFIG_BYTES = 4_000_000
-_MAX_REASON = 200  # characters of another library's message
 _NAMED = 3  # how many tensors an error names
 
 Region = tuple[slice, ...]  # of an array of the tree
@@ -99,8 +98,7 @@ def read_hf_config(directory: Path) -> tuple[ModelConfig, FileFormat]:
     except UserError:
         raise
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON]
-        raise UserError(f"{path}: a value has the wrong type ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{path}: a value has the wrong type ({type(error).__name__}: {one_line(error)})") from None
 
 
 def read_torch_dtype(directory: Path) -> str | None:

@@ -76,6 +76,11 @@ class VisionConfig:
         return self.channels * self.temporal_patch * self.patch * self.patch
 
     @property
+    def token_side(self) -> int:
+        """Pixels on each side of a token."""
+        return self.patch * self.merge
+
+    @property
     def merged_size(self) -> int:
         """Width of the patches of a token side by side."""
         return self.merge * self.merge * self.hidden_size

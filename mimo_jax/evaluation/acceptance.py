@@ -19,6 +19,7 @@ from mimo_jax.drafters.mtp import MtpDrafter
 from mimo_jax.drafters.prompt_lookup import PromptLookupDrafter
 from mimo_jax.errors import UserError, check_whole
 from mimo_jax.evaluation.entropy_bound import entropy_per_token, order_blind_bound
+from mimo_jax.evaluation.ratios import ratio
 from mimo_jax.generation import Request, Result, generate_batch
 from mimo_jax.loading import Model, with_drafter
 
@@ -92,13 +93,12 @@ def measure(results: list[Result]) -> Measured:
     tokens = np.array([result.acceptance.tokens for result in results], np.float64)
     tested = np.sum([result.acceptance.tested for result in results], axis=0)
     accepted = np.sum([result.acceptance.accepted for result in results], axis=0)
-    ratio = tokens.sum() / rounds.sum()
-    spread = np.std(tokens - ratio * rounds, ddof=1) * math.sqrt(len(results)) / rounds.sum()
+    tokens_per_round, error = ratio(tokens, rounds)
     return Measured(
         texts=len(results),
         rounds=int(rounds.sum()),
-        tokens_per_round=float(ratio),
-        half_width=float(1.96 * spread),
+        tokens_per_round=tokens_per_round,
+        half_width=1.96 * error,
         conditional=[float(a / t) if t else math.nan for a, t in zip(accepted, tested)],
         block_share=float(accepted[-1] / rounds.sum()) if len(accepted) else 0.0,
     )

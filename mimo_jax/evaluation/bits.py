@@ -18,6 +18,7 @@ from mimo_jax.calibration.texts import spaced_windows
 from mimo_jax.cli.progress import progress
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import UserError, check_whole
+from mimo_jax.evaluation.ratios import ratio
 from mimo_jax.modeling.backbone import Backbone
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.corpus import TOKENIZER, check_same_tokenizer, check_vocabulary, load_tokens
@@ -70,10 +71,8 @@ def bits_per_byte(
             nats.extend(np.asarray(_nats_per_window(params, padded, config))[: len(chosen)])
             sizes.extend(byte_lengths[window[:, 1:]].sum(axis=1))
             bar.advance(len(chosen))
-    nats, sizes = np.array(nats, np.float64), np.array(sizes, np.float64)
-    ratio = nats.sum() / sizes.sum()
-    spread = np.std(nats - ratio * sizes, ddof=1) * math.sqrt(len(nats)) / sizes.sum()  # of a ratio estimator
-    return Bits(ratio / math.log(2), spread / math.log(2), windows * length, int(sizes.sum()))
+    found, error = ratio(np.array(nats, np.float64), np.array(sizes, np.float64))
+    return Bits(found / math.log(2), error / math.log(2), windows * length, int(sum(sizes)))
 
 
 def as_bf16(params: Params) -> Params:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from mimo_jax.cli.progress import progress
 from mimo_jax.decode.sampling import Greedy
 from mimo_jax.errors import UserError
+from mimo_jax.evaluation.ratios import ratio
 from mimo_jax.generation import Request, generate_batch
 from mimo_jax.loading import Model
 from mimo_jax.media.parts import Image
@@ -92,13 +92,12 @@ def by_font(told: Sequence[Told]) -> Iterator[dict[str, Any]]:
 def accuracy(told: Sequence[Told]) -> dict[str, Any]:
     errors = np.array([one.errors for one in told], np.float64)
     lengths = np.array([len(one.text) for one in told], np.float64)
-    share = errors.sum() / lengths.sum()
-    spread = np.std(errors - share * lengths, ddof=1) * math.sqrt(len(told)) / lengths.sum()
+    share, error = ratio(errors, lengths)
     exact = sum(one.text == one.found for one in told)
     return {
         "pictures": len(told),
         "characters": int(lengths.sum()),
         "accuracy": 1 - share,
-        "interval": 1.96 * spread,
+        "interval": 1.96 * error,
         "exact": exact,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,8 +47,7 @@ def decode(data: bytes, where: str = "image") -> Float[np.ndarray, "H W 3"]:
     except Image.UnidentifiedImageError:
         raise UserError(f"{where}: not a picture that is read; expected {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ValueError ...
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: a damaged picture ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{where}: a damaged picture ({type(error).__name__}: {one_line(error)})") from None
 
 
 def _rgb(picture: Image.Image) -> Float[np.ndarray, "H W 3"]:

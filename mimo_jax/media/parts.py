@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 from mimo_jax.checkpoint.files.tensorfile import read_bytes
 
@@ -12,8 +13,11 @@ Source = str | Path | bytes
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """`source` is the path of a file, or what is in it; errors call it by `name`."""
+    """`source` is the path of a file, or what is in it; errors call it by `name`. `tower` is the field of a model's
+    config that reads such parts.
+    """
 
+    tower: ClassVar[str]
     source: Source
     name: str = ""
 
@@ -29,10 +33,16 @@ class Part:
 class Image(Part):
     """A picture: PNG, JPEG or WebP."""
 
+    tower = "vision"
+
 
 class Audio(Part):
     """A recording, in any format that libsndfile reads: WAV, FLAC, Ogg, MP3."""
 
+    tower = "audio"
+
 
 class Video(Part):
     """A video, in any format that FFmpeg reads. Its sound is heard where the model has an audio tower."""
+
+    tower = "vision"

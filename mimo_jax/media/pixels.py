@@ -94,7 +94,7 @@ RESIZERS = {"bilinear": _bilinear, "bicubic": _bicubic}
 def patches_of(pixels_THWC: Float[np.ndarray, "T H W 3"], config: VisionConfig, least: int, most: int) -> Patches:
     """T frames with channels in 0..255, resized to `least` to `most` pixels each."""
     _, tall, wide, _ = pixels_THWC.shape
-    height, width = target_size(tall, wide, config.patch * config.merge, least, most)
+    height, width = target_size(tall, wide, config.token_side, least, most)
     return in_patches(resized(pixels_THWC, height, width, config.resizing), config)
 
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from jaxtyping import Float
 
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, one_line
 from mimo_jax.media.sound import resample
 
 MOST_BYTES = 50_000_000
@@ -37,8 +37,7 @@ def decode(data: bytes, rate: int, where: str = "audio") -> Float[np.ndarray, "S
     except UserError:
         raise
     except Exception as error:  # libsndfile's errors, and what a header that lies makes NumPy say
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: not a recording that is read ({reason})") from None
+        raise UserError(f"{where}: not a recording that is read ({one_line(error)})") from None
     if not len(samples_SC):
         raise UserError(f"{where}: holds no sound")
     return mixed(samples_SC, given, rate)

@@ -41,9 +41,9 @@ class Towers:
 
 def show(towers: Towers | None, part: Part, spell: Spell) -> Shown:
     """Decodes a part. UserError where it is damaged or too large, or where this model has no tower for it."""
-    field, kind, shown = _KINDS[type(part)]
-    if towers is None or getattr(towers.config, field) is None:
-        raise UserError(f"{part.where}: this model takes no {kind}: it has no {field} tower")
+    kind, shown = _KINDS[type(part)]
+    if towers is None or getattr(towers.config, part.tower) is None:
+        raise UserError(f"{part.where}: this model takes no {kind}: it has no {part.tower} tower")
     return shown(towers, part, spell)
 
 
@@ -68,7 +68,7 @@ def _video(towers: Towers, part: Part, spell: Spell) -> Shown:
     config, media = _vision(towers), towers.media
     rate = _hearing(towers, part)[1].sample_rate if towers.config.audio and towers.tokenizer else None
     film = videos.survey(part.content(videos.MOST_BYTES), config, media, rate, part.where)
-    times, tokens = film.seconds(config), film.height * film.width // (config.patch * config.merge) ** 2
+    times, tokens = film.seconds(config), film.height * film.width // config.token_side**2
     shares = _shares(towers, part, film, times)
     ids = [media.video_start]
     for seconds, (first, last) in zip(times, shares):
@@ -138,9 +138,9 @@ def _digest(config: object, *content: np.ndarray) -> bytes:
     return found.digest()
 
 
-# By part: the field of the tower's config, how errors call the kind, and what shows it.
-_KINDS: dict[type[Part], tuple[str, str, Callable[[Towers, Part, Spell], Shown]]] = {
-    Image: ("vision", "images", _image),
-    Audio: ("audio", "audio", _audio),
-    Video: ("vision", "video", _video),
+# By part: how errors call the kind, and what shows it.
+_KINDS: dict[type[Part], tuple[str, Callable[[Towers, Part, Spell], Shown]]] = {
+    Image: ("images", _image),
+    Audio: ("audio", _audio),
+    Video: ("video", _video),
 }

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mimo_jax.config.towers import MediaConfig, VisionConfig
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, one_line
 from mimo_jax.media.frames import chosen_frames, frame_pixels
 from mimo_jax.media.images import MOST_PIXELS
 from mimo_jax.media.pixels import Patches, in_patches, resized, target_size
@@ -82,7 +82,7 @@ def survey(data: bytes, vision: VisionConfig, media: MediaConfig, rate: int | No
         raise UserError(f"{where}: holds no frame")
     chosen = chosen_frames(total, fps, media)
     most = frame_pixels(len(chosen), media)
-    height, width = target_size(tall, wide, vision.patch * vision.merge, media.video_min_pixels, most)
+    height, width = target_size(tall, wide, vision.token_side, media.video_min_pixels, most)
     samples_S = None
     if rate is not None:
         with _opened(data, where) as container:
@@ -103,8 +103,7 @@ def _opened(data: bytes, where: str) -> Iterator[InputContainer]:
     except UserError:
         raise
     except Exception as error:  # PyAV derives FFmpeg's errors from OSError, ValueError and others
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: not a video that is read ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{where}: not a video that is read ({type(error).__name__}: {one_line(error)})") from None
 
 
 def _rate(container: InputContainer, where: str) -> float:

@@ -9,7 +9,7 @@ import base64
 import binascii
 import dataclasses
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,12 +30,12 @@ class Attachments:
 
     @classmethod
     def of(cls, config: ModelConfig, files: Path | None) -> Attachments:
-        return cls(tuple(kind for kind, (field, *_) in KINDS.items() if getattr(config, field) is not None), files)
+        return cls(tuple(kind for kind, (make, _) in KINDS.items() if getattr(config, make.tower) is not None), files)
 
     def part(self, value: Mapping[str, Any], where: str) -> Part:
         """Of a part of one of the `kinds`."""
         kind = value["type"]
-        _, make, key = KINDS[kind]
+        make, key = KINDS[kind]
         table = value.get(kind)
         if not isinstance(table, Mapping) or not isinstance(table.get(key), str):
             raise UserError(f"{where}.{kind}={reprlib.repr(table)} must be an object with a string {key!r}")
@@ -75,9 +75,9 @@ def _decoded(text: str, where: str) -> bytes:
         raise UserError(f"{where}: not valid base64") from None
 
 
-# By a part's type: the tower that it needs, what it becomes, and where its content is.
-KINDS: dict[str, tuple[str, Callable[[Source, str], Part], str]] = {
-    "image_url": ("vision", Image, "url"),
-    "input_audio": ("audio", Audio, "data"),
-    "video_url": ("vision", Video, "url"),
+# By a part's type: what it becomes, and where its content is.
+KINDS: dict[str, tuple[type[Part], str]] = {
+    "image_url": (Image, "url"),
+    "input_audio": (Audio, "data"),
+    "video_url": (Video, "url"),
 }

@@ -20,7 +20,7 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mimo_jax.checkpoint.files.tensorfile import load_json, read_bytes
-from mimo_jax.errors import UserError
+from mimo_jax.errors import UserError, one_line
 from mimo_jax.media.parts import Part
 from mimo_jax.serving.dialect import CLOSE, OPEN, TURN, thinks
 from mimo_jax.tokenizer import Tokenizer
@@ -30,7 +30,6 @@ CONFIG, OWN_FILE = "tokenizer_config.json", "chat_template.jinja"
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MOST_BYTES = 1 << 22  # of either file
 MOST_CHARACTERS = 1 << 24  # of a rendered conversation
-MOST_REASON = 200  # characters of an error, which may quote what it met
 FIRST_MARKER = 0x13000  # hieroglyphs: few write them, and no filter of Jinja or Python changes them
 
 
@@ -57,7 +56,7 @@ class ChatTemplate:
             functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
             self._template = _environment().from_string(source, functions)
         except TemplateSyntaxError as error:
-            raise UserError(f"chat template: {_short(error.message)} (line {error.lineno})") from None
+            raise UserError(f"chat template: {one_line(error.message or '')} (line {error.lineno})") from None
         added = tokenizer.added_tokens
         self._ids = {name: added[name] for name in added if len(name) > 1}  # one character cannot be broken
         longest_first = sorted(self._ids, key=len, reverse=True)
@@ -191,11 +190,7 @@ def _explaining(marker: str = "") -> Iterator[None]:
         raise UserError("chat template: the conversation is nested too deeply") from None
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"chat template: {_short(reason.replace(marker, ''))}") from None
-
-
-def _short(reason: str | None) -> str:
-    return " ".join((reason or "").split())[:MOST_REASON]
+        raise UserError(f"chat template: {one_line(reason.replace(marker, ''))}") from None
 
 
 def _default(found: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,8 +109,7 @@ class Geometry:
 def init_state(config: DrafterConfig, train: DraftTrainConfig, params: Params | None = None) -> TrainState:
     """The state before the first update: random parameters unless float32 `params` are given."""
     params = init_drafter(config, jax.random.key(train.seed)) if params is None else params
-    optimizer = make_optimizer(train.schedule, train.weight_decay, train.optimizer)
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    return TrainState.begin(params, make_optimizer(train.schedule, train.weight_decay, train.optimizer))
 
 
 def draw_anchors(
@@ -267,11 +265,8 @@ def train_step(
     """One update. Anchors depend on (seed, step) only. The old state is donated."""
     key = jax.random.fold_in(jax.random.key(train.seed), state.step)
     gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params, key, target_params, batch, target, config, train)
-    optimizer = make_optimizer(train.schedule, train.weight_decay, train.optimizer)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
     metrics |= {"gradient_norm": optax.tree.norm(gradients), "rate": train.schedule(state.step)}
-    return TrainState(params, optimizer_state, state.step + 1), metrics
+    return state.after(gradients, make_optimizer(train.schedule, train.weight_decay, train.optimizer)), metrics
 
 
 def batch_of(texts: Texts, corpus: np.ndarray, step: int, train: DraftTrainConfig) -> Texts:

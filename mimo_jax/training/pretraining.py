@@ -76,6 +76,17 @@ class TrainState:
     optimizer: Any
     step: Int[Array, ""]
 
+    @classmethod
+    def begin(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """Before the first update."""
+        return cls(params, optimizer.init(params), jnp.int32(0))
+
+    def after(self, gradients: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """One update more."""
+        updates, optimizer_state = optimizer.update(gradients, self.optimizer, self.params)
+        params: Any = optax.apply_updates(self.params, updates)
+        return TrainState(params, optimizer_state, self.step + 1)
+
 
 def init_state(config: ModelConfig, train: TrainConfig, params: Params | None = None) -> TrainState:
     """The state before the first update: random parameters unless float32 `params` are given."""
@@ -83,7 +94,7 @@ def init_state(config: ModelConfig, train: TrainConfig, params: Params | None = 
         held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
         check_memory(2 * 4 * held, "random weights and the optimiser's state")
         params = init_params(config, jax.random.key(train.seed))
-    return TrainState(params, make_optimizer(train.schedule, train.weight_decay).init(params), jnp.int32(0))
+    return TrainState.begin(params, make_optimizer(train.schedule, train.weight_decay))
 
 
 def cross_entropy(logits_BTC: Float[Array, "B T C"], targets_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -127,12 +138,10 @@ def updated(
     gradients, (loss, mtp_loss, counts_LE, logits_BTC) = jax.grad(loss_fn, has_aux=True)(
         state.params, window_BT, config, train
     )
-    optimizer = make_optimizer(train.schedule, train.weight_decay)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    new = state.after(gradients, make_optimizer(train.schedule, train.weight_decay))
     # The bias comes to rest with the weights: jitter at the end would be noise in the exported router.
     descent = train.schedule(state.step) / train.peak_rate if train.decay_steps else 1.0
-    params = balance_experts(params, counts_LE, config, train.balance_rate * descent)
+    params = balance_experts(new.params, counts_LE, config, train.balance_rate * descent)
     metrics = {
         "loss": loss,
         "mtp_loss": mtp_loss,
@@ -140,7 +149,7 @@ def updated(
         "rate": train.schedule(state.step),
         "imbalance": jnp.mean(jnp.max(counts_LE, axis=1) / jnp.mean(counts_LE, axis=1)),
     }
-    return TrainState(params, optimizer_state, state.step + 1), metrics, logits_BTC
+    return dataclasses.replace(new, params=params), metrics, logits_BTC
 
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")

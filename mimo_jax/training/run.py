@@ -33,6 +33,7 @@ from mimo_jax.training.pretraining import TrainConfig, TrainState, init_state, t
 from mimo_jax.training.qat import QatState, init_qat, qat_step
 
 State = TypeVar("State", bound=Any)  # anything with a `step`
+Config = TypeVar("Config")
 Metrics = dict[str, jax.Array]
 Update = Callable[[State, int], tuple[State, Metrics]]
 
@@ -198,10 +199,22 @@ def check_tokenizer(run: Path, tokenizer: Path) -> None:
 
 def configs_of(run: Path, model_kind: Callable[..., Any], train_kind: Callable[..., Any]) -> tuple[Any, Any]:
     """The two configs a run was started with."""
-    settings = all_settings(run)
+    with _of_this_version(run):
+        given = all_settings(run)["model"].items()
+        model = {key: tuple(value) if isinstance(value, list) else value for key, value in given}
+        return model_kind(**model), train_kind(**all_settings(run)["train"])
+
+
+def train_config_of(run: Path, kind: Callable[..., Config]) -> Config:
+    """How a run was trained, which must be a run of this kind."""
+    with _of_this_version(run):
+        return kind(**all_settings(run)["train"])
+
+
+@contextmanager
+def _of_this_version(run: Path) -> Iterator[None]:
     try:
-        model = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["model"].items()}
-        return model_kind(**model), train_kind(**settings["train"])
+        yield
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{run / 'run.json'}: written by another version ({error})") from None
 

@@ -157,12 +157,17 @@ def run(count: int, seed: int = 0, first: int = 0) -> dict[str, float]:
     return {**outcomes, "slowest_seconds": round(slowest, 3), "largest_growth": largest}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.Namespace:
+    """How many cases of a fuzzer, of which seed, from which one on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments(__doc__)
     jax.config.update("jax_platforms", "cpu")
     started = time.monotonic()
     report = run(args.count, args.seed, args.first)

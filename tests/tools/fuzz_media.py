@@ -7,7 +7,6 @@ Decoders are written in C: a crash ends the process, whose last line tells the c
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import io
 import json
@@ -26,7 +25,7 @@ from mimo_jax.media.parts import Audio, Image, Part, Video
 from mimo_jax.media.towers import Towers, show
 from mimo_jax.media.videos import survey
 from tests.media.models import CONFIG, MEDIA, TOKENIZER, VISION, mp4, png, wav
-from tests.tools.fuzz import mutate_bytes
+from tests.tools.fuzz import arguments, mutate_bytes
 
 SECONDS, HANG_SECONDS = 5.0, 60
 MEMORY_BYTES = 1 << 28  # beyond what the files as they are take
@@ -92,11 +91,7 @@ def run(count: int, seed: int = 0, first: int = 0) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    args = parser.parse_args()
+    args = arguments(__doc__)
     print(json.dumps({"cases": args.count, **run(args.count, args.seed, args.first)}))
 
 

@@ -109,7 +109,7 @@ def count_tokens(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
     fields = read_fields(body, COUNTED, needed=["messages"])
     service.check_name(fields.get("model"))
     with naming(COUNTED):
-        return {"input_tokens": len(service.encode(conversation_of(fields).rendered(service)).ids)}
+        return {"input_tokens": len(conversation_of(fields).ids(service))}
 
 
 def _event(change: Change) -> dict[str, Any]:

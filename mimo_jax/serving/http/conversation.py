@@ -31,6 +31,10 @@ class Conversation:
     def rendered(self, service: Service) -> Rendered:
         return service.template.render(self.messages, self.tools, self.thinking, self.options)
 
+    def ids(self, service: Service) -> Sequence[int]:
+        """Of the prompt, without running towers."""
+        return service.encode(self.rendered(service)).ids
+
     def turn(self, service: Service, fields: Fields, account: str, top_logprobs: int | None = None) -> Turn:
         """Renders and compiles, for which no event loop should wait."""
         rendered = self.rendered(service)

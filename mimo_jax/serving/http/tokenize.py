@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mimo_jax.serving.http.chat import CHAT, conversation
 from mimo_jax.serving.http.errors import bad_request
-from mimo_jax.serving.http.sampling import TEXT, TOKENS, Fields, check_tokens, naming, read_fields
+from mimo_jax.serving.http.sampling import TEXT, TOKENS, check_tokens, naming, read_fields
 from mimo_jax.serving.http.service import Service
 
 TOKENIZE = {**CHAT, "prompt": TEXT, "content": TEXT}  # two names for a text, by different servers
@@ -22,12 +22,8 @@ def tokenize(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
     if len(texts) + ("messages" in fields) != 1:
         raise bad_request("one of prompt, content and messages is needed", "prompt")
     with naming(TOKENIZE):
-        ids = service.tokenizer.encode(texts[0]) if texts else _rendered(service, fields)
+        ids = service.tokenizer.encode(texts[0]) if texts else conversation(fields, service.attachments).ids(service)
     return {"tokens": list(ids), "count": len(ids), "max_model_len": service.context}
-
-
-def _rendered(service: Service, fields: Fields) -> Sequence[int]:
-    return service.encode(conversation(fields, service.attachments).rendered(service)).ids
 
 
 def detokenize(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:

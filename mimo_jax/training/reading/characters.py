@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mimo_jax.config.towers import VisionConfig
 from mimo_jax.errors import check_real, check_whole
 from mimo_jax.modeling.vision import VisionTower, init_vision
 from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
+from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.examples import AFTER, BEFORE, CLASSES, NOTHING, SLOTS, Batch
 from mimo_jax.weights import Params
 
@@ -59,23 +60,13 @@ class CharacterConfig:
         return optax.partition(rules, {"vision": "tower", HEADS: HEADS})
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CharacterState:
-    """`params` are the tower's, "vision", and the heads'."""
-
-    params: Params
-    optimizer: Any
-    step: Int[Array, ""]
-
-
-def init_characters(config: VisionConfig, train: CharacterConfig, params: Params | None = None) -> CharacterState:
-    """The state before the first update: random parameters unless some are given."""
+def init_characters(config: VisionConfig, train: CharacterConfig, params: Params | None = None) -> TrainState:
+    """The state before the first update: random parameters unless some are given, "vision" and those of the heads."""
     if params is None:
         tower, heads = jax.random.split(jax.random.key(train.seed))
         drawn = 0.02 * jax.random.normal(heads, (config.out_size, sum(WIDTHS)))
         params = {"vision": init_vision(config, tower), HEADS: drawn}
-    return CharacterState(params, train.optimizer.init(params), jnp.int32(0))
+    return TrainState.begin(params, train.optimizer)
 
 
 def rows_of(config: VisionConfig, tower: Params, batch: Batch) -> Float[Array, "B R D"]:
@@ -114,11 +105,9 @@ def loss_fn(params: Params, batch: Batch, config: VisionConfig, train: Character
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def character_step(
-    state: CharacterState, batch: Batch, config: VisionConfig, train: CharacterConfig
-) -> tuple[CharacterState, dict[str, Array]]:
+    state: TrainState, batch: Batch, config: VisionConfig, train: CharacterConfig
+) -> tuple[TrainState, dict[str, Array]]:
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
     (loss, (right, around)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, config, train)
-    updates, optimizer = train.optimizer.update(gradients, state.optimizer, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "right": right, "around": around, "gradient_norm": optax.tree.norm(gradients)}
-    return CharacterState(params, optimizer, state.step + 1), metrics
+    return state.after(gradients, train.optimizer), metrics

@@ -57,6 +57,11 @@ class Batch:
     around_BRA: Int[np.ndarray, "B R A"]
     counts_B: Int[np.ndarray, "B"]
 
+    @property
+    def size(self) -> int:
+        """Tokens of a picture, padding included."""
+        return self.labels_BRN.shape[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -136,13 +141,13 @@ def batched(found: Sequence[Example], size: int, merge: int) -> Batch:
     """Examples of at most `size` tokens, padded to it."""
     patches = np.zeros((len(found), size * merge**2, found[0].patches_SP.shape[1]), np.float32)
     labels = np.full((len(found), size, SLOTS), NOTHING, np.int32)
-    around = np.full((len(found), size, BEFORE + AFTER), -1, np.int32)
+    near = np.full((len(found), size, BEFORE + AFTER), -1, np.int32)
     for row, example in enumerate(found):
         patches[row, : len(example.patches_SP)] = example.patches_SP
-        labels[row, : example.count], around[row, : example.count] = example.labels_RN, example.around_RA
+        labels[row, : example.count], near[row, : example.count] = example.labels_RN, example.around_RA
     places = [places_of(example.rows, example.columns, size * merge**2, merge) for example in found]
     stacked = jax.tree.map(lambda *each: np.stack(each), *places)
-    return Batch(patches, stacked, labels, around, np.array([example.count for example in found], np.int32))
+    return Batch(patches, stacked, labels, near, np.array([example.count for example in found], np.int32))
 
 
 def batches(

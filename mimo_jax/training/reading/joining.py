@@ -24,7 +24,7 @@ from mimo_jax.errors import check_real, check_whole
 from mimo_jax.modeling.backbone import MEDIA, Backbone
 from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
 from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
-from mimo_jax.training.pretraining import cross_entropy
+from mimo_jax.training.pretraining import TrainState, cross_entropy
 from mimo_jax.training.reading.characters import rows_of
 from mimo_jax.training.reading.examples import Batch, Example
 from mimo_jax.weights import Params
@@ -77,21 +77,21 @@ class JoinConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class JoinState:
-    """`params` are what learns: the tower's, "vision", and of the text model what `learning` takes."""
-
-    params: Params
-    optimizer: Any
-    step: Int[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Transcripts:
     """Sequences of a batch of pictures: ids, those beyond the vocabulary for rows, and which of them are to be told."""
 
     tokens_BT: Int[np.ndarray, "B T"]
     is_told_BT: Bool[np.ndarray, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What an update learns from: pictures, their transcripts, and windows of plain text."""
+
+    pictures: Batch
+    told: Transcripts
+    window_BT: Int[np.ndarray, "_ _"]
 
 
 def learning(text: Params) -> Params:
@@ -109,9 +109,9 @@ def merged(text: Params, learnt: Params) -> Params:
     return {**text, **layers}
 
 
-def init_join(text: Params, tower: Params, train: JoinConfig) -> JoinState:
-    params = {"vision": tower, **learning(text)}
-    return JoinState(params, train.optimizer.init(params), jnp.int32(0))
+def init_join(text: Params, tower: Params, train: JoinConfig) -> TrainState:
+    """The state of what learns: the tower's parameters, "vision", and of the text model what `learning` takes."""
+    return TrainState.begin({"vision": tower, **learning(text)}, train.optimizer)
 
 
 def transcripts(found: Sequence[Example], config: ModelConfig, tokenizer: Tokenizer, size: int) -> Transcripts | None:
@@ -131,20 +131,12 @@ def transcripts(found: Sequence[Example], config: ModelConfig, tokenizer: Tokeni
     return Transcripts(tokens, is_told)
 
 
-def loss_fn(
-    params: Params,
-    text: Params,
-    batch: Batch,
-    told: Transcripts,
-    window_BT: Int[Array, "B T"],
-    config: ModelConfig,
-    train: JoinConfig,
-):
+def loss_fn(params: Params, text: Params, lesson: Lesson, config: ModelConfig, train: JoinConfig):
     """Nats per token of the transcripts, plus the weighted divergence on plain text; and both, and how many tokens of
     the transcripts were the likeliest.
     """
     assert config.vision is not None
-    rows_BRD = rows_of(config.vision, params["vision"], batch)
+    rows_BRD, told = rows_of(config.vision, params["vision"], lesson.pictures), lesson.told
     own = merged(text, params)
     apply = Backbone(config).apply
     seeing: Any = {"params": {**own, MEDIA: rows_BRD.reshape(-1, rows_BRD.shape[-1])}}
@@ -154,7 +146,7 @@ def loss_fn(
     count = jnp.sum(is_told_BT)
     loss = jnp.sum(cross_entropy(logits_BTC, targets_BT) * is_told_BT) / count
     right = jnp.sum((jnp.argmax(logits_BTC, axis=-1) == targets_BT) & is_told_BT) / count
-    before, after = (jax.nn.log_softmax(apply({"params": one}, window_BT)[0]) for one in (text, own))
+    before, after = (jax.nn.log_softmax(apply({"params": one}, lesson.window_BT)[0]) for one in (text, own))
     before = jax.lax.stop_gradient(before)
     divergence = jnp.mean(jnp.sum(jnp.exp(before) * (before - after), axis=-1))
     return loss + train.faithful * divergence, (loss, divergence, right)
@@ -162,23 +154,14 @@ def loss_fn(
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def join_step(
-    state: JoinState,
-    text: Params,
-    batch: Batch,
-    told: Transcripts,
-    window_BT: Int[Array, "B T"],
-    config: ModelConfig,
-    train: JoinConfig,
-) -> tuple[JoinState, dict[str, Array]]:
+    state: TrainState, text: Params, lesson: Lesson, config: ModelConfig, train: JoinConfig
+) -> tuple[TrainState, dict[str, Array]]:
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
-    arguments = text, batch, told, window_BT, config, train
-    gradients, (loss, divergence, right) = jax.grad(loss_fn, has_aux=True)(state.params, *arguments)
-    updates, optimizer = train.optimizer.update(gradients, state.optimizer, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    gradients, (loss, divergence, right) = jax.grad(loss_fn, has_aux=True)(state.params, text, lesson, config, train)
     metrics = {
         "loss": loss,
         "divergence": divergence,
         "right": right,
         "gradient_norm": optax.tree.norm(gradients),
     }
-    return JoinState(params, optimizer, state.step + 1), metrics
+    return state.after(gradients, train.optimizer), metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,23 +14,18 @@ from mimo_jax.checkpoint.export import write_checkpoint
 from mimo_jax.checkpoint.read import read
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.towers import MEDIA_TOKENS, MediaConfig, VisionConfig
-from mimo_jax.errors import UserError
-from mimo_jax.loading import load_dense
+from mimo_jax.loading import Model, load_dense
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import run
 from mimo_jax.training.corpus import batch_at, check_same_tokenizer, check_vocabulary, identity, load_tokens
 from mimo_jax.training.launch import Launch, go
-from mimo_jax.training.reading.characters import (
-    CharacterConfig,
-    CharacterState,
-    character_step,
-    init_characters,
-)
+from mimo_jax.training.pretraining import TrainState
+from mimo_jax.training.reading.characters import CharacterConfig, character_step, init_characters
 from mimo_jax.training.reading.examples import Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
-from mimo_jax.training.reading.joining import JoinConfig, JoinState, init_join, join_step, merged, transcripts
+from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step, merged, transcripts
 
-T = TypeVar("T")
+TRIES = 16  # batches of other pictures in reserve for each step of a join
 FIRST_UNUSED = 0xF5  # of the bytes that no UTF-8 text has: their tokens are free to stand for media
 
 
@@ -63,15 +58,14 @@ def train_characters(
     launch: Launch, model: Path, fonts: Path | None, train: CharacterConfig, start: Path | None = None
 ) -> dict[str, Any]:
     """The first stage, for the width of the model's text part; from random weights, or those of the run `start`."""
-    held = load_dense(model)
-    config, reader = _reader(launch, held.config, held.tokenizer, model, fonts)
+    config, reader = _reader(launch, model, load_dense(model), fonts)
     vision = reader.vision
 
-    def update(state: CharacterState, step: int) -> tuple[CharacterState, run.Metrics]:
+    def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         batch, _ = next(batches(reader, train.tokens, train.seed, step))
         return character_step(state, batch, vision, train)
 
-    def fresh() -> CharacterState:
+    def fresh() -> TrainState:
         return init_characters(vision, train, None if start is None else _characters(start, vision).params)
 
     settings = run.settings_of(
@@ -80,37 +74,33 @@ def train_characters(
     return go(launch, settings, fresh, update, train.tokens)
 
 
-def _characters(directory: Path, vision: VisionConfig) -> CharacterState:
+def _characters(directory: Path, vision: VisionConfig) -> TrainState:
     """The newest state of a run of the first stage."""
-    train = _train_config(directory, CharacterConfig)
+    train = run.train_config_of(directory, CharacterConfig)
     return run.restore(directory, lambda: init_characters(vision, train))
 
 
 def train_join(launch: Launch, model: Path, start: Path, fonts: Path | None, train: JoinConfig) -> dict[str, Any]:
     """The second stage, from the tower of the run `start`."""
     held = load_dense(model)
-    config, reader = _reader(launch, held.config, held.tokenizer, model, fonts)
-    tokens = load_tokens(launch.data, "train")
+    config, reader = _reader(launch, model, held, fonts)
     text = {name: part for name, part in held.params.items() if name != "mtp"}
-
     tower = _characters(start, reader.vision).params["vision"]
 
-    def update(state: JoinState, step: int) -> tuple[JoinState, run.Metrics]:
-        for batch, found in batches(reader, train.rows, train.seed, step * TRIES, train.sizes_at(step)):
-            told = transcripts(found, config, held.tokenizer, batch.labels_BRN.shape[1])
-            if told is not None:
-                break
-        window = batch_at(tokens, step, train.windows, train.length, train.seed)
-        return join_step(state, text, batch, told, window, config, train)
+    def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
+        tried = batches(reader, train.rows, train.seed, step * TRIES, train.sizes_at(step))
+        told = (
+            (batch, transcripts(found, config, held.tokenizer, batch.labels_BRN.shape[1])) for batch, found in tried
+        )
+        batch, transcript = next((batch, each) for batch, each in told if each is not None)
+        window = batch_at(reader.tokens, step, train.windows, train.length, train.seed)
+        return join_step(state, text, Lesson(batch, transcript, window), config, train)
 
-    def fresh() -> JoinState:
+    def fresh() -> TrainState:
         return init_join(text, tower, train)
 
     settings = run.settings_of(config, train, start=start.name, corpus=identity(launch.data), fonts=list(TRAINED))
     return go(launch, settings, fresh, update, train.rows + train.windows * train.length)
-
-
-TRIES = 16  # batches of other pictures in reserve for each step
 
 
 def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
@@ -118,12 +108,12 @@ def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
 
     All other weights keep their bits.
     """
-    train, dense = _train_config(directory, JoinConfig), load_dense(model)
+    train, dense = run.train_config_of(directory, JoinConfig), load_dense(model)
     config = seeing(dense.config, dense.tokenizer)
     vision = config.vision
     assert vision is not None
 
-    def fresh() -> JoinState:
+    def fresh() -> TrainState:
         return init_join(dense.params, init_characters(vision, CharacterConfig(1)).params["vision"], train)
 
     state, held = run.restore(directory, fresh), read(model)
@@ -133,19 +123,10 @@ def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
     return {"checkpoint": str(out), "step": int(state.step)}
 
 
-def _train_config(directory: Path, kind: type[T]) -> T:
-    """What a run was started with, which must be of a kind."""
-    try:
-        return kind(**run.all_settings(directory)["train"])
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{directory}: not a run of this stage, or one of another version ({error})") from None
-
-
-def _reader(
-    launch: Launch, config: ModelConfig, tokenizer: Tokenizer, model: Path, fonts: Path | None
-) -> tuple[ModelConfig, Reader]:
-    check_same_tokenizer(model, launch.data)
+def _reader(launch: Launch, directory: Path, model: Model, fonts: Path | None) -> tuple[ModelConfig, Reader]:
+    """The model's config with a tower, and pictures of the corpus."""
+    check_same_tokenizer(directory, launch.data)
     tokens = load_tokens(launch.data, "train")
-    check_vocabulary(tokens, config.vocab_size)
-    config = seeing(config, tokenizer)
-    return config, reader_of(config, tokenizer, tokens, fonts)
+    check_vocabulary(tokens, model.config.vocab_size)
+    config = seeing(model.config, model.tokenizer)
+    return config, reader_of(config, model.tokenizer, tokens, fonts)
