@@ -43,7 +43,7 @@ def launch_of(args: argparse.Namespace) -> Launch:
     mesh = mesh_of(args)
     from mimo_jax.training.launch import Launch
 
-    return Launch(args.run, Path(args.data), args.steps, mesh)
+    return Launch(args.run, Path(args.data), args.steps, mesh, args.save_every)
 
 
 def pretrain_command(args: argparse.Namespace) -> dict:
@@ -115,7 +115,8 @@ def characters_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.reading.launch import train_characters
 
     train = CharacterConfig(args.steps, args.rows, args.rate, seed=args.seed)
-    return train_characters(launch, Path(args.model), args.fonts, train, Path(args.start) if args.start else None)
+    start = Path(args.start) if args.start else None
+    return train_characters(launch, Path(args.model), args.fonts, train, start, args.workers)
 
 
 def join_command(args: argparse.Namespace) -> dict:
@@ -123,8 +124,9 @@ def join_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.reading.joining import JoinConfig
     from mimo_jax.training.reading.launch import train_join
 
-    train = JoinConfig(args.steps, args.rows, tower_rate=args.tower_rate, text_rate=args.rate, seed=args.seed)
-    return train_join(launch, Path(args.model), Path(args.start), args.fonts, train)
+    rates = {"tower_rate": args.tower_rate, "text_rate": args.rate}
+    train = JoinConfig(args.steps, args.rows, args.windows, seed=args.seed, **rates)
+    return train_join(launch, Path(args.model), Path(args.start), args.fonts, train, args.workers)
 
 
 def export_seeing_command(args: argparse.Namespace) -> dict:
@@ -228,6 +230,7 @@ def parser() -> Parser:
     join.add_argument("--start", required=True, help="the run of characters to start from")
     join.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the text model")
     join.add_argument("--tower-rate", type=float, default=2e-3, help="peak learning rate of the tower")
+    join.add_argument("--windows", type=int, default=1, help="of plain text, in a step")
     join.set_defaults(command=join_command)
 
     export_seeing = commands.add_parser("export-seeing", help="write a checkpoint with the tower of a finished join")
@@ -238,6 +241,9 @@ def parser() -> Parser:
     for command in (characters, join):
         command.add_argument("--rows", type=whole(256), default=1024, help="of pictures, in a step")
         command.add_argument("--fonts", type=folder, help="folder that `make fonts` installed them into")
+        command.add_argument(
+            "--workers", type=whole(0, 1024), default=0, help="processes that draw pictures (0: this one)"
+        )
 
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")
     plot.add_argument("--run", action="append", required=True, help="a run; repeat it")
@@ -256,6 +262,7 @@ def parser() -> Parser:
             "--run", type=output_folder, required=True, help="folder of the run: log, plot, checkpoints"
         )
         command.add_argument("--steps", type=whole(1), required=True, help="updates to make")
+        command.add_argument("--save-every", type=whole(1), default=100, help="so many updates")
         add_mesh_options(command)
     return parser
 

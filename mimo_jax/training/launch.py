@@ -22,17 +22,21 @@ from mimo_jax.sharding import check_rows, place, shape_of
 from mimo_jax.training import drafter, qat, run
 from mimo_jax.training.corpus import TOKENIZER, check_same_tokenizer, identity, load_tokens
 from mimo_jax.training.pretraining import TrainConfig, init_state
+from mimo_jax.training.run import SAVE_EVERY
 from mimo_jax.training.self_distillation import load_texts
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where a run lives, the corpus it reads, the update it goes to, and the mesh it runs on (None: one device)."""
+    """Where a run lives, the corpus it reads, the update it goes to, the mesh it runs on (None: one device), and after
+    how many updates it is saved.
+    """
 
     run: Path
     data: Path
     last_step: int
     mesh: Mesh | None = None
+    save_every: int = SAVE_EVERY
 
 
 def pretrain(launch: Launch, train: TrainConfig, preset_name: str, start: str | None, dtype: str) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def go(
         resumed = orbax.steps(launch.run / "checkpoints")
         state = run.restore(launch.run, fresh_state, launch.mesh) if resumed else place(fresh_state(), launch.mesh)
         with jax.set_mesh(launch.mesh) if launch.mesh is not None else contextlib.nullcontext():
-            run.train_until(launch.run, state, launch.last_step, update, tokens_per_step)
+            run.train_until(launch.run, state, launch.last_step, update, tokens_per_step, launch.save_every)
     if jax.process_index():
         return {}
     if importlib.util.find_spec("matplotlib"):

@@ -80,8 +80,10 @@ def prepare(run: Path, settings: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(settings, indent=1).encode())
 
 
-def train_until(run: Path, state: State, last_step: int, update: Update[State], tokens_per_step: int) -> State:
-    """Trains from `state.step` to `last_step`, logging every 10 steps and saving every 100 and at the end.
+def train_until(
+    run: Path, state: State, last_step: int, update: Update[State], tokens_per_step: int, save_every: int = SAVE_EVERY
+) -> State:
+    """Trains from `state.step` to `last_step`, logging every 10 steps and saving every `save_every` and at the end.
 
     `update` takes the state and the number of the step, from 0, and returns the new state and scalar metrics.
     """
@@ -103,7 +105,7 @@ def train_until(run: Path, state: State, last_step: int, update: Update[State], 
                 bar.describe(f"loss {metrics['loss']:.3f}  {speed:,.0f} tokens/s")
                 started = time.perf_counter()
             bar.advance()
-            if step % SAVE_EVERY == 0 or step == last_step:
+            if step % save_every == 0 or step == last_step:
                 orbax.save_step(run / "checkpoints", step, state)
     return state
 

@@ -184,9 +184,8 @@ def prepared(directory, train):
     return directory
 
 
-def test_a_killed_run_goes_on_with_the_same_curve(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_with_the_same_curve(tmp_path):
     """Stopped after a save and given again, the drafter's run ends with the parameters of an uninterrupted one."""
-    monkeypatch.setattr(run, "SAVE_EVERY", 4)
     ends = []
     for name, stops in (("straight", [8]), ("broken", [4, 8])):
         directory = prepared(tmp_path / name, TRAIN)
@@ -194,7 +193,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path, monkeypatch):
             fresh = not (directory / "checkpoints").exists()
             state = drafter.init_state(CONFIG, TRAIN) if fresh else drafter.latest_state(directory, CONFIG, TRAIN)
             update = drafter.training_update(TEXTS, CORPUS, MODEL, CONFIG, TRAIN)
-            state = run.train_until(directory, state, last, update, 1)
+            state = run.train_until(directory, state, last, update, 1, save_every=4)
         ends.append(state.params)
     jax.tree.map(np.testing.assert_array_equal, *ends)
     assert drafter.read_settings(tmp_path / "straight") == (CONFIG, TRAIN)

@@ -8,6 +8,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from mimo_jax.loading import load
 from mimo_jax.modeling.backbone import init_params
 from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
 from mimo_jax.training import corpus
+from mimo_jax.training.ahead import Ahead
 from mimo_jax.training.export import extra_files
 from mimo_jax.training.launch import Launch
 from mimo_jax.training.reading import joining
@@ -61,6 +63,16 @@ def reader(vision: VisionConfig = TINY) -> Reader:
     assert CONFIG.media is not None
     files = tuple(font_file(name) for name in INSTALLED if name in TRAINED)
     return Reader(TOKENS, TOKENIZER, files, vision, CONFIG.media)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_are_the_same_whoever_draws_them(workers):
+    """Drawn ahead in other processes, a step gets the batch that it would have drawn itself."""
+    train = CharacterConfig(3, tokens=64, seed=3)
+    make = partial(stages.character_batch, reader(), train)
+    drawn = Ahead(make, workers)
+    for step in (1, 2, 3):
+        jax.tree.map(np.testing.assert_array_equal, drawn(step), make(step))
 
 
 @pytest.mark.parametrize("name", INSTALLED)

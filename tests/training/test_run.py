@@ -32,7 +32,6 @@ class Killed(Exception):
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    monkeypatch.setattr(run, "SAVE_EVERY", 5)
     monkeypatch.setattr(run, "LOG_EVERY", 1)
 
 
@@ -43,7 +42,7 @@ def go_on(directory, train: TrainConfig):
     fresh_state = init_qat if train.qat else init_state
     state = run.latest_state(directory, CONFIG, train) if saved else fresh_state(CONFIG, train)
     update = run.pretraining_update(TOKENS, CONFIG, train)
-    return run.train_until(directory, state, LAST, update, train.batch * train.length)
+    return run.train_until(directory, state, LAST, update, train.batch * train.length, save_every=5)
 
 
 def curve(directory) -> list[tuple[int, float, float]]:
@@ -56,7 +55,6 @@ def straight(request, tmp_path_factory):
     """An uninterrupted run: its folder, its settings, its last state."""
     directory = tmp_path_factory.mktemp("straight") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "SAVE_EVERY", 5)
         patch.setattr(run, "LOG_EVERY", 1)
         return directory, request.param, go_on(directory, request.param)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from mimo_jax.config.towers import MEDIA_TOKENS, MediaConfig, VisionConfig
 from mimo_jax.loading import Model, load_dense
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training import run
+from mimo_jax.training.ahead import Ahead
 from mimo_jax.training.corpus import batch_at, check_same_tokenizer, check_vocabulary, identity, load_tokens
 from mimo_jax.training.launch import Launch, go
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.characters import CharacterConfig, character_step, init_characters
-from mimo_jax.training.reading.examples import Reader, batches
+from mimo_jax.training.reading.examples import Batch, Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
 from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step, merged, transcripts
 
@@ -55,15 +57,24 @@ def reader_of(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, fon
 
 
 def train_characters(
-    launch: Launch, model: Path, fonts: Path | None, train: CharacterConfig, start: Path | None = None
+    launch: Launch,
+    model: Path,
+    fonts: Path | None,
+    train: CharacterConfig,
+    start: Path | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
-    """The first stage, for the width of the model's text part; from random weights, or those of the run `start`."""
+    """The first stage, for the width of the model's text part; from random weights, or those of the run `start`.
+
+    So many `workers`, processes, draw pictures; 0: this one.
+    """
     config, reader = _reader(launch, model, load_dense(model), fonts)
     vision = reader.vision
 
+    drawn = Ahead(partial(character_batch, reader, train), workers)
+
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
-        batch, _ = next(batches(reader, train.tokens, train.seed, step))
-        return character_step(state, batch, vision, train)
+        return character_step(state, drawn(step), vision, train)
 
     def fresh() -> TrainState:
         return init_characters(vision, train, None if start is None else _characters(start, vision).params)
@@ -80,27 +91,39 @@ def _characters(directory: Path, vision: VisionConfig) -> TrainState:
     return run.restore(directory, lambda: init_characters(vision, train))
 
 
-def train_join(launch: Launch, model: Path, start: Path, fonts: Path | None, train: JoinConfig) -> dict[str, Any]:
+def character_batch(reader: Reader, train: CharacterConfig, step: int) -> Batch:
+    """What a step of the first stage learns from."""
+    return next(batches(reader, train.tokens, train.seed, step))[0]
+
+
+def train_join(
+    launch: Launch, model: Path, start: Path, fonts: Path | None, train: JoinConfig, workers: int = 0
+) -> dict[str, Any]:
     """The second stage, from the tower of the run `start`."""
     held = load_dense(model)
     config, reader = _reader(launch, model, held, fonts)
     text = {name: part for name, part in held.params.items() if name != "mtp"}
     tower = _characters(start, reader.vision).params["vision"]
 
+    drawn = Ahead(partial(lesson, config, reader, train), workers)
+
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
-        tried = batches(reader, train.rows, train.seed, step * TRIES, train.sizes_at(step))
-        told = (
-            (batch, transcripts(found, config, held.tokenizer, batch.labels_BRN.shape[1])) for batch, found in tried
-        )
-        batch, transcript = next((batch, each) for batch, each in told if each is not None)
-        window = batch_at(reader.tokens, step, train.windows, train.length, train.seed)
-        return join_step(state, text, Lesson(batch, transcript, window), config, train)
+        return join_step(state, text, drawn(step), config, train)
 
     def fresh() -> TrainState:
         return init_join(text, tower, train)
 
     settings = run.settings_of(config, train, start=start.name, corpus=identity(launch.data), fonts=list(TRAINED))
     return go(launch, settings, fresh, update, train.rows + train.windows * train.length)
+
+
+def lesson(config: ModelConfig, reader: Reader, train: JoinConfig, step: int) -> Lesson:
+    """What a step of the second stage learns from."""
+    tried = batches(reader, train.rows, train.seed, step * TRIES, train.sizes_at(step))
+    told = ((batch, transcripts(found, config, reader.tokenizer, batch.size)) for batch, found in tried)
+    batch, transcript = next((batch, each) for batch, each in told if each is not None)
+    window = batch_at(reader.tokens, step, train.windows, train.length, train.seed)
+    return Lesson(batch, transcript, window)
 
 
 def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
