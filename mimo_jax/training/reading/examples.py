@@ -29,8 +29,9 @@ NOTHING = 0  # in a slot; character k is class k + 1
 CLASSES = 1 + len(CHARACTERS)
 BEFORE, AFTER = 3, 5  # characters around a token's own that it tells, too
 NEWLINE = CLASSES  # among these; NOTHING: before the first character and after the last
-# Tokens of a picture, as it is padded, and what is drawn of so many.
+# Tokens of a picture, as it is padded; what is drawn of so many; how many tokens its text may have, the end included.
 SIZES = {64: Shape(1, 3), 128: Shape(2, 6), 256: Shape(4, 12)}
+TEXT_TOKENS = {64: 48, 128: 96, 256: 192}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +81,13 @@ class Example:
 
 
 def examples(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Example]:
-    """Without end: of at most `size` tokens, with a slot for each character. Two lines can fall into one row of tokens
-    where a picture is made smaller to a whole number of them.
+    """Without end: of at most `size` tokens and `TEXT_TOKENS` of text, with a slot for each character. Two lines can
+    fall into one row of tokens where a picture is made smaller to a whole number of them.
     """
     while True:
         lines = snippet(reader.tokens, reader.tokenizer, rng, SIZES[size])
+        if len(reader.tokenizer.encode("\n".join(lines), literal=True)) >= TEXT_TOKENS[size]:
+            continue
         found = example_of(draw(lines, reader.fonts[rng.integers(len(reader.fonts))], rng), reader)
         if found.count <= size and np.count_nonzero(found.labels_RN) == sum(map(len, lines)):
             yield found

@@ -26,11 +26,10 @@ from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
 from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState, cross_entropy
 from mimo_jax.training.reading.characters import rows_of
-from mimo_jax.training.reading.examples import Batch, Example
+from mimo_jax.training.reading.examples import TEXT_TOKENS, Batch, Example
 from mimo_jax.weights import Params
 
 LEARNING = ("attention", "input_norm", "post_norm", "mlp")  # of a layer of the text model
-TEXT_TOKENS = {64: 48, 128: 96, 256: 192}  # that a picture of so many rows may have
 CURRICULUM = {0.4: (64,), 0.6: (64, 128), 1.0: (64, 128, 256)}  # sizes of pictures up to a share of the steps
 
 
@@ -114,17 +113,15 @@ def init_join(text: Params, tower: Params, train: JoinConfig) -> TrainState:
     return TrainState.begin({"vision": tower, **learning(text)}, train.optimizer)
 
 
-def transcripts(found: Sequence[Example], config: ModelConfig, tokenizer: Tokenizer, size: int) -> Transcripts | None:
-    """None where a text is longer than its picture lets expect."""
+def transcripts(found: Sequence[Example], config: ModelConfig, tokenizer: Tokenizer, size: int) -> Transcripts:
+    """Of pictures of at most `size` rows."""
     assert config.media is not None
-    end, most = tokenizer.id_of(END_OF_TEXT), TEXT_TOKENS[size]
-    tokens = np.full((len(found), size + 2 + most), end, np.int32)
+    end = tokenizer.id_of(END_OF_TEXT)
+    tokens = np.full((len(found), size + 2 + TEXT_TOKENS[size]), end, np.int32)
     is_told = np.zeros(tokens.shape, bool)
     for place, example in enumerate(found):
         first = config.vocab_size + place * size
         told = [*tokenizer.encode(example.text, literal=True), end]
-        if len(told) > most:
-            return None
         shown = [config.media.vision_start, *range(first, first + example.count), config.media.vision_end]
         tokens[place, : len(shown) + len(told)] = shown + told
         is_told[place, len(shown) : len(shown) + len(told)] = True

@@ -27,7 +27,6 @@ from mimo_jax.training.reading.examples import Batch, Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
 from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step, merged, transcripts
 
-TRIES = 16  # batches of other pictures in reserve for each step of a join
 FIRST_UNUSED = 0xF5  # of the bytes that no UTF-8 text has: their tokens are free to stand for media
 
 
@@ -119,11 +118,9 @@ def train_join(
 
 def lesson(config: ModelConfig, reader: Reader, train: JoinConfig, step: int) -> Lesson:
     """What a step of the second stage learns from."""
-    tried = batches(reader, train.rows, train.seed, step * TRIES, train.sizes_at(step))
-    told = ((batch, transcripts(found, config, reader.tokenizer, batch.size)) for batch, found in tried)
-    batch, transcript = next((batch, each) for batch, each in told if each is not None)
+    batch, found = next(batches(reader, train.rows, train.seed, step, train.sizes_at(step)))
     window = batch_at(reader.tokens, step, train.windows, train.length, train.seed)
-    return Lesson(batch, transcript, window)
+    return Lesson(batch, transcripts(found, config, reader.tokenizer, batch.size), window)
 
 
 def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
