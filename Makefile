@@ -108,12 +108,15 @@ fonts: runs/fonts
 runs/fonts: | $(BIN)/python
 	$(PIP) --no-deps --target runs/fonts textual-serve==1.1.3 imgui-bundle==1.93.0 streamlit==1.67.0 rich-codex==1.4.0
 
-# Its eyes: a tower that tells characters in pictures of the corpus, then tower and model together.
-READ := --data runs/corpus --fonts runs/fonts --model runs/checkpoint
+# Its eyes: the text model learns to write down what rows say, a tower learns to say it, and goes on through the model.
+EYES := --data runs/corpus --model runs/copying
+DRAWN := --fonts runs/fonts --workers 2
 eyes: $(VENV)/dev.stamp fonts
-	$(TRAIN) characters $(READ) --run runs/characters --steps 3000
-	$(TRAIN) join $(READ) --start runs/characters --run runs/joined --steps 2000
-	$(TRAIN) export-seeing --run runs/joined --model runs/checkpoint --out runs/seeing
+	$(TRAIN) copying --data runs/corpus --model runs/checkpoint --run runs/copied --steps 600 --rate 6e-4
+	$(TRAIN) export-copying --run runs/copied --model runs/checkpoint --out runs/copying
+	$(TRAIN) characters $(EYES) $(DRAWN) --run runs/characters --steps 6000
+	$(TRAIN) join $(EYES) $(DRAWN) --start runs/characters --run runs/joined --steps 1000
+	$(TRAIN) export-seeing --run runs/joined --model runs/copying --out runs/seeing
 
 # The controls that docs/results.md compares it with: the same small budget for each, from random weights.
 CONTROL := $(DRAFT) --texts runs/long_texts --steps 400 --batch 8 --human-share 0.25 --seed 5

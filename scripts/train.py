@@ -119,13 +119,27 @@ def characters_command(args: argparse.Namespace) -> dict:
     return train_characters(launch, Path(args.model), args.fonts, train, start, args.workers)
 
 
+def copying_command(args: argparse.Namespace) -> dict:
+    launch = launch_of(args)
+    from mimo_jax.training.reading.copying import CopyConfig
+    from mimo_jax.training.reading.launch import train_copying
+
+    train = CopyConfig(args.steps, args.rows, args.windows, peak_rate=args.rate, seed=args.seed)
+    return train_copying(launch, Path(args.model), train)
+
+
+def export_copying_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.training.reading.launch import export_copying
+
+    return export_copying(Path(args.run), Path(args.model), args.out)
+
+
 def join_command(args: argparse.Namespace) -> dict:
     launch = launch_of(args)
     from mimo_jax.training.reading.joining import JoinConfig
     from mimo_jax.training.reading.launch import train_join
 
-    rates = {"tower_rate": args.tower_rate, "text_rate": args.rate}
-    train = JoinConfig(args.steps, args.rows, args.windows, seed=args.seed, **rates)
+    train = JoinConfig(args.steps, args.rows, args.rate, seed=args.seed)
     return train_join(launch, Path(args.model), Path(args.start), args.fonts, train, args.workers)
 
 
@@ -221,43 +235,49 @@ def parser() -> Parser:
     export_drafter.add_argument("--expect-published", type=real(1, 1000), help="the same of the drafter without extras")
     export_drafter.set_defaults(command=export_drafter_command)
 
-    characters = commands.add_parser("characters", help="a vision tower that tells characters in pictures of code")
+    characters = commands.add_parser("characters", help="a vision tower that tells characters and tokens in pictures")
     characters.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
-    characters.add_argument("--start", help="a run of characters to go on from, instead of random weights")
+    characters.add_argument("--start", help="checkpoint with a tower to go on from, instead of random weights")
     characters.set_defaults(command=characters_command)
 
-    join = commands.add_parser("join", help="tower and text model together: they learn to write down pictures")
-    join.add_argument("--start", required=True, help="the run of characters to start from")
-    join.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the text model")
-    join.add_argument("--tower-rate", type=float, default=2e-3, help="peak learning rate of the tower")
-    join.add_argument("--windows", type=int, default=1, help="of plain text, in a step")
+    copying = commands.add_parser("copying", help="the text model learns to write down what rows of a tower say")
+    copying.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    copying.add_argument("--windows", type=int, default=4, help="of plain text, in a step")
+    copying.set_defaults(command=copying_command)
+
+    export_copying = commands.add_parser("export-copying", help="write the checkpoint with what has learnt to copy")
+    export_copying.set_defaults(command=export_copying_command)
+
+    join = commands.add_parser("join", help="the tower goes on learning through a text model that copies")
+    join.add_argument("--start", required=True, help="the run of characters to go on from")
+    join.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     join.set_defaults(command=join_command)
 
-    export_seeing = commands.add_parser("export-seeing", help="write a checkpoint with the tower of a finished join")
-    export_seeing.add_argument("--run", required=True, help="the run to export")
-    export_seeing.add_argument("--out", type=new_folder, required=True, help="folder to write; must not exist")
+    export_seeing = commands.add_parser("export-seeing", help="write the checkpoint with the tower of a finished join")
     export_seeing.set_defaults(command=export_seeing_command)
 
-    for command in (characters, join):
+    for command in (export_copying, export_seeing):
+        command.add_argument("--run", required=True, help="the run to export")
+        command.add_argument("--out", type=new_folder, required=True, help="folder to write; must not exist")
+    for command in (characters, copying, join):
         command.add_argument("--rows", type=whole(256), default=1024, help="of pictures, in a step")
+    for command in (characters, join):
         command.add_argument("--fonts", type=folder, help="folder that `make fonts` installed them into")
-        command.add_argument(
-            "--workers", type=whole(0, 1024), default=0, help="processes that draw pictures (0: this one)"
-        )
+        command.add_argument("--workers", type=whole(0, 1024), default=0, help="processes that draw them (0: this one)")
 
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")
     plot.add_argument("--run", action="append", required=True, help="a run; repeat it")
     plot.add_argument("--out", type=output_file, required=True, help="PNG file to write")
     plot.set_defaults(command=plot_command)
 
-    for command in (distill, drafter, characters, join, export_seeing):
+    for command in (distill, drafter, characters, copying, join, export_copying, export_seeing):
         command.add_argument("--model", required=True, help="checkpoint folder of the target")
-    for command in (pretrain, distill, drafter, characters, join):
+    for command in (pretrain, distill, drafter, characters, copying, join):
         command.add_argument("--seed", type=int, default=0)
     corpus.add_argument("--data", type=output_folder, default="runs/corpus", help="folder of the corpus")
-    for command in (pretrain, anneal, export, distill, drafter, characters, join):
+    for command in (pretrain, anneal, export, distill, drafter, characters, copying, join):
         command.add_argument("--data", default="runs/corpus", help="folder of the corpus")
-    for command in (pretrain, anneal, drafter, characters, join):
+    for command in (pretrain, anneal, drafter, characters, copying, join):
         command.add_argument(
             "--run", type=output_folder, required=True, help="folder of the run: log, plot, checkpoints"
         )

@@ -22,6 +22,7 @@ from mimo_jax.training import run
 from mimo_jax.training.drafter import DraftTrainConfig, Geometry, drafter_for
 from mimo_jax.training.pretraining import TrainConfig
 from mimo_jax.training.reading.characters import CharacterConfig
+from mimo_jax.training.reading.copying import CopyConfig
 from mimo_jax.training.reading.joining import JoinConfig
 from mimo_jax.training.self_distillation import Texts
 from tests.checkpoint.gguf_samples import write_llama
@@ -70,6 +71,7 @@ WORK = (
     "mimo_jax.training.corpus.collect",
     "mimo_jax.training.drafter.latest_state",
     "mimo_jax.training.launch.go",
+    "mimo_jax.training.reading.launch.go",
     "mimo_jax.training.reading.launch.reader_of",
     "mimo_jax.training.run.restore",
     "mimo_jax.training.run.latest_state",
@@ -132,6 +134,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     run.prepare(folder / "drafter_run", run.settings_of(drafter, DraftTrainConfig(steps=1)))
     run.prepare(folder / "characters_run", run.settings_of(CONFIG, CharacterConfig(steps=1)))
+    run.prepare(folder / "copying_run", run.settings_of(CONFIG, CopyConfig(steps=1)))
     run.prepare(folder / "join_run", run.settings_of(CONFIG, JoinConfig(steps=1)))
     write_llama(folder / "model.gguf")
     (folder / "file").write_text("a file")
@@ -178,7 +181,9 @@ def good_arguments(folder: Path, script: str, name: str) -> dict[str, list[str]]
         ("train", "pretrain"): {"run": "new", "start": folder / "model", "batch": 2, "length": 16},
         ("train", "anneal"): {"run": "new"},
         ("train", "drafter"): {"run": "new", "start": folder / "model" / FOLDER, "anchors": 2},
-        ("train", "characters"): {"run": "new"},
+        ("train", "characters"): {"run": "new", "start": folder / "model"},
+        ("train", "copying"): {"run": "new"},
+        ("train", "export-copying"): {"run": folder / "copying_run"},
         ("train", "join"): {"run": "new", "start": folder / "characters_run"},
         ("train", "export-seeing"): {"run": folder / "join_run"},
         ("train", "corpus"): {"data": "corpus"},

@@ -29,24 +29,24 @@ from mimo_jax.training import corpus
 from mimo_jax.training.ahead import Ahead
 from mimo_jax.training.export import extra_files
 from mimo_jax.training.launch import Launch
-from mimo_jax.training.reading import joining
 from mimo_jax.training.reading import launch as stages
 from mimo_jax.training.reading.characters import CharacterConfig, character_step, init_characters
-from mimo_jax.training.reading.examples import (
-    BEFORE,
-    NEWLINE,
-    SIZES,
-    Reader,
-    around,
-    batches,
-    classes_at,
-    examples,
-    places_in,
-    spelled,
+from mimo_jax.training.reading.copying import (
+    LEARNING,
+    CopyConfig,
+    copy_step,
+    init_copying,
+    layouts,
+    learning,
+    merged,
+    transcripts,
 )
+from mimo_jax.training.reading.copying import lesson as copying_lesson
+from mimo_jax.training.reading.examples import SIZES, Reader, batches, examples, labels_in, spelled
 from mimo_jax.training.reading.fonts import FONTS, HELD_OUT, TRAINED, font_file
-from mimo_jax.training.reading.joining import JoinConfig, transcripts
-from mimo_jax.training.reading.pictures import LEAST_PITCH, draw
+from mimo_jax.training.reading.joining import JoinConfig
+from mimo_jax.training.reading.pictures import LEAST_PITCH, Grid, draw
+from mimo_jax.training.reading.rows import SILENT, said, scaled
 from mimo_jax.training.reading.snippets import CHARACTERS, snippet
 from tests.checkpoint.samples import load_file, small
 
@@ -81,7 +81,8 @@ def test_labels_spell_the_picture(name):
     found = dataclasses.replace(reader(), fonts=(font_file(name),))
     for example in itertools.islice(examples(found, np.random.default_rng(0), 128), 40):
         told = spelled(example.labels_RN, example.columns // TINY.merge)
-        assert told == "\n".join(line for line in example.text.split("\n") if line)  # empty lines have no slot
+        text = TOKENIZER.decode(list(example.ids))
+        assert told == "\n".join(line for line in text.split("\n") if line)  # empty lines have no slot
 
 
 def test_labels_lie_where_ink_is():
@@ -90,23 +91,49 @@ def test_labels_lie_where_ink_is():
     picture = draw(["#  #", "", " ##"], font_file("DejaVu Sans Mono Bold"), rng, size=16)
     height, width, _ = picture.pixels_HW3.shape
     rows, columns = height // 16, width // 16
-    places = places_in(picture, rows, columns)
-    text = "\n".join(picture.lines)
+    labels_RN = labels_in(picture, rows, columns)
     ground = np.median(picture.pixels_HW3, axis=(0, 1))
     differs = np.abs(picture.pixels_HW3 - ground).mean(axis=2)
     cells = differs[: rows * 16, : columns * 16].reshape(rows, 16, columns, 16).mean(axis=(1, 3)).ravel()
-    inked = (classes_at(text, places) == 1 + CHARACTERS.index("#")).any(axis=1)
+    inked = (labels_RN == 1 + CHARACTERS.index("#")).any(axis=1)
     assert cells[inked].min() > 2 * np.median(cells[~inked])
-    assert picture.pitch >= LEAST_PITCH
+    assert picture.grid.pitch >= LEAST_PITCH
 
 
-def test_a_token_tells_what_comes_before_and_after_its_own():
-    """In the order of reading, over the ends of lines; nothing before the first character and after the last."""
-    text, places = "ab\ncd", np.array([[0, 1, -1], [-1, -1, -1], [3, -1, -1], [-1, 4, -1]])
-    a, b, c, d = (1 + CHARACTERS.index(character) for character in "abcd")
-    found = around(text, places)
-    assert found[:, :BEFORE].tolist() == [[0, 0, 0], [-1] * 3, [NEWLINE, b, a], [c, NEWLINE, b]]
-    assert found[:, BEFORE:].tolist() == [[NEWLINE, c, d, 0, 0], [-1] * 5, [d, 0, 0, 0, 0], [0] * 5]
+def test_rows_say_every_token_once_in_order():
+    """Drawn or not: read row by row, what is said is the text; a token's row is never before its first character's."""
+    drawn = ((each.said_R, each.ids) for each in examples(reader(), np.random.default_rng(0), 128))
+    for found_R, ids in itertools.chain(
+        itertools.islice(drawn, 40), itertools.islice(layouts(reader(), np.random.default_rng(0), 128), 40)
+    ):
+        assert [token for token in found_R.tolist() if token != SILENT] == list(ids)
+    assert any(token == SILENT for token in found_R)
+
+
+def test_a_token_is_said_where_it_begins_or_in_the_next_free_row():
+    """Squares of 16 pixels, characters of 8: two tokens of one character need two rows; ends of lines have theirs."""
+    grid = Grid(left=0, top=0, advance=8, pitch=32, width=64, height=64)
+    text = "ab = c\nd"
+    ids = TOKENIZER.encode(text, literal=True)
+    assert [TOKENIZER.decode([token]) for token in ids] == ["ab", " =", " c", "\n", "d"]
+    # Lines have their centres in the second and the last row of squares; the first ends in its last square.
+    found = said(ids, TOKENIZER, text, grid, rows=4, columns=4)
+    assert found is not None
+    assert found.tolist() == [*[SILENT] * 4, *ids[:4], *[SILENT] * 4, ids[4], *[SILENT] * 3]
+    dense = TOKENIZER.encode("((", literal=True)
+    dense = dense if len(dense) == 2 else [TOKENIZER.id_of("(")] * 2
+    crowded = said(dense, TOKENIZER, "((", dataclasses.replace(grid, pitch=16, height=16), rows=1, columns=4)
+    assert crowded is not None and crowded.tolist() == [*dense, SILENT, SILENT]
+    assert said(ids, TOKENIZER, text, grid, rows=2, columns=2) is None
+
+
+def test_rows_are_equally_loud():
+    """What a row says lies in the direction of an embedding, and all have the length that these have on average."""
+    embed_CD = np.random.default_rng(0).normal(size=(32, 8)) * np.arange(1, 33)[:, None]
+    found = scaled(embed_CD)
+    norms = np.linalg.norm(found, axis=1)
+    np.testing.assert_allclose(norms, np.sqrt((embed_CD**2).sum(axis=1).mean()))
+    np.testing.assert_allclose(found / norms[:, None], embed_CD / np.linalg.norm(embed_CD, axis=1, keepdims=True))
 
 
 def test_snippets_are_code_as_it_stands():
@@ -128,26 +155,44 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert first[0][0].patches_BSP.shape[0] * first[0][0].labels_BRN.shape[1] == 256
 
 
-def test_the_first_stage_learns_a_batch():
-    """From one batch alone, most of its characters within some steps."""
-    train = CharacterConfig(100, 256, 5e-3, warmup=5, decay_share=0)
+def test_the_tower_learns_a_batch():
+    """From one batch alone: most of its characters and of its tokens within some steps."""
+    train = CharacterConfig(150, 256, 5e-3, warmup=5, decay_share=0)
     batch, _ = next(batches(reader(), 64, seed=0))
-    state, rights = init_characters(TINY, train), []
-    for _ in range(100):
-        state, metrics = character_step(state, batch, TINY, train)
-        rights.append(float(metrics["right"]))
-    assert rights[0] < 0.1 and rights[-1] > 0.5
+    embed_CD = np.random.default_rng(0).normal(size=(4096, TINY.out_size))
+    state, found = init_characters(TINY, train), []
+    for _ in range(150):
+        state, metrics = character_step(state, batch, scaled(embed_CD), TINY, train)
+        found.append((float(metrics["spelled"]), float(metrics["right"])))
+    assert max(found[0]) < 0.1 and min(found[-1]) > 0.5
+
+
+def test_the_text_model_learns_to_copy():
+    """One lesson again and again: its text is told ever better, and nothing but attention and norms has changed."""
+    config, train = dataclasses.replace(CONFIG, dtype="float32"), CopyConfig(40, 256, 1, 32, 3e-2, 2, faithful=0.1)
+    text = init_params(config, jax.random.key(0))
+    text.pop("mtp", None)
+    embed_CD = jax.numpy.asarray(scaled(np.asarray(text["embed"])))
+    own = copying_lesson(config, reader(), train, lambda step: np.zeros((1, 32), np.int32), 0)
+    state, losses = init_copying(text, train), []
+    for _ in range(40):
+        state, metrics = copy_step(state, text, own, embed_CD, config, train)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5 and float(metrics["divergence"]) > 0
+    assert all(set(layer) <= set(LEARNING) for layer in learning(text).values())
+    after = merged(text, state.params)
+    assert after["embed"] is text["embed"] and after["layers_1"]["moe"] is text["layers_1"]["moe"]
 
 
 def test_a_transcript_is_the_prompt_and_then_the_text():
     """Ids as `media.prompt` makes them of an image, the text's tokens and the end; only the latter are told."""
     batch, found = next(batches(reader(), 256, seed=0))
-    size = batch.labels_BRN.shape[1]
-    told = transcripts(found, CONFIG, TOKENIZER, size)
+    size, end = batch.size, TOKENIZER.id_of(END_OF_TEXT)
+    told = transcripts([each.ids for each in found], [each.count for each in found], size, CONFIG, end)
     assert CONFIG.media is not None
     for place, example in enumerate(found):
         own = told.tokens_BT[place, told.is_told_BT[place]]
-        assert TOKENIZER.decode(own[:-1].tolist()) == example.text and own[-1] == TOKENIZER.id_of(END_OF_TEXT)
+        assert tuple(own[:-1]) == example.ids and own[-1] == end
         shown = told.tokens_BT[place, : 2 + example.count]
         rows = 4096 + place * size + np.arange(example.count)
         np.testing.assert_array_equal(shown, [CONFIG.media.vision_start, *rows, CONFIG.media.vision_end])
@@ -155,7 +200,7 @@ def test_a_transcript_is_the_prompt_and_then_the_text():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small checkpoint, and the same after two steps of each stage."""
+    """A small checkpoint; the same after two steps of copying; and with a tower of two steps of each stage."""
     folder = tmp_path_factory.mktemp("reading")
     source = folder / "code" / "package"
     source.mkdir(parents=True)
@@ -167,7 +212,7 @@ def trained(tmp_path_factory):
     start, tokenizer_json = folder / "start", (mimo.BUNDLED / "tokenizer.json").read_bytes()
     params = init_params(config, jax.random.key(0))
     write_checkpoint(start, config, params, extra_files(config, TOKENIZER, tokenizer_json))
-    launch = Launch(folder / "first", folder / "corpus", 2)
+    launch = Launch(folder / "copied", folder / "corpus", 2)
     whole, blocks = stages.seeing, (0, -1)
 
     def smaller(config, tokenizer):
@@ -179,38 +224,37 @@ def trained(tmp_path_factory):
         patch.setattr(stages, "TRAINED", tuple(name for name in INSTALLED if name in TRAINED))
         for size in (128, 256):  # so that each stage is one program
             patch.delitem(SIZES, size)
-        patch.setattr(joining, "CURRICULUM", {1.0: (64,)})
-        stages.train_characters(launch, start, None, CharacterConfig(2, 256))
-        launch = dataclasses.replace(launch, run=folder / "second")
-        record = stages.train_join(launch, start, folder / "first", None, JoinConfig(2, 256, length=32))
-        stages.export_seeing(folder / "second", start, folder / "seeing")
-    return start, folder / "seeing", record
+        stages.train_copying(launch, start, CopyConfig(2, 256, 1, 32))
+        stages.export_copying(folder / "copied", start, folder / "copying")
+        launch = dataclasses.replace(launch, run=folder / "characters")
+        stages.train_characters(launch, folder / "copying", None, CharacterConfig(2, 256))
+        launch = dataclasses.replace(launch, run=folder / "joined")
+        stages.train_join(launch, folder / "copying", folder / "characters", None, JoinConfig(2, 256))
+        stages.export_seeing(folder / "joined", folder / "copying", folder / "seeing")
+        launch = dataclasses.replace(launch, run=folder / "more")
+        stages.train_characters(launch, folder / "copying", None, CharacterConfig(1, 256), folder / "seeing")
+        with pytest.raises(UserError, match="has no vision tower to go on from"):
+            launch = dataclasses.replace(launch, run=folder / "none")
+            stages.train_characters(launch, folder / "copying", None, CharacterConfig(1, 256), start)
+    return start, folder / "copying", folder / "seeing"
 
 
-def test_small_pictures_come_first():
-    """By the share of the steps that are made; all sizes at the end."""
-    train = JoinConfig(100)
-    assert [train.sizes_at(step) for step in (0, 39, 40, 60, 99)] == [(64,), (64,), (64, 128), *[(64, 128, 256)] * 2]
-
-
-def test_joining_leaves_experts_embeddings_and_head_alone(trained):
-    """Every other tensor of the text model keeps its bits in the file; the tower is there."""
-    start, seeing, record = trained
-    before, after = (
+def test_stages_leave_alone_what_is_not_theirs(trained):
+    """Copying changes attention and norms in the file, the tower's stages nothing of the text model: bit for bit."""
+    start, copying, seeing = (
         {name: held for file in folder.glob("*.safetensors") for name, held in load_file(file).items()}
-        for folder in (start, seeing)
+        for folder in trained
     )
-    assert {name for name in after if name not in before} == {name for name in after if name.startswith("visual.")}
-    changed = {name for name in before if before[name] != after[name]}
-    learning = ("self_attn", "layernorm", "model.layers.0.mlp")
-    assert changed and all(any(part in name for part in learning) for name in changed)
-    assert not any("mtp" in name for name in changed)
-    assert set(record) >= {"loss", "divergence", "right"}
+    changed = {name for name in start if start[name] != copying[name]}
+    assert changed and all("self_attn" in name or "layernorm" in name for name in changed)
+    assert set(copying) == set(start) and not any("mtp" in name for name in changed)
+    assert all(seeing[name] == copying[name] for name in copying)
+    assert {name for name in seeing if name not in copying} == {name for name in seeing if name.startswith("visual.")}
 
 
-def test_the_joined_checkpoint_takes_pictures(trained, tmp_path):
+def test_the_checkpoint_takes_pictures(trained, tmp_path):
     """`load` finds the tower; the library and the command line read the same picture; the model before has no tower."""
-    start, seeing, _ = trained
+    start, _, seeing = trained
     model = load(seeing)
     assert model.towers is not None and read_hf_config(seeing)[0].vision is not None
     picture = draw(["x = 1"], font_file("DejaVu Sans Mono"), np.random.default_rng(0))

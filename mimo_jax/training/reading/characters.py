@@ -1,8 +1,7 @@
-"""The first stage: a vision tower learns to tell which characters each of its tokens holds.
+"""A vision tower learns to read: which characters each of its squares holds, and which token its row is to say.
 
-Linear heads on its rows, which are left out afterwards, say for every slot of a token (`examples`) which character has
-its centre there, if any, and which characters come before and after these. So the rows that reach the text model spell
-the text already, a few characters each.
+Characters are told by linear heads on its rows, which are left out afterwards: they show the way to the tokens, which
+are told by the rows alone, as near as they come to the embeddings of the text model (`rows.scaled`).
 """
 
 from __future__ import annotations
@@ -21,17 +20,19 @@ from mimo_jax.errors import check_real, check_whole
 from mimo_jax.modeling.vision import VisionTower, init_vision
 from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState
-from mimo_jax.training.reading.examples import AFTER, BEFORE, CLASSES, NOTHING, SLOTS, Batch
+from mimo_jax.training.reading.examples import CLASSES, NOTHING, SLOTS, Batch
+from mimo_jax.training.reading.rows import SILENT
 from mimo_jax.weights import Params
 
 HEADS = "heads"
-WIDTHS = (SLOTS * CLASSES, (BEFORE + AFTER) * (CLASSES + 1))  # of the heads: a token's own characters, those around
+# Logits of a row that is a token's embedding and of silence. A row of zeros gives each of some thousand tokens 0.
+LOUD, QUIET = 24.0, 14.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CharacterConfig:
-    """One run: `tokens` of the tower in a step. Slots without a character count for `nothing` of one with, and what is
-    around a token's own characters for `around` of these.
+    """One run: `tokens` of the tower in a step. What is empty, a slot or a row, counts for `nothing` of what is not,
+    and characters for `spelling` of tokens.
     """
 
     steps: int
@@ -41,7 +42,7 @@ class CharacterConfig:
     decay_share: float = 0.3  # of the steps, at the end, in which the rate falls to zero
     weight_decay: float = 0.05
     nothing: float = 0.2
-    around: float = 0.5
+    spelling: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class CharacterConfig:
         check_whole("characters", 0, warmup=self.warmup)
         check_rate("characters", self.peak_rate)
         check_real("characters", 0, 1, decay_share=self.decay_share, weight_decay=self.weight_decay)
-        check_real("characters", 0, 1000, nothing=self.nothing, around=self.around)
+        check_real("characters", 0, 1000, nothing=self.nothing, spelling=self.spelling)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -60,13 +61,12 @@ class CharacterConfig:
         return optax.partition(rules, {"vision": "tower", HEADS: HEADS})
 
 
-def init_characters(config: VisionConfig, train: CharacterConfig, params: Params | None = None) -> TrainState:
-    """The state before the first update: random parameters unless some are given, "vision" and those of the heads."""
-    if params is None:
-        tower, heads = jax.random.split(jax.random.key(train.seed))
-        drawn = 0.02 * jax.random.normal(heads, (config.out_size, sum(WIDTHS)))
-        params = {"vision": init_vision(config, tower), HEADS: drawn}
-    return TrainState.begin(params, train.optimizer)
+def init_characters(config: VisionConfig, train: CharacterConfig, tower: Params | None = None) -> TrainState:
+    """The state before the first update: random heads, and a random tower unless one is given."""
+    for_tower, for_heads = jax.random.split(jax.random.key(train.seed))
+    heads = 0.02 * jax.random.normal(for_heads, (config.out_size, SLOTS * CLASSES))
+    tower = init_vision(config, for_tower) if tower is None else tower
+    return TrainState.begin({"vision": tower, HEADS: heads}, train.optimizer)
 
 
 def rows_of(config: VisionConfig, tower: Params, batch: Batch) -> Float[Array, "B R D"]:
@@ -78,36 +78,37 @@ def rows_of(config: VisionConfig, tower: Params, batch: Batch) -> Float[Array, "
     return jax.vmap(of_picture)(jnp.asarray(batch.patches_BSP), batch.places)
 
 
-def classes_of(
-    config: VisionConfig, params: Params, batch: Batch
-) -> tuple[Float[Array, "B R N K"], Float[Array, "B R A _"]]:
-    """Logits of the classes of every slot, and of the characters around."""
+def loss_fn(params: Params, batch: Batch, embed_CD: Float[Array, "C D"], config: VisionConfig, train: CharacterConfig):
+    """Cross-entropy per row plus that per slot, weighted; and the shares of tokens and of characters told right."""
     rows_BRD = rows_of(config, params["vision"], batch)
-    own, around = jnp.split(rows_BRD @ params[HEADS], WIDTHS[:1], axis=-1)
-    shape = rows_BRD.shape[:2]
-    return own.reshape(*shape, SLOTS, CLASSES), around.reshape(*shape, BEFORE + AFTER, CLASSES + 1)
+    logits_BRNK = (rows_BRD @ params[HEADS]).reshape(*batch.labels_BRN.shape, CLASSES)
+    spelling, spelled = _told(logits_BRNK, jnp.asarray(batch.labels_BRN), NOTHING, batch, train.nothing)
+    heard_BRC = LOUD * rows_BRD @ embed_CD.T / jnp.mean(jnp.sum(embed_CD**2, axis=-1))
+    quiet_BR1 = jnp.full((*heard_BRC.shape[:2], 1), QUIET)
+    nothing = embed_CD.shape[0]
+    said_BR = jnp.where(batch.said_BR == SILENT, nothing, batch.said_BR)
+    saying, right = _told(jnp.concatenate([heard_BRC, quiet_BR1], axis=-1), said_BR, nothing, batch, train.nothing)
+    return saying + train.spelling * spelling, (right, spelled)
 
 
-def loss_fn(params: Params, batch: Batch, config: VisionConfig, train: CharacterConfig):
-    """Cross-entropy per slot and per character around, weighted; and the shares of both that were told right."""
-    logits_BRNK, around_BRAK = classes_of(config, params, batch)
-    is_real_BR1 = (jnp.arange(logits_BRNK.shape[1]) < batch.counts_B[:, None])[..., None]
-    is_nothing = batch.labels_BRN == NOTHING
-    weights = is_real_BR1 * jnp.where(is_nothing, train.nothing, 1.0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits_BRNK, batch.labels_BRN)
-    is_right = (jnp.argmax(logits_BRNK, axis=-1) == batch.labels_BRN) & ~is_nothing
-    is_told = batch.around_BRA >= 0
-    others = optax.softmax_cross_entropy_with_integer_labels(around_BRAK, jnp.maximum(batch.around_BRA, 0))
-    is_around = (jnp.argmax(around_BRAK, axis=-1) == batch.around_BRA) & is_told
-    loss = jnp.sum(weights * losses) / jnp.sum(weights) + train.around * jnp.mean(others, where=is_told)
-    return loss, (jnp.sum(is_right) / jnp.sum(~is_nothing), jnp.sum(is_around) / jnp.sum(is_told))
+def _told(logits: Array, labels: Array, nothing: int, batch: Batch, weight: float) -> tuple[Array, Array]:
+    """The mean cross-entropy, in which `nothing` counts for `weight`, and the share of all else that was told right."""
+    shape = (-1, batch.size, *[1] * (labels.ndim - 2))
+    is_real = (jnp.arange(batch.size) < batch.counts_B[:, None]).reshape(shape)
+    is_told = (labels != nothing) & is_real
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    weights = jnp.where(is_told, 1.0, weight * is_real)
+    is_right = (jnp.argmax(logits, axis=-1) == labels) & is_told
+    return jnp.sum(weights * losses) / jnp.sum(weights), jnp.sum(is_right) / jnp.sum(is_told)
 
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def character_step(
-    state: TrainState, batch: Batch, config: VisionConfig, train: CharacterConfig
+    state: TrainState, batch: Batch, embed_CD: Float[Array, "C D"], config: VisionConfig, train: CharacterConfig
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
-    (loss, (right, around)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, config, train)
-    metrics = {"loss": loss, "right": right, "around": around, "gradient_norm": optax.tree.norm(gradients)}
+    (loss, (right, spelled)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, batch, embed_CD, config, train
+    )
+    metrics = {"loss": loss, "right": right, "spelled": spelled, "gradient_norm": optax.tree.norm(gradients)}
     return state.after(gradients, train.optimizer), metrics

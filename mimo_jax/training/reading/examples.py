@@ -1,9 +1,7 @@
-"""Batches to learn reading from: patches of pictures, and which characters each token of the tower has to tell.
+"""Batches to learn reading from: patches of pictures, which characters each square has, and which token it is to say.
 
 A token of the tower is a square of a picture. Lines are at least as far apart as it is high, so no more than one line
 has its centre in it, and of that line at most `SLOTS` characters: each belongs to the slot that its centre lies in.
-Beside its own, a token tells characters around them, in the order of reading: so who reads on finds in one place what
-has just been read and what comes next.
 """
 
 from __future__ import annotations
@@ -22,13 +20,12 @@ from mimo_jax.media.pixels import patches_of
 from mimo_jax.modeling.vision import Places, places_of
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.reading.pictures import Picture, draw
+from mimo_jax.training.reading.rows import SILENT, said
 from mimo_jax.training.reading.snippets import CHARACTERS, Shape, snippet
 
 SLOTS = 3  # of a token
 NOTHING = 0  # in a slot; character k is class k + 1
 CLASSES = 1 + len(CHARACTERS)
-BEFORE, AFTER = 3, 5  # characters around a token's own that it tells, too
-NEWLINE = CLASSES  # among these; NOTHING: before the first character and after the last
 # Tokens of a picture, as it is padded; what is drawn of so many; how many tokens its text may have, the end included.
 SIZES = {64: Shape(1, 3), 128: Shape(2, 6), 256: Shape(4, 12)}
 TEXT_TOKENS = {64: 48, 128: 96, 256: 192}
@@ -48,14 +45,14 @@ class Reader:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Pictures of one padded size. `labels` are classes of slots, `around` those of the characters before and after
-    them, -1 where a token has none of its own; `count` is how many tokens a picture has.
+    """Pictures of one padded size. `labels` are classes of slots, `said` the text's tokens (see `rows`), and `count` is
+    how many squares a picture has.
     """
 
     patches_BSP: Float[np.ndarray, "B S P"]
     places: Places  # of each
     labels_BRN: Int[np.ndarray, "B R N"]
-    around_BRA: Int[np.ndarray, "B R A"]
+    said_BR: Int[np.ndarray, "B R"]
     counts_B: Int[np.ndarray, "B"]
 
     @property
@@ -72,8 +69,8 @@ class Example:
     rows: int
     columns: int
     labels_RN: np.ndarray
-    around_RA: np.ndarray
-    text: str
+    said_R: np.ndarray
+    ids: tuple[int, ...]  # of the text
 
     @property
     def count(self) -> int:
@@ -81,53 +78,45 @@ class Example:
 
 
 def examples(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Example]:
-    """Without end: of at most `size` tokens and `TEXT_TOKENS` of text, with a slot for each character. Two lines can
-    fall into one row of tokens where a picture is made smaller to a whole number of them.
+    """Without end: of at most `size` squares and `TEXT_TOKENS` of text, with a slot for each character and a row for
+    each token. Two lines can fall into one row of squares where a picture is made smaller to a whole number of them.
     """
-    while True:
-        lines = snippet(reader.tokens, reader.tokenizer, rng, SIZES[size])
-        if len(reader.tokenizer.encode("\n".join(lines), literal=True)) >= TEXT_TOKENS[size]:
-            continue
-        found = example_of(draw(lines, reader.fonts[rng.integers(len(reader.fonts))], rng), reader)
-        if found.count <= size and np.count_nonzero(found.labels_RN) == sum(map(len, lines)):
+    for lines, ids in texts(reader, rng, size):
+        found = example_of(draw(lines, reader.fonts[rng.integers(len(reader.fonts))], rng), ids, reader)
+        if found and found.count <= size and np.count_nonzero(found.labels_RN) == sum(map(len, lines)):
             yield found
 
 
-def example_of(picture: Picture, reader: Reader) -> Example:
+def texts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Lines for pictures of `size` squares, and their tokens."""
+    while True:
+        lines = snippet(reader.tokens, reader.tokenizer, rng, SIZES[size])
+        ids = tuple(reader.tokenizer.encode("\n".join(lines), literal=True))
+        if len(ids) < TEXT_TOKENS[size]:
+            yield lines, ids
+
+
+def example_of(picture: Picture, ids: tuple[int, ...], reader: Reader) -> Example | None:
+    """None where there is no row for each token."""
     vision, media = reader.vision, reader.media
     patches = patches_of(picture.pixels_HW3[None], vision, media.image_min_pixels, media.image_max_pixels)
-    places_RN = places_in(picture, patches.rows // vision.merge, patches.columns // vision.merge)
-    text = "\n".join(picture.lines)
-    labels_RN, around_RA = classes_at(text, places_RN), around(text, places_RN)
-    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, around_RA, text)
+    rows, columns = patches.rows // vision.merge, patches.columns // vision.merge
+    said_R = said(ids, reader.tokenizer, "\n".join(picture.lines), picture.grid, rows, columns)
+    if said_R is None:
+        return None
+    labels_RN = labels_in(picture, rows, columns)
+    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, said_R, ids)
 
 
-def places_in(picture: Picture, rows: int, columns: int) -> Int[np.ndarray, "R N"]:
-    """For every slot of `rows` x `columns` tokens, the place in the text of the character in it; -1: none."""
-    height, width, _ = picture.pixels_HW3.shape
-    places, begin = np.full((rows, columns * SLOTS), -1, np.int32), 0
+def labels_in(picture: Picture, rows: int, columns: int) -> Int[np.ndarray, "R N"]:
+    """For every slot of `rows` x `columns` squares, the class of the character in it."""
+    labels, grid = np.full((rows, columns * SLOTS), NOTHING, np.int32), picture.grid
     for line, text in enumerate(picture.lines):
-        for column in range(len(text)):
-            x, y = picture.centre(line, column)
-            places[int(y * rows / height), int(x * columns * SLOTS / width)] = begin + column
-        begin += len(text) + 1
-    return places.reshape(rows * columns, SLOTS)
-
-
-def classes_at(text: str, places: Int[np.ndarray, "*S"]) -> Int[np.ndarray, "*S"]:
-    """Classes of the characters at places of a text, newlines included; NOTHING outside of it."""
-    known = [NEWLINE if character == "\n" else 1 + CHARACTERS.index(character) for character in text]
-    inside = (places >= 0) & (places < len(text))
-    return np.where(inside, np.array(known, np.int32)[np.where(inside, places, 0)], NOTHING).astype(np.int32)
-
-
-def around(text: str, places_RN: Int[np.ndarray, "R N"]) -> Int[np.ndarray, "R A"]:
-    """Classes of the characters before, the nearest first, and after those of each token; -1 where it has none."""
-    has_own = places_RN.max(axis=1) >= 0
-    first = np.where(places_RN >= 0, places_RN, len(text)).min(axis=1)
-    last = places_RN.max(axis=1)
-    near = [first[:, None] - 1 - np.arange(BEFORE), last[:, None] + 1 + np.arange(AFTER)]
-    return np.where(has_own[:, None], classes_at(text, np.concatenate(near, axis=1)), -1)
+        for column, character in enumerate(text):
+            x, y = grid.centre(line, column)
+            place = int(y * rows / grid.height), int(x * columns * SLOTS / grid.width)
+            labels[place] = 1 + CHARACTERS.index(character)
+    return labels.reshape(rows * columns, SLOTS)
 
 
 def spelled(labels_RN: Int[np.ndarray, "R N"], columns: int) -> str:
@@ -144,13 +133,13 @@ def batched(found: Sequence[Example], size: int, merge: int) -> Batch:
     """Examples of at most `size` tokens, padded to it."""
     patches = np.zeros((len(found), size * merge**2, found[0].patches_SP.shape[1]), np.float32)
     labels = np.full((len(found), size, SLOTS), NOTHING, np.int32)
-    near = np.full((len(found), size, BEFORE + AFTER), -1, np.int32)
+    said_BR = np.full((len(found), size), SILENT, np.int32)
     for row, example in enumerate(found):
         patches[row, : len(example.patches_SP)] = example.patches_SP
-        labels[row, : example.count], near[row, : example.count] = example.labels_RN, example.around_RA
+        labels[row, : example.count], said_BR[row, : example.count] = example.labels_RN, example.said_R
     places = [places_of(example.rows, example.columns, size * merge**2, merge) for example in found]
     stacked = jax.tree.map(lambda *each: np.stack(each), *places)
-    return Batch(patches, stacked, labels, near, np.array([example.count for example in found], np.int32))
+    return Batch(patches, stacked, labels, said_BR, np.array([example.count for example in found], np.int32))
 
 
 def batches(

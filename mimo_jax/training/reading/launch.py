@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.checkpoint.convert import carried_files
@@ -15,17 +16,23 @@ from mimo_jax.checkpoint.export import write_checkpoint
 from mimo_jax.checkpoint.read import read
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.config.towers import MEDIA_TOKENS, MediaConfig, VisionConfig
+from mimo_jax.errors import UserError
 from mimo_jax.loading import Model, load_dense
-from mimo_jax.tokenizer import Tokenizer
+from mimo_jax.modeling.vision import init_vision
+from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
 from mimo_jax.training import run
 from mimo_jax.training.ahead import Ahead
 from mimo_jax.training.corpus import batch_at, check_same_tokenizer, check_vocabulary, identity, load_tokens
 from mimo_jax.training.launch import Launch, go
 from mimo_jax.training.pretraining import TrainState
+from mimo_jax.training.reading import copying
 from mimo_jax.training.reading.characters import CharacterConfig, character_step, init_characters
+from mimo_jax.training.reading.copying import CopyConfig, copy_step, init_copying, merged
 from mimo_jax.training.reading.examples import Batch, Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
-from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step, merged, transcripts
+from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step
+from mimo_jax.training.reading.rows import scaled
+from mimo_jax.weights import Params
 
 FIRST_UNUSED = 0xF5  # of the bytes that no UTF-8 text has: their tokens are free to stand for media
 
@@ -50,9 +57,8 @@ def seeing(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def reader_of(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, fonts: Path | None) -> Reader:
     """Pictures in all fonts that are not held out."""
-    assert config.vision is not None and config.media is not None
     files = tuple(font_file(name, fonts) for name in TRAINED)
-    return Reader(tokens, tokenizer, files, config.vision, config.media)
+    return _undrawn(config, tokenizer, tokens, files)
 
 
 def train_characters(
@@ -63,90 +69,129 @@ def train_characters(
     start: Path | None = None,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """The first stage, for the width of the model's text part; from random weights, or those of the run `start`.
+    """A tower for the embeddings of `model`; from random weights, or those of the tower in the checkpoint `start`.
 
     So many `workers`, processes, draw pictures; 0: this one.
     """
-    config, reader = _reader(launch, model, load_dense(model), fonts)
-    vision = reader.vision
-
-    drawn = Ahead(partial(character_batch, reader, train), workers)
+    held = load_dense(model)
+    config, tokens = _seeing(launch, model, held)
+    reader, vision = reader_of(config, held.tokenizer, tokens, fonts), config.vision
+    assert vision is not None
+    drawn, embed_CD = Ahead(partial(character_batch, reader, train), workers), _scaled(held)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
-        return character_step(state, drawn(step), vision, train)
+        return character_step(state, drawn(step), embed_CD, vision, train)
 
     def fresh() -> TrainState:
-        return init_characters(vision, train, None if start is None else _characters(start, vision).params)
+        return init_characters(vision, train, None if start is None else _tower(start))
 
-    settings = run.settings_of(
-        config, train, start=start and start.name, corpus=identity(launch.data), fonts=list(TRAINED)
-    )
+    settings = _settings(launch, config, train, start)
     return go(launch, settings, fresh, update, train.tokens)
 
 
-def _characters(directory: Path, vision: VisionConfig) -> TrainState:
-    """The newest state of a run of the first stage."""
-    train = run.train_config_of(directory, CharacterConfig)
-    return run.restore(directory, lambda: init_characters(vision, train))
-
-
 def character_batch(reader: Reader, train: CharacterConfig, step: int) -> Batch:
-    """What a step of the first stage learns from."""
+    """What a step of it learns from."""
     return next(batches(reader, train.tokens, train.seed, step))[0]
+
+
+def _tower(checkpoint: Path) -> Params:
+    towers = load_dense(checkpoint).towers
+    if towers is None or towers.config.vision is None:
+        raise UserError(f"--start {checkpoint}: has no vision tower to go on from")
+    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), towers.params["vision"])
+
+
+def train_copying(launch: Launch, model: Path, train: CopyConfig) -> dict[str, Any]:
+    """The text part of `model` learns to write down what rows say."""
+    held = load_dense(model)
+    config, tokens = _seeing(launch, model, held)
+    text = {name: part for name, part in held.params.items() if name != "mtp"}
+    reader, embed_CD = _undrawn(config, held.tokenizer, tokens, ()), _scaled(held)
+    windows = partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
+
+    def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
+        own = copying.lesson(config, reader, train, windows, step)
+        return copy_step(state, text, own, embed_CD, config, train)
+
+    settings = _settings(launch, config, train, None)
+    tokens_per_step = train.rows + train.windows * train.length
+    return go(launch, settings, lambda: init_copying(text, train), update, tokens_per_step)
 
 
 def train_join(
     launch: Launch, model: Path, start: Path, fonts: Path | None, train: JoinConfig, workers: int = 0
 ) -> dict[str, Any]:
-    """The second stage, from the tower of the run `start`."""
+    """The tower of the run `start` goes on learning through `model`, whose text part has learnt to copy."""
     held = load_dense(model)
-    config, reader = _reader(launch, model, held, fonts)
+    config, tokens = _seeing(launch, model, held)
+    reader = reader_of(config, held.tokenizer, tokens, fonts)
     text = {name: part for name, part in held.params.items() if name != "mtp"}
-    tower = _characters(start, reader.vision).params["vision"]
-
-    drawn = Ahead(partial(lesson, config, reader, train), workers)
+    drawn = Ahead(partial(join_lesson, config, reader, train), workers)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         return join_step(state, text, drawn(step), config, train)
 
     def fresh() -> TrainState:
-        return init_join(text, tower, train)
+        return init_join(_characters(start, config).params["vision"], train)
 
-    settings = run.settings_of(config, train, start=start.name, corpus=identity(launch.data), fonts=list(TRAINED))
-    return go(launch, settings, fresh, update, train.rows + train.windows * train.length)
+    return go(launch, _settings(launch, config, train, start), fresh, update, train.rows)
 
 
-def lesson(config: ModelConfig, reader: Reader, train: JoinConfig, step: int) -> Lesson:
-    """What a step of the second stage learns from."""
-    batch, found = next(batches(reader, train.rows, train.seed, step, train.sizes_at(step)))
-    window = batch_at(reader.tokens, step, train.windows, train.length, train.seed)
-    return Lesson(batch, transcripts(found, config, reader.tokenizer, batch.size), window)
+def join_lesson(config: ModelConfig, reader: Reader, train: JoinConfig, step: int) -> Lesson:
+    """What a step of it learns from."""
+    batch, found = next(batches(reader, train.rows, train.seed, step))
+    ids, counts = [each.ids for each in found], [each.count for each in found]
+    end = reader.tokenizer.id_of(END_OF_TEXT)
+    return Lesson(batch, copying.transcripts(ids, counts, batch.size, config, end))
+
+
+def _characters(directory: Path, config: ModelConfig) -> TrainState:
+    """The newest state of a run of `train_characters`."""
+    vision, train = config.vision, run.train_config_of(directory, CharacterConfig)
+    assert vision is not None
+    return run.restore(directory, lambda: init_characters(vision, train))
+
+
+def export_copying(directory: Path, model: Path, out: Path) -> dict[str, Any]:
+    """The checkpoint `model` with what its text part learnt in a finished run. All other weights keep their bits."""
+    train, dense = run.train_config_of(directory, CopyConfig), load_dense(model)
+    state = run.restore(directory, lambda: init_copying(dense.params, train))
+    held = read(model)
+    return _written(out, model, held.config, merged(held.params, state.params), state)
 
 
 def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
-    """The checkpoint `model` with the tower of a finished run, and with what its text part has learnt.
-
-    All other weights keep their bits.
-    """
-    train, dense = run.train_config_of(directory, JoinConfig), load_dense(model)
+    """The checkpoint `model` with the tower of a finished run beside it. All other weights keep their bits."""
+    train, dense, held = run.train_config_of(directory, JoinConfig), load_dense(model), read(model)
     config = seeing(dense.config, dense.tokenizer)
     vision = config.vision
     assert vision is not None
-
-    def fresh() -> TrainState:
-        return init_join(dense.params, init_characters(vision, CharacterConfig(1)).params["vision"], train)
-
-    state, held = run.restore(directory, fresh), read(model)
-    params = {**merged(held.params, state.params), "vision": state.params["vision"]}
+    state = run.restore(directory, lambda: init_join(init_vision(vision, jax.random.key(0)), train))
     config = dataclasses.replace(config, dtype=held.config.dtype)
+    return _written(out, model, config, {**held.params, "vision": state.params}, state)
+
+
+def _written(out: Path, model: Path, config: ModelConfig, params: Params, state: TrainState) -> dict[str, Any]:
     write_checkpoint(out, config, jax.device_get(params), carried_files(model))
     return {"checkpoint": str(out), "step": int(state.step)}
 
 
-def _reader(launch: Launch, directory: Path, model: Model, fonts: Path | None) -> tuple[ModelConfig, Reader]:
-    """The model's config with a tower, and pictures of the corpus."""
+def _seeing(launch: Launch, directory: Path, model: Model) -> tuple[ModelConfig, np.ndarray]:
+    """The model's config with a tower, and the corpus."""
     check_same_tokenizer(directory, launch.data)
     tokens = load_tokens(launch.data, "train")
     check_vocabulary(tokens, model.config.vocab_size)
-    config = seeing(model.config, model.tokenizer)
-    return config, reader_of(config, model.tokenizer, tokens, fonts)
+    return seeing(model.config, model.tokenizer), tokens
+
+
+def _undrawn(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, files: tuple[Path, ...]) -> Reader:
+    assert config.vision is not None and config.media is not None
+    return Reader(tokens, tokenizer, files, config.vision, config.media)
+
+
+def _scaled(model: Model) -> jax.Array:
+    return jnp.asarray(scaled(np.asarray(model.params["embed"], np.float32)))
+
+
+def _settings(launch: Launch, config: ModelConfig, train: Any, start: Path | None) -> dict[str, Any]:
+    return run.settings_of(config, train, start=start and start.name, corpus=identity(launch.data), fonts=list(TRAINED))

@@ -20,19 +20,36 @@ LEAST_CONTRAST = 90  # levels between the ground and what is written on it
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """What was drawn: lines of text, and the grid that their characters stand in, in pixels."""
+class Grid:
+    """Where characters of one width stand, in pixels: line by line, column by column."""
 
-    pixels_HW3: Float[np.ndarray, "H W 3"]
-    lines: tuple[str, ...]
     left: float
     top: float
     advance: float  # from character to character
     pitch: float  # from line to line
+    width: int  # of the whole picture
+    height: int
 
     def centre(self, line: int, column: int) -> tuple[float, float]:
         """(x, y) of a character."""
         return self.left + (column + 0.5) * self.advance, self.top + (line + 0.5) * self.pitch
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What was drawn: lines of text in a grid."""
+
+    pixels_HW3: Float[np.ndarray, "H W 3"]
+    lines: tuple[str, ...]
+    grid: Grid
+
+
+def grid_of(lines: Sequence[str], size: int, advance: float, tallest: float, rng: np.random.Generator) -> Grid:
+    """With random margins and a random pitch, for a font of `size` pixels to the em."""
+    pitch = max(LEAST_PITCH, round(size * rng.uniform(*LINE_HEIGHTS)), tallest)
+    left, top, right, bottom = rng.integers(1, MARGIN, 4).tolist()
+    width = int(np.ceil(left + advance * max(map(len, lines)) + right))
+    return Grid(left, top, advance, pitch, width, int(top + pitch * len(lines) + bottom))
 
 
 def draw(lines: Sequence[str], file: Path, rng: np.random.Generator, size: int | None = None) -> Picture:
@@ -41,20 +58,19 @@ def draw(lines: Sequence[str], file: Path, rng: np.random.Generator, size: int |
 
     size = int(rng.integers(EMS[0], EMS[1] + 1)) if size is None else size
     font = load_font(file, size)
-    advance, (ascent, descent) = font.getlength("M"), font.getmetrics()
-    pitch = max(LEAST_PITCH, round(size * rng.uniform(*LINE_HEIGHTS)), ascent + descent)
-    left, top, right, bottom = rng.integers(1, MARGIN, 4)
-    width = int(np.ceil(left + advance * max(map(len, lines)) + right))
+    ascent, descent = font.getmetrics()
+    grid = grid_of(lines, size, font.getlength("M"), ascent + descent, rng)
     ground, inks = _colours(rng)
-    picture = Image.new("RGB", (width, int(top + pitch * len(lines) + bottom)), ground)
-    pen, above = ImageDraw.Draw(picture), (pitch - ascent - descent) / 2
+    picture = Image.new("RGB", (grid.width, grid.height), ground)
+    pen, above = ImageDraw.Draw(picture), (grid.pitch - ascent - descent) / 2
     for row, line in enumerate(lines):
         for column, word in _words(line):
             ink = inks[rng.integers(len(inks))]
-            pen.text((left + column * advance, top + row * pitch + above), word, fill=ink, font=font)
+            place = (grid.left + column * grid.advance, grid.top + row * grid.pitch + above)
+            pen.text(place, word, fill=ink, font=font)
     pixels = np.asarray(picture, np.float32)
     pixels += rng.normal(0, rng.uniform(0, MOST_NOISE), pixels.shape).astype(np.float32)
-    return Picture(pixels.clip(0, 255), tuple(lines), float(left), float(top), float(advance), float(pitch))
+    return Picture(pixels.clip(0, 255), tuple(lines), grid)
 
 
 def _words(line: str) -> list[tuple[int, str]]:

@@ -1,0 +1,192 @@
+"""The text model learns to write down what the rows of a picture say, before there is a tower that says it.
+
+Rows are made from the text itself (`rows`), for a picture that nobody draws, and spoilt a little, as those of a tower
+will be. Attention and norms learn: experts, dense layers, embeddings and head stay as they are, and so do packed
+weights in files. What the model says of plain text is held where it was: by the divergence from the model before, on
+windows of the corpus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from mimo_jax.config.model import ModelConfig
+from mimo_jax.errors import check_real, check_whole
+from mimo_jax.modeling.backbone import MEDIA, Backbone
+from mimo_jax.tokenizer import END_OF_TEXT
+from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
+from mimo_jax.training.pretraining import TrainState, cross_entropy
+from mimo_jax.training.reading.examples import SIZES, TEXT_TOKENS, Reader, texts
+from mimo_jax.training.reading.pictures import EMS, grid_of
+from mimo_jax.training.reading.rows import SILENT, said
+from mimo_jax.weights import Params
+
+LEARNING = ("attention", "input_norm", "post_norm")  # of a layer
+SQUARE = 16  # pixels
+ADVANCES = (0.58, 0.66)  # ems; fonts of one width have 0.6
+TALLEST = 1.2  # ems from the top of a font to its bottom, or so
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyConfig:
+    """One run: `rows` of pictures and `windows` of `length` tokens of plain text in a step. Of the tokens that rows
+    say, a share of `wrong` is another one, and all rows have noise, `noise` of an embedding's standard deviation.
+    """
+
+    steps: int
+    rows: int = 1024
+    windows: int = 4
+    length: int = 256
+    peak_rate: float = 1e-3
+    warmup: int = 20
+    decay_share: float = 0.5  # of the steps, at the end, in which the rate falls to zero
+    faithful: float = 4.0  # weight of the divergence on plain text
+    wrong: float = 0.03
+    noise: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("copying", 1, steps=self.steps, rows=self.rows, windows=self.windows)
+        check_whole("copying", 2, length=self.length)
+        check_whole("copying", 0, 2**32 - 1, seed=self.seed)
+        check_whole("copying", 0, warmup=self.warmup)
+        check_rate("copying", self.peak_rate)
+        check_real("copying", 0, 1, decay_share=self.decay_share, wrong=self.wrong)
+        check_real("copying", 0, 1000, faithful=self.faithful, noise=self.noise)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        decay = int(self.steps * self.decay_share)
+        return make_optimizer(learning_rate(self.peak_rate, self.warmup, self.steps - decay, decay), weight_decay=0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transcripts:
+    """Sequences of a batch of pictures: ids, those beyond the vocabulary for rows, and which of them are to be told."""
+
+    tokens_BT: Int[np.ndarray, "B T"]
+    is_told_BT: Bool[np.ndarray, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What an update learns from: what rows say, the transcripts, and windows of plain text."""
+
+    said_BR: Int[np.ndarray, "B R"]
+    told: Transcripts
+    window_BT: Int[np.ndarray, "_ _"]
+
+
+def learning(text: Params) -> Params:
+    """What learns of a text model."""
+    return {
+        name: {part: layer[part] for part in LEARNING if part in layer}
+        for name, layer in text.items()
+        if name.startswith("layers_")
+    }
+
+
+def merged(text: Params, learnt: Params) -> Params:
+    """The text model with what has learnt in its place."""
+    return {**text, **{name: {**text[name], **parts} for name, parts in learnt.items()}}
+
+
+def init_copying(text: Params, train: CopyConfig) -> TrainState:
+    """The state before the first update, with arrays of its own."""
+    return TrainState.begin(jax.tree.map(jnp.array, learning(text)), train.optimizer)
+
+
+def layouts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    """What the rows of pictures of at most `size` squares say, and their text's tokens. Nothing is drawn."""
+    for lines, ids in texts(reader, rng, size):
+        em = int(rng.integers(EMS[0], EMS[1] + 1))
+        grid = grid_of(lines, em, em * rng.uniform(*ADVANCES), em * TALLEST, rng)
+        rows, columns = max(1, round(grid.height / SQUARE)), max(1, round(grid.width / SQUARE))
+        found = said(ids, reader.tokenizer, "\n".join(lines), grid, rows, columns)
+        if found is not None and len(found) <= size:
+            yield found, ids
+
+
+def lesson(config: ModelConfig, reader: Reader, train: CopyConfig, windows: Any, step: int) -> Lesson:
+    """What a step learns from; it depends on (seed, step) alone. `windows(step)` are of plain text."""
+    rng = np.random.default_rng((train.seed, step))
+    size = int(rng.choice(list(SIZES)))
+    said_BR = np.full((max(1, train.rows // size), size), SILENT, np.int32)
+    ids, counts = list[tuple[int, ...]](), list[int]()
+    for row, (found, own) in zip(said_BR, layouts(reader, rng, size)):
+        row[: len(found)] = found
+        counts.append(len(found))
+        ids.append(own)
+    is_wrong = (rng.random(said_BR.shape) < train.wrong) & (said_BR != SILENT)
+    said_BR[is_wrong] = rng.integers(0, config.vocab_size, int(is_wrong.sum()))
+    return Lesson(said_BR, transcripts(ids, counts, size, config, reader.tokenizer.id_of(END_OF_TEXT)), windows(step))
+
+
+def transcripts(
+    ids: Sequence[Sequence[int]], counts: Sequence[int], size: int, config: ModelConfig, end: int
+) -> Transcripts:
+    """Of texts of these tokens, in pictures of `counts` rows each, which lie `size` apart."""
+    assert config.media is not None
+    tokens = np.full((len(ids), size + 2 + TEXT_TOKENS[size]), end, np.int32)
+    is_told = np.zeros(tokens.shape, bool)
+    for place, (own, count) in enumerate(zip(ids, counts)):
+        first = config.vocab_size + place * size
+        shown = [config.media.vision_start, *range(first, first + count), config.media.vision_end]
+        told = [*own, end]
+        tokens[place, : len(shown) + len(told)] = shown + told
+        is_told[place, len(shown) : len(shown) + len(told)] = True
+    return Transcripts(tokens, is_told)
+
+
+def transcript_loss(
+    text: Params, rows_BRD: Float[Array, "B R D"], told: Transcripts, config: ModelConfig
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Nats per token that is to be told, and how many of them were the likeliest."""
+    seeing: Any = {"params": {**text, MEDIA: rows_BRD.reshape(-1, rows_BRD.shape[-1])}}
+    logits_BTC, _, _ = Backbone(config).apply(seeing, told.tokens_BT[:, :-1])
+    targets_BT = jnp.where(told.is_told_BT, told.tokens_BT, 0)[:, 1:]
+    is_told_BT = told.is_told_BT[:, 1:]
+    count = jnp.sum(is_told_BT)
+    loss = jnp.sum(cross_entropy(logits_BTC, targets_BT) * is_told_BT) / count
+    return loss, jnp.sum((jnp.argmax(logits_BTC, axis=-1) == targets_BT) & is_told_BT) / count
+
+
+def loss_fn(
+    params: Params, text: Params, key: Array, lesson: Lesson, embed_CD: Array, config: ModelConfig, train: CopyConfig
+):
+    """Nats per token of the transcripts, plus the weighted divergence on plain text; and these two, and how many tokens
+    of the transcripts were the likeliest.
+    """
+    own = merged(text, params)
+    rows_BRD = jnp.where(lesson.said_BR[..., None] == SILENT, 0.0, embed_CD[lesson.said_BR])
+    rows_BRD += train.noise * jnp.std(embed_CD) * jax.random.normal(key, rows_BRD.shape)
+    loss, right = transcript_loss(own, rows_BRD, lesson.told, config)
+    apply = Backbone(config).apply
+    before, after = (jax.nn.log_softmax(apply({"params": one}, lesson.window_BT)[0]) for one in (text, own))
+    before = jax.lax.stop_gradient(before)
+    divergence = jnp.mean(jnp.sum(jnp.exp(before) * (before - after), axis=-1))
+    return loss + train.faithful * divergence, (loss, divergence, right)
+
+
+@partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
+def copy_step(
+    state: TrainState, text: Params, lesson: Lesson, embed_CD: Array, config: ModelConfig, train: CopyConfig
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update. Returns the new state (the old one is donated) and scalar metrics."""
+    key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+    gradients, (loss, divergence, right) = jax.grad(loss_fn, has_aux=True)(
+        state.params, text, key, lesson, embed_CD, config, train
+    )
+    metrics = {"loss": loss, "divergence": divergence, "right": right, "gradient_norm": optax.tree.norm(gradients)}
+    return state.after(gradients, train.optimizer), metrics
