@@ -124,8 +124,9 @@ def copying_command(args: argparse.Namespace) -> dict:
     from mimo_jax.training.reading.copying import CopyConfig
     from mimo_jax.training.reading.launch import train_copying
 
-    train = CopyConfig(args.steps, args.rows, args.windows, peak_rate=args.rate, seed=args.seed)
-    return train_copying(launch, Path(args.model), train)
+    own = {"peak_rate": args.rate, "faithful": args.faithful, "seed": args.seed}
+    train = CopyConfig(args.steps, args.rows, args.windows, **own)
+    return train_copying(launch, Path(args.model), train, Path(args.start) if args.start else None)
 
 
 def export_copying_command(args: argparse.Namespace) -> dict:
@@ -243,6 +244,8 @@ def parser() -> Parser:
     copying = commands.add_parser("copying", help="the text model learns to write down what rows of a tower say")
     copying.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     copying.add_argument("--windows", type=int, default=4, help="of plain text, in a step")
+    copying.add_argument("--faithful", type=float, default=4.0, help="weight of what is said of plain text")
+    copying.add_argument("--start", help="checkpoint that has begun to learn it, to go on from")
     copying.set_defaults(command=copying_command)
 
     export_copying = commands.add_parser("export-copying", help="write the checkpoint with what has learnt to copy")

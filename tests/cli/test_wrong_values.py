@@ -182,7 +182,7 @@ def good_arguments(folder: Path, script: str, name: str) -> dict[str, list[str]]
         ("train", "anneal"): {"run": "new"},
         ("train", "drafter"): {"run": "new", "start": folder / "model" / FOLDER, "anchors": 2},
         ("train", "characters"): {"run": "new", "start": folder / "model"},
-        ("train", "copying"): {"run": "new"},
+        ("train", "copying"): {"run": "new", "start": folder / "model"},
         ("train", "export-copying"): {"run": folder / "copying_run"},
         ("train", "join"): {"run": "new", "start": folder / "characters_run"},
         ("train", "export-seeing"): {"run": folder / "join_run"},

@@ -46,7 +46,7 @@ from mimo_jax.training.reading.examples import SIZES, Reader, batches, examples,
 from mimo_jax.training.reading.fonts import FONTS, HELD_OUT, TRAINED, font_file
 from mimo_jax.training.reading.joining import JoinConfig
 from mimo_jax.training.reading.pictures import LEAST_PITCH, Grid, draw
-from mimo_jax.training.reading.rows import SILENT, said, scaled
+from mimo_jax.training.reading.rows import SILENT, Voice, said
 from mimo_jax.training.reading.snippets import CHARACTERS, snippet
 from tests.checkpoint.samples import load_file, small
 
@@ -127,13 +127,15 @@ def test_a_token_is_said_where_it_begins_or_in_the_next_free_row():
     assert said(ids, TOKENIZER, text, grid, rows=2, columns=2) is None
 
 
-def test_rows_are_equally_loud():
-    """What a row says lies in the direction of an embedding, and all have the length that these have on average."""
-    embed_CD = np.random.default_rng(0).normal(size=(32, 8)) * np.arange(1, 33)[:, None]
-    found = scaled(embed_CD)
-    norms = np.linalg.norm(found, axis=1)
-    np.testing.assert_allclose(norms, np.sqrt((embed_CD**2).sum(axis=1).mean()))
-    np.testing.assert_allclose(found / norms[:, None], embed_CD / np.linalg.norm(embed_CD, axis=1, keepdims=True))
+def test_what_rows_say_is_heard():
+    """Exactly each row's token, if embeddings are at right angles; nothing of silent ones; all are equally loud."""
+    embed_CD = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0] * np.arange(1, 9)[:, None]
+    voice = Voice.of(embed_CD, placeholder=7)
+    rows = voice.rows(np.array([[3, SILENT, 0, 6]]))
+    np.testing.assert_allclose(voice.heard(rows)[0], np.eye(8)[[3, 0, 0, 6]] * [[1], [0], [1], [1]], atol=1e-6)
+    norms = np.linalg.norm(voice.embed_CD, axis=1)
+    np.testing.assert_allclose(norms, np.sqrt((embed_CD**2).sum(axis=1).mean()), rtol=1e-6)
+    np.testing.assert_allclose(rows[0, 1], voice.embed_CD[7], rtol=1e-6)
 
 
 def test_snippets_are_code_as_it_stands():
@@ -159,10 +161,10 @@ def test_the_tower_learns_a_batch():
     """From one batch alone: most of its characters and of its tokens within some steps."""
     train = CharacterConfig(150, 256, 5e-3, warmup=5, decay_share=0)
     batch, _ = next(batches(reader(), 64, seed=0))
-    embed_CD = np.random.default_rng(0).normal(size=(4096, TINY.out_size))
+    voice = Voice.of(np.random.default_rng(0).normal(size=(4096, TINY.out_size)), 0)
     state, found = init_characters(TINY, train), []
     for _ in range(150):
-        state, metrics = character_step(state, batch, scaled(embed_CD), TINY, train)
+        state, metrics = character_step(state, batch, voice, TINY, train)
         found.append((float(metrics["spelled"]), float(metrics["right"])))
     assert max(found[0]) < 0.1 and min(found[-1]) > 0.5
 
@@ -172,11 +174,11 @@ def test_the_text_model_learns_to_copy():
     config, train = dataclasses.replace(CONFIG, dtype="float32"), CopyConfig(40, 256, 1, 32, 3e-2, 2, faithful=0.1)
     text = init_params(config, jax.random.key(0))
     text.pop("mtp", None)
-    embed_CD = jax.numpy.asarray(scaled(np.asarray(text["embed"])))
+    voice = Voice.of(text["embed"], 0)
     own = copying_lesson(config, reader(), train, lambda step: np.zeros((1, 32), np.int32), 0)
     state, losses = init_copying(text, train), []
     for _ in range(40):
-        state, metrics = copy_step(state, text, own, embed_CD, config, train)
+        state, metrics = copy_step(state, text, own, voice, config, train)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.5 and float(metrics["divergence"]) > 0
     assert all(set(layer) <= set(LEARNING) for layer in learning(text).values())
@@ -225,7 +227,10 @@ def trained(tmp_path_factory):
         for size in (128, 256):  # so that each stage is one program
             patch.delitem(SIZES, size)
         stages.train_copying(launch, start, CopyConfig(2, 256, 1, 32))
-        stages.export_copying(folder / "copied", start, folder / "copying")
+        stages.export_copying(folder / "copied", start, folder / "begun")
+        launch = dataclasses.replace(launch, run=folder / "faithful")
+        stages.train_copying(launch, start, CopyConfig(2, 256, 1, 32, faithful=20), folder / "begun")
+        stages.export_copying(folder / "faithful", start, folder / "copying")
         launch = dataclasses.replace(launch, run=folder / "characters")
         stages.train_characters(launch, folder / "copying", None, CharacterConfig(2, 256))
         launch = dataclasses.replace(launch, run=folder / "joined")

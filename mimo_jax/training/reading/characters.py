@@ -1,7 +1,7 @@
 """A vision tower learns to read: which characters each of its squares holds, and which token its row is to say.
 
 Characters are told by linear heads on its rows, which are left out afterwards: they show the way to the tokens, which
-are told by the rows alone, as near as they come to the embeddings of the text model (`rows.scaled`).
+are told by the rows alone, as near as they come to the embeddings of the text model (`rows.Voice`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mimo_jax.modeling.vision import VisionTower, init_vision
 from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.examples import CLASSES, NOTHING, SLOTS, Batch
-from mimo_jax.training.reading.rows import SILENT
+from mimo_jax.training.reading.rows import SILENT, Voice
 from mimo_jax.weights import Params
 
 HEADS = "heads"
-# Logits of a row that is a token's embedding and of silence. A row of zeros gives each of some thousand tokens 0.
+# Logits of what a row says, and of silence: a silent row gives each of some thousand tokens 0.
 LOUD, QUIET = 24.0, 14.0
 
 
@@ -42,7 +42,7 @@ class CharacterConfig:
     decay_share: float = 0.3  # of the steps, at the end, in which the rate falls to zero
     weight_decay: float = 0.05
     nothing: float = 0.2
-    spelling: float = 1.0
+    spelling: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,14 +78,14 @@ def rows_of(config: VisionConfig, tower: Params, batch: Batch) -> Float[Array, "
     return jax.vmap(of_picture)(jnp.asarray(batch.patches_BSP), batch.places)
 
 
-def loss_fn(params: Params, batch: Batch, embed_CD: Float[Array, "C D"], config: VisionConfig, train: CharacterConfig):
+def loss_fn(params: Params, batch: Batch, voice: Voice, config: VisionConfig, train: CharacterConfig):
     """Cross-entropy per row plus that per slot, weighted; and the shares of tokens and of characters told right."""
     rows_BRD = rows_of(config, params["vision"], batch)
     logits_BRNK = (rows_BRD @ params[HEADS]).reshape(*batch.labels_BRN.shape, CLASSES)
     spelling, spelled = _told(logits_BRNK, jnp.asarray(batch.labels_BRN), NOTHING, batch, train.nothing)
-    heard_BRC = LOUD * rows_BRD @ embed_CD.T / jnp.mean(jnp.sum(embed_CD**2, axis=-1))
+    heard_BRC = LOUD * voice.heard(rows_BRD)
     quiet_BR1 = jnp.full((*heard_BRC.shape[:2], 1), QUIET)
-    nothing = embed_CD.shape[0]
+    nothing = heard_BRC.shape[-1]
     said_BR = jnp.where(batch.said_BR == SILENT, nothing, batch.said_BR)
     saying, right = _told(jnp.concatenate([heard_BRC, quiet_BR1], axis=-1), said_BR, nothing, batch, train.nothing)
     return saying + train.spelling * spelling, (right, spelled)
@@ -104,11 +104,11 @@ def _told(logits: Array, labels: Array, nothing: int, batch: Batch, weight: floa
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def character_step(
-    state: TrainState, batch: Batch, embed_CD: Float[Array, "C D"], config: VisionConfig, train: CharacterConfig
+    state: TrainState, batch: Batch, voice: Voice, config: VisionConfig, train: CharacterConfig
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
     (loss, (right, spelled)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, batch, embed_CD, config, train
+        state.params, batch, voice, config, train
     )
     metrics = {"loss": loss, "right": right, "spelled": spelled, "gradient_norm": optax.tree.norm(gradients)}
     return state.after(gradients, train.optimizer), metrics

@@ -27,7 +27,7 @@ from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimiz
 from mimo_jax.training.pretraining import TrainState, cross_entropy
 from mimo_jax.training.reading.examples import SIZES, TEXT_TOKENS, Reader, texts
 from mimo_jax.training.reading.pictures import EMS, grid_of
-from mimo_jax.training.reading.rows import SILENT, said
+from mimo_jax.training.reading.rows import SILENT, Voice, said
 from mimo_jax.weights import Params
 
 LEARNING = ("attention", "input_norm", "post_norm")  # of a layer
@@ -163,14 +163,14 @@ def transcript_loss(
 
 
 def loss_fn(
-    params: Params, text: Params, key: Array, lesson: Lesson, embed_CD: Array, config: ModelConfig, train: CopyConfig
+    params: Params, text: Params, key: Array, lesson: Lesson, voice: Voice, config: ModelConfig, train: CopyConfig
 ):
     """Nats per token of the transcripts, plus the weighted divergence on plain text; and these two, and how many tokens
     of the transcripts were the likeliest.
     """
     own = merged(text, params)
-    rows_BRD = jnp.where(lesson.said_BR[..., None] == SILENT, 0.0, embed_CD[lesson.said_BR])
-    rows_BRD += train.noise * jnp.std(embed_CD) * jax.random.normal(key, rows_BRD.shape)
+    rows_BRD = voice.rows(jnp.asarray(lesson.said_BR))
+    rows_BRD += train.noise * jnp.std(voice.embed_CD) * jax.random.normal(key, rows_BRD.shape)
     loss, right = transcript_loss(own, rows_BRD, lesson.told, config)
     apply = Backbone(config).apply
     before, after = (jax.nn.log_softmax(apply({"params": one}, lesson.window_BT)[0]) for one in (text, own))
@@ -181,12 +181,12 @@ def loss_fn(
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def copy_step(
-    state: TrainState, text: Params, lesson: Lesson, embed_CD: Array, config: ModelConfig, train: CopyConfig
+    state: TrainState, text: Params, lesson: Lesson, voice: Voice, config: ModelConfig, train: CopyConfig
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
     key = jax.random.fold_in(jax.random.key(train.seed), state.step)
     gradients, (loss, divergence, right) = jax.grad(loss_fn, has_aux=True)(
-        state.params, text, key, lesson, embed_CD, config, train
+        state.params, text, key, lesson, voice, config, train
     )
     metrics = {"loss": loss, "divergence": divergence, "right": right, "gradient_norm": optax.tree.norm(gradients)}
     return state.after(gradients, train.optimizer), metrics

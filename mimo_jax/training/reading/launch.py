@@ -31,7 +31,7 @@ from mimo_jax.training.reading.copying import CopyConfig, copy_step, init_copyin
 from mimo_jax.training.reading.examples import Batch, Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
 from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step
-from mimo_jax.training.reading.rows import scaled
+from mimo_jax.training.reading.rows import Voice
 from mimo_jax.weights import Params
 
 FIRST_UNUSED = 0xF5  # of the bytes that no UTF-8 text has: their tokens are free to stand for media
@@ -77,10 +77,10 @@ def train_characters(
     config, tokens = _seeing(launch, model, held)
     reader, vision = reader_of(config, held.tokenizer, tokens, fonts), config.vision
     assert vision is not None
-    drawn, embed_CD = Ahead(partial(character_batch, reader, train), workers), _scaled(held)
+    drawn, voice = Ahead(partial(character_batch, reader, train), workers), _voice(config, held)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
-        return character_step(state, drawn(step), embed_CD, vision, train)
+        return character_step(state, drawn(step), voice, vision, train)
 
     def fresh() -> TrainState:
         return init_characters(vision, train, None if start is None else _tower(start))
@@ -101,21 +101,23 @@ def _tower(checkpoint: Path) -> Params:
     return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), towers.params["vision"])
 
 
-def train_copying(launch: Launch, model: Path, train: CopyConfig) -> dict[str, Any]:
-    """The text part of `model` learns to write down what rows say."""
+def train_copying(launch: Launch, model: Path, train: CopyConfig, start: Path | None = None) -> dict[str, Any]:
+    """The text part of `model` learns to write down what rows say; from the checkpoint `start`, if it has begun."""
     held = load_dense(model)
     config, tokens = _seeing(launch, model, held)
     text = {name: part for name, part in held.params.items() if name != "mtp"}
-    reader, embed_CD = _undrawn(config, held.tokenizer, tokens, ()), _scaled(held)
+    reader, voice = _undrawn(config, held.tokenizer, tokens, ()), _voice(config, held)
     windows = partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         own = copying.lesson(config, reader, train, windows, step)
-        return copy_step(state, text, own, embed_CD, config, train)
+        return copy_step(state, text, own, voice, config, train)
 
-    settings = _settings(launch, config, train, None)
-    tokens_per_step = train.rows + train.windows * train.length
-    return go(launch, settings, lambda: init_copying(text, train), update, tokens_per_step)
+    def fresh() -> TrainState:
+        return init_copying(text if start is None else load_dense(start).params, train)
+
+    settings = _settings(launch, config, train, start)
+    return go(launch, settings, fresh, update, train.rows + train.windows * train.length)
 
 
 def train_join(
@@ -189,8 +191,9 @@ def _undrawn(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, file
     return Reader(tokens, tokenizer, files, config.vision, config.media)
 
 
-def _scaled(model: Model) -> jax.Array:
-    return jnp.asarray(scaled(np.asarray(model.params["embed"], np.float32)))
+def _voice(config: ModelConfig, model: Model) -> Voice:
+    assert config.media is not None
+    return Voice.of(model.params["embed"], config.media.image_token)
 
 
 def _settings(launch: Launch, config: ModelConfig, train: Any, start: Path | None) -> dict[str, Any]:

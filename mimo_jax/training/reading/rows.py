@@ -1,16 +1,20 @@
 """What each row of a picture is to say: one token of the picture's text, or nothing. Both sides learn it, the tower to
 put it there and the text model to write it down, and neither needs the other for that.
 
-A row says its token as the text model hears it in text: by the token's embedding. It is the row of the square in which
-the token begins; or, where that has one already, the next row that has none.
+A row says its token as the text model hears it in text, by the token's embedding, and that it is a row, by that of the
+placeholder for images: without it, the text model copies from text, too. It is the row of the square in which the token
+begins; or, where that has one already, the next row that has none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.reading.pictures import Grid
@@ -43,7 +47,26 @@ def square_of(text: str, place: int, grid: Grid, rows: int, columns: int) -> int
     return row * columns + min(column, columns - 1)
 
 
-def scaled(embed_CD: Float[np.ndarray, "C D"]) -> Float[np.ndarray, "C D"]:
-    """Embeddings as rows say them: all of their root mean square, so that none is louder."""
-    norms_C1 = np.linalg.norm(embed_CD, axis=-1, keepdims=True)
-    return embed_CD / norms_C1 * np.sqrt(np.mean(norms_C1**2))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """How rows say tokens: by embeddings, all made as long as they are on average, and by what every row says."""
+
+    embed_CD: Float[Array, "C D"]
+    mark_D: Float[Array, "D"]
+
+    @classmethod
+    def of(cls, embed_CD: Float[Array, "C D"], placeholder: int) -> Voice:
+        """That of a text model's embeddings."""
+        embed_CD = jnp.asarray(embed_CD, jnp.float32)
+        norms_C1 = jnp.linalg.norm(embed_CD, axis=-1, keepdims=True)
+        scaled_CD = embed_CD / norms_C1 * jnp.sqrt(jnp.mean(norms_C1**2))
+        return cls(scaled_CD, scaled_CD[placeholder])
+
+    def rows(self, said_BR: Int[Array, "B R"]) -> Float[Array, "B R D"]:
+        """That say these tokens."""
+        return self.mark_D + jnp.where(said_BR[..., None] == SILENT, 0.0, self.embed_CD[said_BR])
+
+    def heard(self, rows_BRD: Float[Array, "B R D"]) -> Float[Array, "B R C"]:
+        """How much of each token is in a row: 1 of what it says, about 0 of all else."""
+        return (rows_BRD - self.mark_D) @ self.embed_CD.T / jnp.mean(jnp.sum(self.embed_CD**2, axis=-1))
