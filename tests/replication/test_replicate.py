@@ -50,6 +50,13 @@ def test_a_dry_run_does_every_step(found: dict) -> None:
     assert short["plain, tokens per second"] > 0 and long["left out"] == "the model's is 1024"
 
 
+def test_gates_hold_on_a_mesh() -> None:
+    """Shared by two devices, the model has the reference's logits, and drafted text is plain text."""
+    kit = steps.Kit(BUNDLED, devices=2, prompts=1, tokens=4)
+    assert steps.STEPS["logits"](kit)["passed"]
+    assert steps.STEPS["lossless"](kit) == {"passed": True, "same texts": 5, "of": 5}
+
+
 def test_the_page_is_one_file_with_claims_and_verdict(folder: Path) -> None:
     """It loads nothing from elsewhere and tells the claim beside what was measured."""
     page = (folder / "report.html").read_text()

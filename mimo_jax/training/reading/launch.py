@@ -85,7 +85,7 @@ def train_characters(
     def fresh() -> TrainState:
         return init_characters(vision, train, None if start is None else _tower(start))
 
-    settings = _settings(launch, config, train, start)
+    settings = _settings(launch, config, train, start, fonts=list(TRAINED))
     return go(launch, settings, fresh, update, train.tokens)
 
 
@@ -136,7 +136,8 @@ def train_join(
     def fresh() -> TrainState:
         return init_join(_characters(start, config).params["vision"], train)
 
-    return go(launch, _settings(launch, config, train, start), fresh, update, train.rows)
+    settings = _settings(launch, config, train, start, fonts=list(TRAINED))
+    return go(launch, settings, fresh, update, train.rows)
 
 
 def join_lesson(config: ModelConfig, reader: Reader, train: JoinConfig, step: int) -> Lesson:
@@ -196,5 +197,5 @@ def _voice(config: ModelConfig, model: Model) -> Voice:
     return Voice.of(model.params["embed"], config.media.image_token)
 
 
-def _settings(launch: Launch, config: ModelConfig, train: Any, start: Path | None) -> dict[str, Any]:
-    return run.settings_of(config, train, start=start and start.name, corpus=identity(launch.data), fonts=list(TRAINED))
+def _settings(launch: Launch, config: ModelConfig, train: Any, start: Path | None, **more: Any) -> dict[str, Any]:
+    return run.settings_of(config, train, start=start and start.name, corpus=identity(launch.data), **more)
