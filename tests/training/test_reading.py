@@ -159,11 +159,11 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def test_the_tower_learns_a_batch():
     """From one batch alone: most of its characters and of its tokens within some steps."""
-    train = CharacterConfig(150, 256, 5e-3, warmup=5, decay_share=0)
+    train = CharacterConfig(80, 256, 1e-2, warmup=5, decay_share=0)
     batch, _ = next(batches(reader(), 64, seed=0))
     voice = Voice.of(np.random.default_rng(0).normal(size=(4096, TINY.out_size)), 0)
     state, found = init_characters(TINY, train), []
-    for _ in range(150):
+    for _ in range(80):
         state, metrics = character_step(state, batch, voice, TINY, train)
         found.append((float(metrics["spelled"]), float(metrics["right"])))
     assert max(found[0]) < 0.1 and min(found[-1]) > 0.5
