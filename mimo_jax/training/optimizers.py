@@ -48,6 +48,12 @@ def learning_rate(peak: float, warmup: int, decay_start: int, decay_steps: int) 
     return optax.join_schedules(pieces, boundaries)
 
 
+def falling_rate(peak: float, warmup: int, steps: int, share: float) -> optax.Schedule:
+    """The `learning_rate` of a run of `steps` updates, which falls to zero in the last `share` of them."""
+    decay = int(steps * share)
+    return learning_rate(peak, warmup, steps - decay, decay)
+
+
 def make_optimizer(schedule: optax.Schedule, weight_decay: float, name: str = "muon") -> optax.GradientTransformation:
     """Gradients clipped to norm 1, then Muon scaled to AdamW's update size (0.2 RMS), so that both share one rate.
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from mimo_jax.config.towers import VisionConfig
 from mimo_jax.errors import check_real, check_whole
 from mimo_jax.modeling.vision import VisionTower, init_vision
-from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
+from mimo_jax.training.optimizers import check_rate, falling_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.examples import CLASSES, NOTHING, SLOTS, Batch
 from mimo_jax.training.reading.rows import SILENT, Voice
@@ -55,8 +55,7 @@ class CharacterConfig:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        decay = int(self.steps * self.decay_share)
-        schedule = learning_rate(self.peak_rate, self.warmup, self.steps - decay, decay)
+        schedule = falling_rate(self.peak_rate, self.warmup, self.steps, self.decay_share)
         rules = {"tower": make_optimizer(schedule, self.weight_decay), HEADS: optax.adamw(schedule, weight_decay=0.0)}
         return optax.partition(rules, {"vision": "tower", HEADS: HEADS})
 

@@ -9,7 +9,7 @@ windows of the corpus.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,15 +23,15 @@ from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import check_real, check_whole
 from mimo_jax.modeling.backbone import MEDIA, Backbone
 from mimo_jax.tokenizer import END_OF_TEXT
-from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
+from mimo_jax.training.optimizers import check_rate, falling_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState, cross_entropy
+from mimo_jax.training.qat import divergence
 from mimo_jax.training.reading.examples import SIZES, TEXT_TOKENS, Reader, texts
 from mimo_jax.training.reading.pictures import EMS, grid_of
 from mimo_jax.training.reading.rows import SILENT, Voice, said
 from mimo_jax.weights import Params
 
 LEARNING = ("attention", "input_norm", "post_norm")  # of a layer
-SQUARE = 16  # pixels
 ADVANCES = (0.58, 0.66)  # ems; fonts of one width have 0.6
 TALLEST = 1.2  # ems from the top of a font to its bottom, or so
 
@@ -65,8 +65,8 @@ class CopyConfig:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        decay = int(self.steps * self.decay_share)
-        return make_optimizer(learning_rate(self.peak_rate, self.warmup, self.steps - decay, decay), weight_decay=0.0)
+        schedule = falling_rate(self.peak_rate, self.warmup, self.steps, self.decay_share)
+        return make_optimizer(schedule, weight_decay=0.0)
 
 
 @jax.tree_util.register_dataclass
@@ -112,13 +112,15 @@ def layouts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[tup
     for lines, ids in texts(reader, rng, size):
         em = int(rng.integers(EMS[0], EMS[1] + 1))
         grid = grid_of(lines, em, em * rng.uniform(*ADVANCES), em * TALLEST, rng)
-        rows, columns = max(1, round(grid.height / SQUARE)), max(1, round(grid.width / SQUARE))
+        rows, columns = (max(1, round(side / reader.vision.token_side)) for side in (grid.height, grid.width))
         found = said(ids, reader.tokenizer, "\n".join(lines), grid, rows, columns)
         if found is not None and len(found) <= size:
             yield found, ids
 
 
-def lesson(config: ModelConfig, reader: Reader, train: CopyConfig, windows: Any, step: int) -> Lesson:
+def lesson(
+    config: ModelConfig, reader: Reader, train: CopyConfig, windows: Callable[[int], np.ndarray], step: int
+) -> Lesson:
     """What a step learns from; it depends on (seed, step) alone. `windows(step)` are of plain text."""
     rng = np.random.default_rng((train.seed, step))
     size = int(rng.choice(list(SIZES)))
@@ -172,11 +174,9 @@ def loss_fn(
     rows_BRD = voice.rows(jnp.asarray(lesson.said_BR))
     rows_BRD += train.noise * jnp.std(voice.embed_CD) * jax.random.normal(key, rows_BRD.shape)
     loss, right = transcript_loss(own, rows_BRD, lesson.told, config)
-    apply = Backbone(config).apply
-    before, after = (jax.nn.log_softmax(apply({"params": one}, lesson.window_BT)[0]) for one in (text, own))
-    before = jax.lax.stop_gradient(before)
-    divergence = jnp.mean(jnp.sum(jnp.exp(before) * (before - after), axis=-1))
-    return loss + train.faithful * divergence, (loss, divergence, right)
+    before_BTC, after_BTC = (Backbone(config).apply({"params": one}, lesson.window_BT)[0] for one in (text, own))
+    moved = jnp.mean(divergence(before_BTC, after_BTC))
+    return loss + train.faithful * moved, (loss, moved, right)
 
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
@@ -185,8 +185,8 @@ def copy_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update. Returns the new state (the old one is donated) and scalar metrics."""
     key = jax.random.fold_in(jax.random.key(train.seed), state.step)
-    gradients, (loss, divergence, right) = jax.grad(loss_fn, has_aux=True)(
+    gradients, (loss, moved, right) = jax.grad(loss_fn, has_aux=True)(
         state.params, text, key, lesson, voice, config, train
     )
-    metrics = {"loss": loss, "divergence": divergence, "right": right, "gradient_norm": optax.tree.norm(gradients)}
+    metrics = {"loss": loss, "divergence": moved, "right": right, "gradient_norm": optax.tree.norm(gradients)}
     return state.after(gradients, train.optimizer), metrics

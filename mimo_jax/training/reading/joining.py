@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import check_real, check_whole
-from mimo_jax.training.optimizers import check_rate, learning_rate, make_optimizer
+from mimo_jax.training.optimizers import check_rate, falling_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.characters import rows_of
 from mimo_jax.training.reading.copying import Transcripts, transcript_loss
@@ -43,8 +43,7 @@ class JoinConfig:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        decay = int(self.steps * self.decay_share)
-        schedule = learning_rate(self.peak_rate, self.warmup, self.steps - decay, decay)
+        schedule = falling_rate(self.peak_rate, self.warmup, self.steps, self.decay_share)
         return make_optimizer(schedule, self.weight_decay)
 
 

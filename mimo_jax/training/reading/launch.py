@@ -58,7 +58,7 @@ def seeing(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def reader_of(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, fonts: Path | None) -> Reader:
     """Pictures in all fonts that are not held out."""
     files = tuple(font_file(name, fonts) for name in TRAINED)
-    return _undrawn(config, tokenizer, tokens, files)
+    return _reader(config, tokenizer, tokens, files)
 
 
 def train_characters(
@@ -77,16 +77,14 @@ def train_characters(
     config, tokens = _seeing(launch, model, held)
     reader, vision = reader_of(config, held.tokenizer, tokens, fonts), config.vision
     assert vision is not None
+    tower = _tower(start) if start else None
     drawn, voice = Ahead(partial(character_batch, reader, train), workers), _voice(config, held)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         return character_step(state, drawn(step), voice, vision, train)
 
-    def fresh() -> TrainState:
-        return init_characters(vision, train, None if start is None else _tower(start))
-
     settings = _settings(launch, config, train, start, fonts=list(TRAINED))
-    return go(launch, settings, fresh, update, train.tokens)
+    return go(launch, settings, lambda: init_characters(vision, train, tower), update, train.tokens)
 
 
 def character_batch(reader: Reader, train: CharacterConfig, step: int) -> Batch:
@@ -105,19 +103,18 @@ def train_copying(launch: Launch, model: Path, train: CopyConfig, start: Path | 
     """The text part of `model` learns to write down what rows say; from the checkpoint `start`, if it has begun."""
     held = load_dense(model)
     config, tokens = _seeing(launch, model, held)
-    text = {name: part for name, part in held.params.items() if name != "mtp"}
-    reader, voice = _undrawn(config, held.tokenizer, tokens, ()), _voice(config, held)
+    text = jax.device_put(held.params)  # once, not with every step
+    begun = load_dense(start).params if start else text
+    reader, voice = _reader(config, held.tokenizer, tokens, ()), _voice(config, held)
     windows = partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         own = copying.lesson(config, reader, train, windows, step)
         return copy_step(state, text, own, voice, config, train)
 
-    def fresh() -> TrainState:
-        return init_copying(text if start is None else load_dense(start).params, train)
-
     settings = _settings(launch, config, train, start)
-    return go(launch, settings, fresh, update, train.rows + train.windows * train.length)
+    tokens_per_step = train.rows + train.windows * train.length
+    return go(launch, settings, lambda: init_copying(begun, train), update, tokens_per_step)
 
 
 def train_join(
@@ -127,17 +124,15 @@ def train_join(
     held = load_dense(model)
     config, tokens = _seeing(launch, model, held)
     reader = reader_of(config, held.tokenizer, tokens, fonts)
-    text = {name: part for name, part in held.params.items() if name != "mtp"}
+    text = jax.device_put(held.params)  # once, not with every step
+    tower = _characters(start, config).params["vision"]
     drawn = Ahead(partial(join_lesson, config, reader, train), workers)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         return join_step(state, text, drawn(step), config, train)
 
-    def fresh() -> TrainState:
-        return init_join(_characters(start, config).params["vision"], train)
-
     settings = _settings(launch, config, train, start, fonts=list(TRAINED))
-    return go(launch, settings, fresh, update, train.rows)
+    return go(launch, settings, lambda: init_join(tower, train), update, train.rows)
 
 
 def join_lesson(config: ModelConfig, reader: Reader, train: JoinConfig, step: int) -> Lesson:
@@ -187,7 +182,7 @@ def _seeing(launch: Launch, directory: Path, model: Model) -> tuple[ModelConfig,
     return seeing(model.config, model.tokenizer), tokens
 
 
-def _undrawn(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, files: tuple[Path, ...]) -> Reader:
+def _reader(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, files: tuple[Path, ...]) -> Reader:
     assert config.vision is not None and config.media is not None
     return Reader(tokens, tokenizer, files, config.vision, config.media)
 
