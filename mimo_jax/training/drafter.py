@@ -290,10 +290,11 @@ def training_update(
         raise UserError(f"drafter: anchors={train.anchors} do not fit into texts of {length} tokens")
     check_vocabulary(np.asarray(texts.tokens), vocab_size)
     batch_of(texts, corpus, 0, train)  # raises where the corpus is too small
+    params = jax.device_put(model.params)  # once, not with every step
 
     def update(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         batch = place_batch(batch_of(texts, corpus, step, train), model.mesh)
-        return train_step(state, model.params, batch, model.config, config, train)
+        return train_step(state, params, batch, model.config, config, train)
 
     return update
 
