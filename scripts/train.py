@@ -126,7 +126,7 @@ def copying_command(args: argparse.Namespace) -> dict:
 
     own = {"peak_rate": args.rate, "faithful": args.faithful, "seed": args.seed}
     train = CopyConfig(args.steps, args.rows, args.windows, **own)
-    return train_copying(launch, Path(args.model), train, Path(args.start) if args.start else None)
+    return train_copying(launch, Path(args.model), train, Path(args.start) if args.start else None, args.workers)
 
 
 def export_copying_command(args: argparse.Namespace) -> dict:
@@ -264,9 +264,9 @@ def parser() -> Parser:
         command.add_argument("--out", type=new_folder, required=True, help="folder to write; must not exist")
     for command in (characters, copying, join):
         command.add_argument("--rows", type=whole(256), default=1024, help="of pictures, in a step")
+        command.add_argument("--workers", type=whole(0, 1024), default=0, help="processes that make them (0: this one)")
     for command in (characters, join):
         command.add_argument("--fonts", type=folder, help="folder that `make fonts` installed them into")
-        command.add_argument("--workers", type=whole(0, 1024), default=0, help="processes that draw them (0: this one)")
 
     plot = commands.add_parser("plot", help="the losses of several runs in one picture")
     plot.add_argument("--run", action="append", required=True, help="a run; repeat it")

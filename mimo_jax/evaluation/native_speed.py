@@ -213,10 +213,10 @@ def roofline(model: Model, size: int, repeats: int) -> Record:
 
 
 def active_bytes(directory: Path) -> int:
-    """Bytes of weights that one token reads: all but the embedding, and of each layer's experts the chosen ones."""
+    """Bytes of weights that one token reads: of the text model, all but the embedding, and of experts the chosen ones."""
     config, file_format = read_hf_config(directory)
     total = 0.0
-    for weight in weights(dataclasses.replace(config, mtp_layers=0), file_format):
+    for weight in weights(dataclasses.replace(config, mtp_layers=0, vision=None, audio=None), file_format):
         share = config.experts_per_token / config.num_experts if weight.row.kind == "expert" else 1
         total += 0 if weight.label == "embed" else share * sum(map(part_bytes, weight.parts))
     return int(total)

@@ -124,7 +124,7 @@ def test_a_prefix_is_known_by_what_it_shows(layout):
 
 REFUSED = {
     "no tower": (
-        lambda: encode_prompt(mimo.load(), [IMAGE]),
+        lambda: encode_prompt(dataclasses.replace(model(), towers=None), [IMAGE]),
         "image: this model takes no images: it has no vision tower",
     ),
     "pad in ids": (lambda: encode_prompt(model(), [1, MEDIA.image_token]), "token id 4000 stands for media"),

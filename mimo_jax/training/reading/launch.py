@@ -99,7 +99,9 @@ def _tower(checkpoint: Path) -> Params:
     return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), towers.params["vision"])
 
 
-def train_copying(launch: Launch, model: Path, train: CopyConfig, start: Path | None = None) -> dict[str, Any]:
+def train_copying(
+    launch: Launch, model: Path, train: CopyConfig, start: Path | None = None, workers: int = 0
+) -> dict[str, Any]:
     """The text part of `model` learns to write down what rows say; from the checkpoint `start`, if it has begun."""
     held = load_dense(model)
     config, tokens = _seeing(launch, model, held)
@@ -107,10 +109,10 @@ def train_copying(launch: Launch, model: Path, train: CopyConfig, start: Path | 
     begun = load_dense(start).params if start else text
     reader, voice = _reader(config, held.tokenizer, tokens, ()), _voice(config, held)
     windows = partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
+    made = Ahead(partial(copying.lesson, config, reader, train, windows), workers)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
-        own = copying.lesson(config, reader, train, windows, step)
-        return copy_step(state, text, own, voice, config, train)
+        return copy_step(state, text, made(step), voice, config, train)
 
     settings = _settings(launch, config, train, start)
     tokens_per_step = train.rows + train.windows * train.length
