@@ -213,7 +213,7 @@ def roofline(model: Model, size: int, repeats: int) -> Record:
 
 
 def active_bytes(directory: Path) -> int:
-    """Bytes of weights that one token reads: of the text model, all but the embedding, and of experts the chosen ones."""
+    """Bytes of weights that one token reads: all of the text model but the embedding; of experts the chosen ones."""
     config, file_format = read_hf_config(directory)
     total = 0.0
     for weight in weights(dataclasses.replace(config, mtp_layers=0, vision=None, audio=None), file_format):

@@ -101,17 +101,19 @@ def test_labels_lie_where_ink_is():
 
 
 def test_rows_say_every_token_once_in_order():
-    """Drawn or not: read row by row, what is said is the text; a token's row is never before its first character's."""
-    drawn = ((each.said_R, each.ids) for each in examples(reader(), np.random.default_rng(0), 128))
-    for found_R, ids in itertools.chain(
+    """Drawn or not: read row by row, what is said is the text; some rows say several tokens, and some none."""
+    drawn = ((each.said_RN, each.ids) for each in examples(reader(), np.random.default_rng(0), 128))
+    for found_RN, ids in itertools.chain(
         itertools.islice(drawn, 40), itertools.islice(layouts(reader(), np.random.default_rng(0), 128), 40)
     ):
-        assert [token for token in found_R.tolist() if token != SILENT] == list(ids)
-    assert any(token == SILENT for token in found_R)
+        is_said_RN = found_RN != SILENT
+        assert found_RN[is_said_RN].tolist() == list(ids)
+        assert (is_said_RN[:, :-1] >= is_said_RN[:, 1:]).all()
+    assert is_said_RN.any(axis=1).mean() < 1 and is_said_RN[:, 1].any()
 
 
-def test_a_token_is_said_where_it_begins_or_in_the_next_free_row():
-    """Squares of 16 pixels, characters of 8: two tokens of one character need two rows; ends of lines have theirs."""
+def test_a_token_is_said_where_it_begins():
+    """Squares of 16 pixels, characters of 8: two tokens of one character share a row; ends of lines have places."""
     grid = Grid(left=0, top=0, advance=8, pitch=32, width=64, height=64)
     text = "ab = c\nd"
     ids = TOKENIZER.encode(text, literal=True)
@@ -119,20 +121,22 @@ def test_a_token_is_said_where_it_begins_or_in_the_next_free_row():
     # Lines have their centres in the second and the last row of squares; the first ends in its last square.
     found = said(ids, TOKENIZER, text, grid, rows=4, columns=4)
     assert found is not None
-    assert found.tolist() == [*[SILENT] * 4, *ids[:4], *[SILENT] * 4, ids[4], *[SILENT] * 3]
-    dense = TOKENIZER.encode("((", literal=True)
-    dense = dense if len(dense) == 2 else [TOKENIZER.id_of("(")] * 2
-    crowded = said(dense, TOKENIZER, "((", dataclasses.replace(grid, pitch=16, height=16), rows=1, columns=4)
-    assert crowded is not None and crowded.tolist() == [*dense, SILENT, SILENT]
-    assert said(ids, TOKENIZER, text, grid, rows=2, columns=2) is None
+    assert found[:, 0].tolist() == [*[SILENT] * 4, *ids[:4], *[SILENT] * 4, ids[4], *[SILENT] * 3]
+    assert (found[:, 1:] == SILENT).all()
+    letters, one_line = [TOKENIZER.id_of(letter) for letter in "abcd"], dataclasses.replace(grid, pitch=16, height=16)
+    crowded = said(letters, TOKENIZER, "abcd", one_line, rows=1, columns=4)
+    assert crowded is not None
+    assert crowded[:, :2].tolist() == [letters[:2], letters[2:], [SILENT] * 2, [SILENT] * 2]
+    assert said(letters, TOKENIZER, "abcd", one_line, rows=1, columns=1) is None
 
 
 def test_what_rows_say_is_heard():
-    """Exactly each row's token, if embeddings are at right angles; nothing of silent ones; all are equally loud."""
+    """Exactly each row's tokens, as loud as it says them, if embeddings are at right angles; nothing of silent rows."""
     embed_CD = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0] * np.arange(1, 9)[:, None]
     voice = Voice.of(embed_CD, placeholder=7)
-    rows = voice.rows(np.array([[3, SILENT, 0, 6]]))
-    np.testing.assert_allclose(voice.heard(rows)[0], np.eye(8)[[3, 0, 0, 6]] * [[1], [0], [1], [1]], atol=1e-6)
+    rows = voice.rows(np.array([[[3, SILENT], [SILENT, SILENT], [0, 6]]]), np.array([1.0, 0.5]))
+    expected = np.eye(8)[3], np.zeros(8), np.eye(8)[0] + 0.5 * np.eye(8)[6]
+    np.testing.assert_allclose(voice.heard(rows)[0], expected, atol=1e-6)
     norms = np.linalg.norm(voice.embed_CD, axis=1)
     np.testing.assert_allclose(norms, np.sqrt((embed_CD**2).sum(axis=1).mean()), rtol=1e-6)
     np.testing.assert_allclose(rows[0, 1], voice.embed_CD[7], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""A vision tower learns to read: which characters each of its squares holds, and which token its row is to say.
+"""A vision tower learns to read: which characters each of its squares holds, and which tokens its row is to say.
 
 Characters are told by linear heads on its rows, which are left out afterwards: they show the way to the tokens, which
 are told by the rows alone, as near as they come to the embeddings of the text model (`rows.Voice`).
@@ -25,13 +25,13 @@ from mimo_jax.training.reading.rows import SILENT, Voice
 from mimo_jax.weights import Params
 
 HEADS = "heads"
-# Logits of what a row says, and of silence: a silent row gives each of some thousand tokens 0.
-LOUD, QUIET = 24.0, 14.0
+# Logits of what a row says loudest, and of silence: a silent row gives each of some thousand tokens 0.
+LOUD, QUIET = 24.0, 12.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CharacterConfig:
-    """One run: `tokens` of the tower in a step. What is empty, a slot or a row, counts for `nothing` of what is not,
+    """One run: `tokens` of the tower in a step. A slot that is empty, for characters or tokens, counts for `nothing`,
     and characters for `spelling` of tokens.
     """
 
@@ -39,7 +39,7 @@ class CharacterConfig:
     tokens: int = 1024
     peak_rate: float = 4e-3
     warmup: int = 100
-    decay_share: float = 0.3  # of the steps, at the end, in which the rate falls to zero
+    decay_share: float = 0.5  # of the steps, at the end, in which the rate falls to zero
     weight_decay: float = 0.05
     nothing: float = 0.2
     spelling: float = 0.3
@@ -78,16 +78,23 @@ def rows_of(config: VisionConfig, tower: Params, batch: Batch) -> Float[Array, "
 
 
 def loss_fn(params: Params, batch: Batch, voice: Voice, config: VisionConfig, train: CharacterConfig):
-    """Cross-entropy per row plus that per slot, weighted; and the shares of tokens and of characters told right."""
+    """Cross-entropy of tokens plus, weighted, that of characters; and the shares of both that were told right."""
     rows_BRD = rows_of(config, params["vision"], batch)
     logits_BRNK = (rows_BRD @ params[HEADS]).reshape(*batch.labels_BRN.shape, CLASSES)
     spelling, spelled = _told(logits_BRNK, jnp.asarray(batch.labels_BRN), NOTHING, batch, train.nothing)
-    heard_BRC = LOUD * voice.heard(rows_BRD)
-    quiet_BR1 = jnp.full((*heard_BRC.shape[:2], 1), QUIET)
+    heard_BRC, said_BRN = voice.heard(rows_BRD), jnp.asarray(batch.said_BRN)
     nothing = heard_BRC.shape[-1]
-    said_BR = jnp.where(batch.said_BR == SILENT, nothing, batch.said_BR)
-    saying, right = _told(jnp.concatenate([heard_BRC, quiet_BR1], axis=-1), said_BR, nothing, batch, train.nothing)
+    labels_BRN = jnp.where(said_BRN == SILENT, nothing, said_BRN)
+    saying, right = _told(_remaining(heard_BRC, said_BRN), labels_BRN, nothing, batch, train.nothing)
     return saying + train.spelling * spelling, (right, spelled)
+
+
+def _remaining(heard_BRC: Array, said_BRN: Array) -> Float[Array, "B R N L"]:
+    """Logits for what is the loudest without the tokens before it; the last one is that of silence."""
+    is_said_BRNC = jax.nn.one_hot(said_BRN, heard_BRC.shape[-1])
+    is_taken_BRNC = (jnp.cumsum(is_said_BRNC, axis=2) > is_said_BRNC) & (is_said_BRNC == 0)
+    logits_BRNC = jnp.where(is_taken_BRNC, -jnp.inf, LOUD * heard_BRC[:, :, None])
+    return jnp.pad(logits_BRNC, [(0, 0)] * 3 + [(0, 1)], constant_values=QUIET)
 
 
 def _told(logits: Array, labels: Array, nothing: int, batch: Batch, weight: float) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ from mimo_jax.training.pretraining import TrainState, cross_entropy
 from mimo_jax.training.qat import divergence
 from mimo_jax.training.reading.examples import SIZES, TEXT_TOKENS, Reader, texts
 from mimo_jax.training.reading.pictures import EMS, grid_of
-from mimo_jax.training.reading.rows import SILENT, Voice, said
+from mimo_jax.training.reading.rows import SILENT, VOLUMES, Voice, said
 from mimo_jax.weights import Params
 
 LEARNING = ("attention", "input_norm", "post_norm")  # of a layer
@@ -39,7 +39,8 @@ TALLEST = 1.2  # ems from the top of a font to its bottom, or so
 @dataclasses.dataclass(frozen=True)
 class CopyConfig:
     """One run: `rows` of pictures and `windows` of `length` tokens of plain text in a step. Of the tokens that rows
-    say, a share of `wrong` is another one, and all rows have noise, `noise` of an embedding's standard deviation.
+    say, a share of `wrong` is another one, volumes are off by up to `unsteady` of themselves, and all rows have noise,
+    `noise` of an embedding's standard deviation.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class CopyConfig:
     decay_share: float = 0.5  # of the steps, at the end, in which the rate falls to zero
     faithful: float = 4.0  # weight of the divergence on plain text
     wrong: float = 0.03
+    unsteady: float = 0.1
     noise: float = 0.2
     seed: int = 0
 
@@ -60,7 +62,7 @@ class CopyConfig:
         check_whole("copying", 0, 2**32 - 1, seed=self.seed)
         check_whole("copying", 0, warmup=self.warmup)
         check_rate("copying", self.peak_rate)
-        check_real("copying", 0, 1, decay_share=self.decay_share, wrong=self.wrong)
+        check_real("copying", 0, 1, decay_share=self.decay_share, wrong=self.wrong, unsteady=self.unsteady)
         check_real("copying", 0, 1000, faithful=self.faithful, noise=self.noise)
 
     @property
@@ -83,7 +85,7 @@ class Transcripts:
 class Lesson:
     """What an update learns from: what rows say, the transcripts, and windows of plain text."""
 
-    said_BR: Int[np.ndarray, "B R"]
+    said_BRN: Int[np.ndarray, "B R N"]
     told: Transcripts
     window_BT: Int[np.ndarray, "_ _"]
 
@@ -124,15 +126,15 @@ def lesson(
     """What a step learns from; it depends on (seed, step) alone. `windows(step)` are of plain text."""
     rng = np.random.default_rng((train.seed, step))
     size = int(rng.choice(list(SIZES)))
-    said_BR = np.full((max(1, train.rows // size), size), SILENT, np.int32)
+    said_BRN = np.full((max(1, train.rows // size), size, len(VOLUMES)), SILENT, np.int32)
     ids, counts = list[tuple[int, ...]](), list[int]()
-    for row, (found, own) in zip(said_BR, layouts(reader, rng, size)):
+    for row, (found, own) in zip(said_BRN, layouts(reader, rng, size)):
         row[: len(found)] = found
         counts.append(len(found))
         ids.append(own)
-    is_wrong = (rng.random(said_BR.shape) < train.wrong) & (said_BR != SILENT)
-    said_BR[is_wrong] = rng.integers(0, config.vocab_size, int(is_wrong.sum()))
-    return Lesson(said_BR, transcripts(ids, counts, size, config, reader.tokenizer.id_of(END_OF_TEXT)), windows(step))
+    is_wrong = (rng.random(said_BRN.shape) < train.wrong) & (said_BRN != SILENT)
+    said_BRN[is_wrong] = rng.integers(0, config.vocab_size, int(is_wrong.sum()))
+    return Lesson(said_BRN, transcripts(ids, counts, size, config, reader.tokenizer.id_of(END_OF_TEXT)), windows(step))
 
 
 def transcripts(
@@ -171,8 +173,10 @@ def loss_fn(
     of the transcripts were the likeliest.
     """
     own = merged(text, params)
-    rows_BRD = voice.rows(jnp.asarray(lesson.said_BR))
-    rows_BRD += train.noise * jnp.std(voice.embed_CD) * jax.random.normal(key, rows_BRD.shape)
+    for_volumes, for_noise = jax.random.split(key)
+    off_BRN = train.unsteady * jax.random.uniform(for_volumes, lesson.said_BRN.shape, minval=-1.0)
+    rows_BRD = voice.rows(jnp.asarray(lesson.said_BRN), jnp.array(VOLUMES) * (1 + off_BRN))
+    rows_BRD += train.noise * jnp.std(voice.embed_CD) * jax.random.normal(for_noise, rows_BRD.shape)
     loss, right = transcript_loss(own, rows_BRD, lesson.told, config)
     before_BTC, after_BTC = (Backbone(config).apply({"params": one}, lesson.window_BT)[0] for one in (text, own))
     moved = jnp.mean(divergence(before_BTC, after_BTC))

@@ -20,7 +20,7 @@ from mimo_jax.media.pixels import patches_of
 from mimo_jax.modeling.vision import Places, places_of
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.reading.pictures import Picture, draw
-from mimo_jax.training.reading.rows import SILENT, said
+from mimo_jax.training.reading.rows import SILENT, VOLUMES, said
 from mimo_jax.training.reading.snippets import CHARACTERS, Shape, snippet
 
 SLOTS = 3  # of a token
@@ -52,7 +52,7 @@ class Batch:
     patches_BSP: Float[np.ndarray, "B S P"]
     places: Places  # of each
     labels_BRN: Int[np.ndarray, "B R N"]
-    said_BR: Int[np.ndarray, "B R"]
+    said_BRN: Int[np.ndarray, "B R _"]
     counts_B: Int[np.ndarray, "B"]
 
     @property
@@ -69,7 +69,7 @@ class Example:
     rows: int
     columns: int
     labels_RN: np.ndarray
-    said_R: np.ndarray
+    said_RN: np.ndarray
     ids: tuple[int, ...]  # of the text
 
     @property
@@ -78,7 +78,7 @@ class Example:
 
 
 def examples(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Example]:
-    """Without end: of at most `size` squares and `TEXT_TOKENS` of text, with a slot for each character and a row for
+    """Without end: of at most `size` squares and `TEXT_TOKENS` of text, with a slot for each character and room for
     each token. Two lines can fall into one row of squares where a picture is made smaller to a whole number of them.
     """
     for lines, ids in texts(reader, rng, size):
@@ -97,15 +97,15 @@ def texts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[tuple
 
 
 def example_of(picture: Picture, ids: tuple[int, ...], reader: Reader) -> Example | None:
-    """None where there is no row for each token."""
+    """None where a square has no room for its tokens."""
     vision, media = reader.vision, reader.media
     patches = patches_of(picture.pixels_HW3[None], vision, media.image_min_pixels, media.image_max_pixels)
     rows, columns = patches.rows // vision.merge, patches.columns // vision.merge
-    said_R = said(ids, reader.tokenizer, "\n".join(picture.lines), picture.grid, rows, columns)
-    if said_R is None:
+    said_RN = said(ids, reader.tokenizer, "\n".join(picture.lines), picture.grid, rows, columns)
+    if said_RN is None:
         return None
     labels_RN = labels_in(picture, rows, columns)
-    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, said_R, ids)
+    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, said_RN, ids)
 
 
 def labels_in(picture: Picture, rows: int, columns: int) -> Int[np.ndarray, "R N"]:
@@ -133,13 +133,13 @@ def batched(found: Sequence[Example], size: int, merge: int) -> Batch:
     """Examples of at most `size` tokens, padded to it."""
     patches = np.zeros((len(found), size * merge**2, found[0].patches_SP.shape[1]), np.float32)
     labels = np.full((len(found), size, SLOTS), NOTHING, np.int32)
-    said_BR = np.full((len(found), size), SILENT, np.int32)
+    said_BRN = np.full((len(found), size, len(VOLUMES)), SILENT, np.int32)
     for row, example in enumerate(found):
         patches[row, : len(example.patches_SP)] = example.patches_SP
-        labels[row, : example.count], said_BR[row, : example.count] = example.labels_RN, example.said_R
+        labels[row, : example.count], said_BRN[row, : example.count] = example.labels_RN, example.said_RN
     places = [places_of(example.rows, example.columns, size * merge**2, merge) for example in found]
     stacked = jax.tree.map(lambda *each: np.stack(each), *places)
-    return Batch(patches, stacked, labels, said_BR, np.array([example.count for example in found], np.int32))
+    return Batch(patches, stacked, labels, said_BRN, np.array([example.count for example in found], np.int32))
 
 
 def batches(

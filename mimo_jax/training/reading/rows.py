@@ -1,9 +1,9 @@
-"""What each row of a picture is to say: one token of the picture's text, or nothing. Both sides learn it, the tower to
-put it there and the text model to write it down, and neither needs the other for that.
+"""What each row of a picture is to say: the tokens of the picture's text that begin in its square. Both sides learn it,
+the tower to put it there and the text model to write it down, and neither needs the other for that.
 
-A row says its token as the text model hears it in text, by the token's embedding, and that it is a row, by that of the
-placeholder for images: without it, the text model copies from text, too. It is the row of the square in which the token
-begins; or, where that has one already, the next row that has none.
+A row says a token as the text model hears it in text, by the token's embedding, and that it is a row, by that of the
+placeholder for images: without it, the text model copies from text, too. Of several tokens the first is the loudest.
+(One token per row, and the others in the next free ones, was beyond a tower: it has to count along the line.)
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.reading.pictures import Grid
 
 SILENT = -1
+VOLUMES = (1.0, 0.8, 0.6)  # of the first, the second, the third token of a row
 
 
 def said(
     ids: Sequence[int], tokenizer: Tokenizer, text: str, grid: Grid, rows: int, columns: int
-) -> Int[np.ndarray, "R"] | None:
-    """The token of each of `rows` x `columns` squares, or `SILENT`; None where there is no room for all of them.
+) -> Int[np.ndarray, "R N"] | None:
+    """The tokens of each of `rows` x `columns` squares, then `SILENT`; None where one of them has too many.
 
     `ids` spell `text`, which is ASCII: each of them has characters of its own.
     """
-    found, free, place = np.full(rows * columns, SILENT, np.int32), 0, 0
+    found, counts, place = np.full((rows * columns, len(VOLUMES)), SILENT, np.int32), np.zeros(rows * columns, int), 0
     for token in ids:
-        free = max(free, square_of(text, place, grid, rows, columns))
-        if free == len(found):
+        square = square_of(text, place, grid, rows, columns)
+        if counts[square] == len(VOLUMES):
             return None
-        found[free] = token
-        free, place = free + 1, place + len(tokenizer.decode([int(token)]))
+        found[square, counts[square]] = token
+        counts[square] += 1
+        place += len(tokenizer.decode([int(token)]))
     return found
 
 
@@ -63,10 +65,11 @@ class Voice:
         scaled_CD = embed_CD / norms_C1 * jnp.sqrt(jnp.mean(norms_C1**2))
         return cls(scaled_CD, scaled_CD[placeholder])
 
-    def rows(self, said_BR: Int[Array, "B R"]) -> Float[Array, "B R D"]:
-        """That say these tokens."""
-        return self.mark_D + jnp.where(said_BR[..., None] == SILENT, 0.0, self.embed_CD[said_BR])
+    def rows(self, said_BRN: Int[Array, "B R N"], volumes_N: Float[Array, "... N"]) -> Float[Array, "B R D"]:
+        """That say these tokens, so loud."""
+        loud_BRN = jnp.where(said_BRN == SILENT, 0.0, volumes_N)
+        return self.mark_D + jnp.einsum("brn,brnd->brd", loud_BRN, self.embed_CD[said_BRN])
 
     def heard(self, rows_BRD: Float[Array, "B R D"]) -> Float[Array, "B R C"]:
-        """How much of each token is in a row: 1 of what it says, about 0 of all else."""
+        """How loud each token is in a row: about 0, if the row does not say it."""
         return (rows_BRD - self.mark_D) @ self.embed_CD.T / jnp.mean(jnp.sum(self.embed_CD**2, axis=-1))
