@@ -46,7 +46,7 @@ from mimo_jax.training.reading.examples import SIZES, Reader, batches, examples,
 from mimo_jax.training.reading.fonts import FONTS, HELD_OUT, TRAINED, font_file
 from mimo_jax.training.reading.joining import JoinConfig
 from mimo_jax.training.reading.pictures import LEAST_PITCH, Grid, draw
-from mimo_jax.training.reading.rows import SILENT, Voice, said
+from mimo_jax.training.reading.rows import SILENT, Voice, said, transcript
 from mimo_jax.training.reading.snippets import CHARACTERS, snippet
 from tests.checkpoint.samples import load_file, small
 
@@ -100,34 +100,30 @@ def test_labels_lie_where_ink_is():
     assert picture.grid.pitch >= LEAST_PITCH
 
 
-def test_rows_say_every_token_once_in_order():
-    """Drawn or not: read row by row, what is said is the text; some rows say several tokens, and some none."""
-    drawn = ((each.said_RN, each.ids) for each in examples(reader(), np.random.default_rng(0), 128))
-    for found_RN, ids in itertools.chain(
+def test_rows_say_all_the_text_in_order():
+    """Drawn or not: read row by row, what is said is lines of the corpus; rows say several tokens, one or none."""
+    known = {line.strip() for line in TEXT.expandtabs(4).split("\n")}
+    drawn = (each.said_RN for each in examples(reader(), np.random.default_rng(0), 128))
+    for found_RN in itertools.chain(
         itertools.islice(drawn, 40), itertools.islice(layouts(reader(), np.random.default_rng(0), 128), 40)
     ):
         is_said_RN = found_RN != SILENT
-        assert found_RN[is_said_RN].tolist() == list(ids)
         assert (is_said_RN[:, :-1] >= is_said_RN[:, 1:]).all()
+        for line in TOKENIZER.decode(list(transcript(found_RN))).split("\n"):
+            assert any(one.startswith(line.strip()) for one in known)
     assert is_said_RN.any(axis=1).mean() < 1 and is_said_RN[:, 1].any()
 
 
-def test_a_token_is_said_where_it_begins():
-    """Squares of 16 pixels, characters of 8: two tokens of one character share a row; ends of lines have places."""
+def test_a_row_says_what_its_square_shows():
+    """Squares of 16 pixels, characters of 8, two in each; the end of a line is right of its last one."""
     grid = Grid(left=0, top=0, advance=8, pitch=32, width=64, height=64)
-    text = "ab = c\nd"
-    ids = TOKENIZER.encode(text, literal=True)
-    assert [TOKENIZER.decode([token]) for token in ids] == ["ab", " =", " c", "\n", "d"]
-    # Lines have their centres in the second and the last row of squares; the first ends in its last square.
-    found = said(ids, TOKENIZER, text, grid, rows=4, columns=4)
+    found = said("self.q\nd", TOKENIZER, grid, rows=4, columns=4)
     assert found is not None
-    assert found[:, 0].tolist() == [*[SILENT] * 4, *ids[:4], *[SILENT] * 4, ids[4], *[SILENT] * 3]
-    assert (found[:, 1:] == SILENT).all()
-    letters, one_line = [TOKENIZER.id_of(letter) for letter in "abcd"], dataclasses.replace(grid, pitch=16, height=16)
-    crowded = said(letters, TOKENIZER, "abcd", one_line, rows=1, columns=4)
-    assert crowded is not None
-    assert crowded[:, :2].tolist() == [letters[:2], letters[2:], [SILENT] * 2, [SILENT] * 2]
-    assert said(letters, TOKENIZER, "abcd", one_line, rows=1, columns=1) is None
+    # Lines have their centres in the second and the last row of squares; the first ends in its last square.
+    shown = ["", "", "", "", "se", "lf", ".q", "\n", "", "", "", "", "d", "", "", ""]
+    assert [TOKENIZER.decode(row[row != SILENT].tolist()) for row in found] == shown
+    assert found[6].tolist() == [TOKENIZER.id_of("."), TOKENIZER.id_of("q"), SILENT]
+    assert said("zqxj", TOKENIZER, dataclasses.replace(grid, pitch=16, height=16), rows=1, columns=1) is None
 
 
 def test_what_rows_say_is_heard():

@@ -26,9 +26,10 @@ from mimo_jax.tokenizer import END_OF_TEXT
 from mimo_jax.training.optimizers import check_rate, falling_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState, cross_entropy
 from mimo_jax.training.qat import divergence
-from mimo_jax.training.reading.examples import SIZES, TEXT_TOKENS, Reader, texts
+from mimo_jax.training.reading.examples import SIZES, TEXT_TOKENS, Reader, fits
 from mimo_jax.training.reading.pictures import EMS, grid_of
-from mimo_jax.training.reading.rows import SILENT, VOLUMES, Voice, said
+from mimo_jax.training.reading.rows import SILENT, VOLUMES, Voice, said, transcript
+from mimo_jax.training.reading.snippets import snippet
 from mimo_jax.weights import Params
 
 LEARNING = ("attention", "input_norm", "post_norm")  # of a layer
@@ -109,15 +110,16 @@ def init_copying(text: Params, train: CopyConfig) -> TrainState:
     return TrainState.begin(jax.tree.map(jnp.array, learning(text)), train.optimizer)
 
 
-def layouts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-    """What the rows of pictures of at most `size` squares say, and their text's tokens. Nothing is drawn."""
-    for lines, ids in texts(reader, rng, size):
+def layouts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Int[np.ndarray, "R N"]]:
+    """What the rows of pictures of at most `size` squares say. Nothing is drawn."""
+    while True:
+        lines = snippet(reader.tokens, reader.tokenizer, rng, SIZES[size])
         em = int(rng.integers(EMS[0], EMS[1] + 1))
         grid = grid_of(lines, em, em * rng.uniform(*ADVANCES), em * TALLEST, rng)
         rows, columns = (max(1, round(side / reader.vision.token_side)) for side in (grid.height, grid.width))
-        found = said(ids, reader.tokenizer, "\n".join(lines), grid, rows, columns)
-        if found is not None and len(found) <= size:
-            yield found, ids
+        found = said("\n".join(lines), reader.tokenizer, grid, rows, columns)
+        if found is not None and fits(found, size):
+            yield found
 
 
 def lesson(
@@ -128,10 +130,10 @@ def lesson(
     size = int(rng.choice(list(SIZES)))
     said_BRN = np.full((max(1, train.rows // size), size, len(VOLUMES)), SILENT, np.int32)
     ids, counts = list[tuple[int, ...]](), list[int]()
-    for row, (found, own) in zip(said_BRN, layouts(reader, rng, size)):
+    for row, found in zip(said_BRN, layouts(reader, rng, size)):
         row[: len(found)] = found
         counts.append(len(found))
-        ids.append(own)
+        ids.append(transcript(found))
     is_wrong = (rng.random(said_BRN.shape) < train.wrong) & (said_BRN != SILENT)
     said_BRN[is_wrong] = rng.integers(0, config.vocab_size, int(is_wrong.sum()))
     return Lesson(said_BRN, transcripts(ids, counts, size, config, reader.tokenizer.id_of(END_OF_TEXT)), windows(step))

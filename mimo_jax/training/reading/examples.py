@@ -20,15 +20,15 @@ from mimo_jax.media.pixels import patches_of
 from mimo_jax.modeling.vision import Places, places_of
 from mimo_jax.tokenizer import Tokenizer
 from mimo_jax.training.reading.pictures import Picture, draw
-from mimo_jax.training.reading.rows import SILENT, VOLUMES, said
+from mimo_jax.training.reading.rows import SILENT, VOLUMES, said, transcript
 from mimo_jax.training.reading.snippets import CHARACTERS, Shape, snippet
 
 SLOTS = 3  # of a token
 NOTHING = 0  # in a slot; character k is class k + 1
 CLASSES = 1 + len(CHARACTERS)
-# Tokens of a picture, as it is padded; what is drawn of so many; how many tokens its text may have, the end included.
+# Tokens of a picture, as it is padded; what is drawn of so many; how many tokens its rows may say, the end included.
 SIZES = {64: Shape(1, 3), 128: Shape(2, 6), 256: Shape(4, 12)}
-TEXT_TOKENS = {64: 48, 128: 96, 256: 192}
+TEXT_TOKENS = {64: 64, 128: 128, 256: 256}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,42 +70,43 @@ class Example:
     columns: int
     labels_RN: np.ndarray
     said_RN: np.ndarray
-    ids: tuple[int, ...]  # of the text
 
     @property
     def count(self) -> int:
         return len(self.labels_RN)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Of the text, as its rows say it."""
+        return transcript(self.said_RN)
 
 
 def examples(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Example]:
     """Without end: of at most `size` squares and `TEXT_TOKENS` of text, with a slot for each character and room for
     each token. Two lines can fall into one row of squares where a picture is made smaller to a whole number of them.
     """
-    for lines, ids in texts(reader, rng, size):
-        found = example_of(draw(lines, reader.fonts[rng.integers(len(reader.fonts))], rng), ids, reader)
-        if found and found.count <= size and np.count_nonzero(found.labels_RN) == sum(map(len, lines)):
+    while True:
+        lines = snippet(reader.tokens, reader.tokenizer, rng, SIZES[size])
+        found = example_of(draw(lines, reader.fonts[rng.integers(len(reader.fonts))], rng), reader)
+        if found and fits(found.said_RN, size) and np.count_nonzero(found.labels_RN) == sum(map(len, lines)):
             yield found
 
 
-def texts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[tuple[list[str], tuple[int, ...]]]:
-    """Lines for pictures of `size` squares, and their tokens."""
-    while True:
-        lines = snippet(reader.tokens, reader.tokenizer, rng, SIZES[size])
-        ids = tuple(reader.tokenizer.encode("\n".join(lines), literal=True))
-        if len(ids) < TEXT_TOKENS[size]:
-            yield lines, ids
+def fits(said_RN: Int[np.ndarray, "R N"], size: int) -> bool:
+    """Whether a picture that says this, and what it says, have room among others of `size`."""
+    return len(said_RN) <= size and np.count_nonzero(said_RN != SILENT) < TEXT_TOKENS[size]
 
 
-def example_of(picture: Picture, ids: tuple[int, ...], reader: Reader) -> Example | None:
+def example_of(picture: Picture, reader: Reader) -> Example | None:
     """None where a square has no room for its tokens."""
     vision, media = reader.vision, reader.media
     patches = patches_of(picture.pixels_HW3[None], vision, media.image_min_pixels, media.image_max_pixels)
     rows, columns = patches.rows // vision.merge, patches.columns // vision.merge
-    said_RN = said(ids, reader.tokenizer, "\n".join(picture.lines), picture.grid, rows, columns)
+    said_RN = said("\n".join(picture.lines), reader.tokenizer, picture.grid, rows, columns)
     if said_RN is None:
         return None
     labels_RN = labels_in(picture, rows, columns)
-    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, said_RN, ids)
+    return Example(patches.values_FSP[0], patches.rows, patches.columns, labels_RN, said_RN)
 
 
 def labels_in(picture: Picture, rows: int, columns: int) -> Int[np.ndarray, "R N"]:

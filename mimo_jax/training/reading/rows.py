@@ -1,15 +1,17 @@
-"""What each row of a picture is to say: the tokens of the picture's text that begin in its square. Both sides learn it,
-the tower to put it there and the text model to write it down, and neither needs the other for that.
+"""What each row of a picture is to say: the characters of its square, in as few tokens as spell them. Both sides learn
+it, the tower to put it there and the text model to write it down, and neither needs the other for that.
 
 A row says a token as the text model hears it in text, by the token's embedding, and that it is a row, by that of the
 placeholder for images: without it, the text model copies from text, too. Of several tokens the first is the loudest.
-(One token per row, and the others in the next free ones, was beyond a tower: it has to count along the line.)
+(Tokens of the whole text, each in the row that it begins in, are beyond a small tower: where a word is cut depends on
+all of it.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +25,27 @@ SILENT = -1
 VOLUMES = (1.0, 0.8, 0.6)  # of the first, the second, the third token of a row
 
 
-def said(
-    ids: Sequence[int], tokenizer: Tokenizer, text: str, grid: Grid, rows: int, columns: int
-) -> Int[np.ndarray, "R N"] | None:
-    """The tokens of each of `rows` x `columns` squares, then `SILENT`; None where one of them has too many.
-
-    `ids` spell `text`, which is ASCII: each of them has characters of its own.
-    """
-    found, counts, place = np.full((rows * columns, len(VOLUMES)), SILENT, np.int32), np.zeros(rows * columns, int), 0
-    for token in ids:
-        square = square_of(text, place, grid, rows, columns)
-        if counts[square] == len(VOLUMES):
+def said(text: str, tokenizer: Tokenizer, grid: Grid, rows: int, columns: int) -> Int[np.ndarray, "R N"] | None:
+    """The tokens of each of `rows` x `columns` squares, then `SILENT`; None where one of them has too many."""
+    found = np.full((rows * columns, len(VOLUMES)), SILENT, np.int32)
+    squares = (square_of(text, place, grid, rows, columns) for place in range(len(text)))
+    for square, its in itertools.groupby(zip(squares, text), key=lambda each: each[0]):
+        ids = spelling("".join(character for _, character in its), tokenizer)
+        if len(ids) > len(VOLUMES):
             return None
-        found[square, counts[square]] = token
-        counts[square] += 1
-        place += len(tokenizer.decode([int(token)]))
+        found[square, : len(ids)] = ids
     return found
+
+
+def transcript(said_RN: Int[np.ndarray, "R N"]) -> tuple[int, ...]:
+    """What is said, row by row."""
+    return tuple(said_RN[said_RN != SILENT].tolist())
+
+
+@functools.lru_cache(maxsize=100_000)
+def spelling(characters: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of some characters by themselves."""
+    return tuple(tokenizer.encode(characters, literal=True))
 
 
 def square_of(text: str, place: int, grid: Grid, rows: int, columns: int) -> int:
