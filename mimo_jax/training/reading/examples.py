@@ -94,7 +94,7 @@ def examples(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Ex
 
 def fits(said_RN: Int[np.ndarray, "R N"], size: int) -> bool:
     """Whether a picture that says this, and what it says, have room among others of `size`."""
-    return len(said_RN) <= size and np.count_nonzero(said_RN != SILENT) < TEXT_TOKENS[size]
+    return len(said_RN) <= size and len(transcript(said_RN)) < TEXT_TOKENS[size]
 
 
 def example_of(picture: Picture, reader: Reader) -> Example | None:
