@@ -1,4 +1,4 @@
-"""Batches to learn reading from: patches of pictures, which characters each square has, and which token it is to say.
+"""Batches to learn reading from: patches of pictures, which characters each square has, and which tokens it is to say.
 
 A token of the tower is a square of a picture. Lines are at least as far apart as it is high, so no more than one line
 has its centre in it, and of that line at most `SLOTS` characters: each belongs to the slot that its centre lies in.
