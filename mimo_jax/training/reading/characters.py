@@ -1,7 +1,8 @@
 """A vision tower learns to read: which characters each of its squares holds, and which tokens its row is to say.
 
 Characters are told by linear heads on its rows, which are left out afterwards: they show the way to the tokens, which
-are told by the rows alone, as near as they come to the embeddings of the text model (`rows.Voice`).
+are told by the rows alone, as near as they come to the embeddings of the text model (`rows.Voice`): what tells tokens
+apart leaves most of a row open, and the text model hears all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mimo_jax.modeling.vision import VisionTower, init_vision
 from mimo_jax.training.optimizers import check_rate, falling_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.examples import CLASSES, NOTHING, SLOTS, Batch
-from mimo_jax.training.reading.rows import SILENT, Voice
+from mimo_jax.training.reading.rows import SILENT, VOLUMES, Voice
 from mimo_jax.weights import Params
 
 HEADS = "heads"
@@ -32,7 +33,8 @@ LOUD, QUIET = 24.0, 12.0
 @dataclasses.dataclass(frozen=True)
 class CharacterConfig:
     """One run: `tokens` of the tower in a step. A slot that is empty, for characters or tokens, counts for `nothing`,
-    and characters for `spelling` of tokens.
+    characters for `spelling` of tokens, and for `nearness` the squared distance from rows to what they are to be, in
+    squares of an embedding's length.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class CharacterConfig:
     weight_decay: float = 0.05
     nothing: float = 0.2
     spelling: float = 0.3
+    nearness: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class CharacterConfig:
         check_whole("characters", 0, warmup=self.warmup)
         check_rate("characters", self.peak_rate)
         check_real("characters", 0, 1, decay_share=self.decay_share, weight_decay=self.weight_decay)
-        check_real("characters", 0, 1000, nothing=self.nothing, spelling=self.spelling)
+        check_real("characters", 0, 1000, nothing=self.nothing, spelling=self.spelling, nearness=self.nearness)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -78,7 +81,7 @@ def rows_of(config: VisionConfig, tower: Params, batch: Batch) -> Float[Array, "
 
 
 def loss_fn(params: Params, batch: Batch, voice: Voice, config: VisionConfig, train: CharacterConfig):
-    """Cross-entropy of tokens plus, weighted, that of characters; and the shares of both that were told right."""
+    """Cross-entropy of tokens plus, weighted, that of characters and the distance; and the shares told right."""
     rows_BRD = rows_of(config, params["vision"], batch)
     logits_BRNK = (rows_BRD @ params[HEADS]).reshape(*batch.labels_BRN.shape, CLASSES)
     spelling, spelled = _told(logits_BRNK, jnp.asarray(batch.labels_BRN), NOTHING, batch, train.nothing)
@@ -86,7 +89,15 @@ def loss_fn(params: Params, batch: Batch, voice: Voice, config: VisionConfig, tr
     nothing = heard_BRC.shape[-1]
     labels_BRN = jnp.where(said_BRN == SILENT, nothing, said_BRN)
     saying, right = _told(_remaining(heard_BRC, said_BRN), labels_BRN, nothing, batch, train.nothing)
-    return saying + train.spelling * spelling, (right, spelled)
+    return saying + train.spelling * spelling + train.nearness * _distance(rows_BRD, voice, batch), (right, spelled)
+
+
+def _distance(rows_BRD: Array, voice: Voice, batch: Batch) -> Array:
+    """From rows to what they are to be, squared, in squares of an embedding's length; the mean over real rows."""
+    wanted_BRD = voice.rows(jnp.asarray(batch.said_BRN), jnp.array(VOLUMES))
+    squares_BR = jnp.sum((rows_BRD - wanted_BRD) ** 2, axis=-1) / jnp.sum(voice.mark_D**2)
+    is_real_BR = jnp.arange(batch.size) < batch.counts_B[:, None]
+    return jnp.sum(squares_BR * is_real_BR) / jnp.sum(is_real_BR)
 
 
 def _remaining(heard_BRC: Array, said_BRN: Array) -> Float[Array, "B R N L"]:
