@@ -117,13 +117,13 @@ def test_rows_say_all_the_text_in_order():
 def test_a_row_says_what_its_square_shows():
     """Squares of 16 pixels, characters of 8, two in each; the end of a line is right of its last one."""
     grid = Grid(left=0, top=0, advance=8, pitch=32, width=64, height=64)
-    found = said("selfx7\nd", TOKENIZER, grid, rows=4, columns=4)
+    found = said(["selfx7", "d"], TOKENIZER, grid, rows=4, columns=4)
     assert found is not None
     # Lines have their centres in the second and the last row of squares; the first ends in its last square.
     shown = ["", "", "", "", "se", "lf", "x7", "\n", "", "", "", "", "d", "", "", ""]
     assert [TOKENIZER.decode(row[row != SILENT].tolist()) for row in found] == shown
     assert found[6].tolist() == [TOKENIZER.id_of("x"), TOKENIZER.id_of("7"), SILENT]
-    assert said("zqxj", TOKENIZER, dataclasses.replace(grid, pitch=16, height=16), rows=1, columns=1) is None
+    assert said(["zqxj"], TOKENIZER, dataclasses.replace(grid, pitch=16, height=16), rows=1, columns=1) is None
 
 
 def test_what_rows_say_is_heard():

@@ -96,8 +96,7 @@ def _distance(rows_BRD: Array, voice: Voice, batch: Batch) -> Array:
     """From rows to what they are to be, squared, in squares of an embedding's length; the mean over real rows."""
     wanted_BRD = voice.rows(jnp.asarray(batch.said_BRN), jnp.array(VOLUMES))
     squares_BR = jnp.sum((rows_BRD - wanted_BRD) ** 2, axis=-1) / jnp.sum(voice.mark_D**2)
-    is_real_BR = jnp.arange(batch.size) < batch.counts_B[:, None]
-    return jnp.sum(squares_BR * is_real_BR) / jnp.sum(is_real_BR)
+    return jnp.sum(squares_BR * batch.is_real_BR) / jnp.sum(batch.is_real_BR)
 
 
 def _remaining(heard_BRC: Array, said_BRN: Array) -> Float[Array, "B R N L"]:
@@ -110,8 +109,7 @@ def _remaining(heard_BRC: Array, said_BRN: Array) -> Float[Array, "B R N L"]:
 
 def _told(logits: Array, labels: Array, nothing: int, batch: Batch, weight: float) -> tuple[Array, Array]:
     """The mean cross-entropy, in which `nothing` counts for `weight`, and the share of all else that was told right."""
-    shape = (-1, batch.size, *[1] * (labels.ndim - 2))
-    is_real = (jnp.arange(batch.size) < batch.counts_B[:, None]).reshape(shape)
+    is_real = batch.is_real_BR[:, :, None]
     is_told = (labels != nothing) & is_real
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     weights = jnp.where(is_told, 1.0, weight * is_real)

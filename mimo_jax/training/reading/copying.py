@@ -117,7 +117,7 @@ def layouts(reader: Reader, rng: np.random.Generator, size: int) -> Iterator[Int
         em = int(rng.integers(EMS[0], EMS[1] + 1))
         grid = grid_of(lines, em, em * rng.uniform(*ADVANCES), em * TALLEST, rng)
         rows, columns = (max(1, round(side / reader.vision.token_side)) for side in (grid.height, grid.width))
-        found = said("\n".join(lines), reader.tokenizer, grid, rows, columns)
+        found = said(lines, reader.tokenizer, grid, rows, columns)
         if found is not None and fits(found, size):
             yield found
 

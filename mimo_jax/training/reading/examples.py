@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mimo_jax.config.towers import MediaConfig, VisionConfig
 from mimo_jax.media.pixels import patches_of
@@ -60,6 +61,11 @@ class Batch:
         """Tokens of a picture, padding included."""
         return self.labels_BRN.shape[1]
 
+    @property
+    def is_real_BR(self) -> Bool[Array, "B R"]:
+        """Which of them are no padding."""
+        return jnp.arange(self.size) < self.counts_B[:, None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -102,7 +108,7 @@ def example_of(picture: Picture, reader: Reader) -> Example | None:
     vision, media = reader.vision, reader.media
     patches = patches_of(picture.pixels_HW3[None], vision, media.image_min_pixels, media.image_max_pixels)
     rows, columns = patches.rows // vision.merge, patches.columns // vision.merge
-    said_RN = said("\n".join(picture.lines), reader.tokenizer, picture.grid, rows, columns)
+    said_RN = said(picture.lines, reader.tokenizer, picture.grid, rows, columns)
     if said_RN is None:
         return None
     labels_RN = labels_in(picture, rows, columns)

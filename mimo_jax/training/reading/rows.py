@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +26,17 @@ SILENT = -1
 VOLUMES = (1.0, 0.8, 0.6)  # of the first, the second, the third token of a row
 
 
-def said(text: str, tokenizer: Tokenizer, grid: Grid, rows: int, columns: int) -> Int[np.ndarray, "R N"] | None:
+def said(
+    lines: Sequence[str], tokenizer: Tokenizer, grid: Grid, rows: int, columns: int
+) -> Int[np.ndarray, "R N"] | None:
     """The tokens of each of `rows` x `columns` squares, then `SILENT`; None where one of them has too many."""
     found = np.full((rows * columns, len(VOLUMES)), SILENT, np.int32)
-    squares = (square_of(text, place, grid, rows, columns) for place in range(len(text)))
-    for square, its in itertools.groupby(zip(squares, text), key=lambda each: each[0]):
+    placed = [
+        (square_of(line, column, grid, rows, columns), character)
+        for line, text in enumerate(lines)
+        for column, character in enumerate(text + "\n")
+    ]
+    for square, its in itertools.groupby(placed[:-1], key=lambda each: each[0]):
         ids = spelling("".join(character for _, character in its), tokenizer)
         if len(ids) > len(VOLUMES):
             return None
@@ -48,10 +55,9 @@ def spelling(characters: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.encode(characters, literal=True))
 
 
-def square_of(text: str, place: int, grid: Grid, rows: int, columns: int) -> int:
-    """The square in which a character of the text has its centre; the end of a line is right of its last one."""
-    begin = text.rfind("\n", 0, place) + 1
-    x, y = grid.centre(text.count("\n", 0, place), place - begin)
+def square_of(line: int, place: int, grid: Grid, rows: int, columns: int) -> int:
+    """The square in which a character has its centre; the end of a line is right of its last, within the picture."""
+    x, y = grid.centre(line, place)
     row, column = int(y * rows / grid.height), int(x * columns / grid.width)
     return row * columns + min(column, columns - 1)
 
