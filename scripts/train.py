@@ -135,12 +135,19 @@ def export_copying_command(args: argparse.Namespace) -> dict:
     return export_copying(Path(args.run), Path(args.model), args.out)
 
 
+def export_characters_command(args: argparse.Namespace) -> dict:
+    from mimo_jax.training.reading.launch import export_characters
+
+    return export_characters(Path(args.run), Path(args.model), args.out)
+
+
 def join_command(args: argparse.Namespace) -> dict:
     launch = launch_of(args)
     from mimo_jax.training.reading.joining import JoinConfig
     from mimo_jax.training.reading.launch import train_join
 
-    train = JoinConfig(args.steps, args.rows, args.rate, seed=args.seed)
+    own = {"peak_rate": args.rate, "faithful": args.faithful, "seed": args.seed}
+    train = JoinConfig(args.steps, args.rows, args.windows, **own)
     return train_join(launch, Path(args.model), Path(args.start), args.fonts, train, args.workers)
 
 
@@ -243,7 +250,6 @@ def parser() -> Parser:
 
     copying = commands.add_parser("copying", help="the text model learns to write down what rows of a tower say")
     copying.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
-    copying.add_argument("--windows", type=int, default=4, help="of plain text, in a step")
     copying.add_argument("--faithful", type=float, default=4.0, help="weight of what is said of plain text")
     copying.add_argument("--start", help="checkpoint that has begun to learn it, to go on from")
     copying.set_defaults(command=copying_command)
@@ -251,20 +257,27 @@ def parser() -> Parser:
     export_copying = commands.add_parser("export-copying", help="write the checkpoint with what has learnt to copy")
     export_copying.set_defaults(command=export_copying_command)
 
-    join = commands.add_parser("join", help="the tower goes on learning through a text model that copies")
-    join.add_argument("--start", required=True, help="the run of characters to go on from")
+    export_characters = commands.add_parser("export-characters", help="write the checkpoint with a tower beside it")
+    export_characters.set_defaults(command=export_characters_command)
+
+    join = commands.add_parser("join", help="a tower and a text model that copies go on learning, together")
+    join.add_argument("--start", required=True, help="checkpoint with both, to go on from")
     join.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    join.add_argument("--faithful", type=float, default=20.0, help="weight of what is said of plain text")
     join.set_defaults(command=join_command)
 
-    export_seeing = commands.add_parser("export-seeing", help="write the checkpoint with the tower of a finished join")
+    export_seeing = commands.add_parser("export-seeing", help="write the checkpoint with what a join has learnt")
     export_seeing.set_defaults(command=export_seeing_command)
 
-    for command in (export_copying, export_seeing):
+    exports = export_copying, export_characters, export_seeing
+    for command in exports:
         command.add_argument("--run", required=True, help="the run to export")
         command.add_argument("--out", type=new_folder, required=True, help="folder to write; must not exist")
     for command in (characters, copying, join):
         command.add_argument("--rows", type=whole(256), default=1024, help="of pictures, in a step")
         command.add_argument("--workers", type=whole(0, 1024), default=0, help="processes that make them (0: this one)")
+    for command in (copying, join):
+        command.add_argument("--windows", type=int, default=4, help="of plain text, in a step")
     for command in (characters, join):
         command.add_argument("--fonts", type=folder, help="folder that `make fonts` installed them into")
 
@@ -273,7 +286,7 @@ def parser() -> Parser:
     plot.add_argument("--out", type=output_file, required=True, help="PNG file to write")
     plot.set_defaults(command=plot_command)
 
-    for command in (distill, drafter, characters, copying, join, export_copying, export_seeing):
+    for command in (distill, drafter, characters, copying, join, *exports):
         command.add_argument("--model", required=True, help="checkpoint folder of the target")
     for command in (pretrain, distill, drafter, characters, copying, join):
         command.add_argument("--seed", type=int, default=0)

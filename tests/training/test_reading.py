@@ -44,7 +44,7 @@ from mimo_jax.training.reading.copying import (
 from mimo_jax.training.reading.copying import lesson as copying_lesson
 from mimo_jax.training.reading.examples import SIZES, Reader, batches, examples, labels_in, spelled
 from mimo_jax.training.reading.fonts import FONTS, HELD_OUT, TRAINED, font_file
-from mimo_jax.training.reading.joining import JoinConfig
+from mimo_jax.training.reading.joining import JoinConfig, slipped
 from mimo_jax.training.reading.pictures import LEAST_PITCH, Grid, draw
 from mimo_jax.training.reading.rows import SILENT, Voice, said, transcript
 from mimo_jax.training.reading.snippets import CHARACTERS, snippet
@@ -200,6 +200,18 @@ def test_a_transcript_is_the_prompt_and_then_the_text():
         np.testing.assert_array_equal(shown, [CONFIG.media.vision_start, *rows, CONFIG.media.vision_end])
 
 
+def test_slips_are_shown_but_not_told():
+    """About as many as asked for, none among what is not told; what is to be told stays."""
+    ids = [list(range(10, 110)), list(range(200, 320))]
+    told = transcripts(ids, [3, 5], 256, CONFIG, TOKENIZER.id_of(END_OF_TEXT))
+    found = slipped(told, 0.25, np.random.default_rng(0))
+    is_other_BT = found.shown_BT != told.shown_BT
+    assert not is_other_BT[~told.is_told_BT].any()
+    assert 0.15 < is_other_BT[told.is_told_BT].mean() < 0.35
+    np.testing.assert_array_equal(found.tokens_BT, told.tokens_BT)
+    np.testing.assert_array_equal(slipped(told, 0, np.random.default_rng(0)).shown_BT, told.shown_BT)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A small checkpoint; the same after two steps of copying; and with a tower of two steps of each stage."""
@@ -234,32 +246,36 @@ def trained(tmp_path_factory):
         launch = dataclasses.replace(launch, run=folder / "characters")
         stages.train_characters(launch, folder / "copying", None, CharacterConfig(2, 256))
         launch = dataclasses.replace(launch, run=folder / "joined")
-        stages.train_join(launch, folder / "copying", folder / "characters", None, JoinConfig(2, 256))
-        stages.export_seeing(folder / "joined", folder / "copying", folder / "seeing")
+        stages.export_characters(folder / "characters", folder / "copying", folder / "apart")
+        stages.train_join(launch, start, folder / "apart", None, JoinConfig(2, 256, 1, 32))
+        stages.export_seeing(folder / "joined", start, folder / "seeing")
         launch = dataclasses.replace(launch, run=folder / "more")
         stages.train_characters(launch, folder / "copying", None, CharacterConfig(1, 256), folder / "seeing")
         with pytest.raises(UserError, match="has no vision tower to go on from"):
             launch = dataclasses.replace(launch, run=folder / "none")
             stages.train_characters(launch, folder / "copying", None, CharacterConfig(1, 256), start)
-    return start, folder / "copying", folder / "seeing"
+    return start, folder / "copying", folder / "apart", folder / "seeing"
 
 
 def test_stages_leave_alone_what_is_not_theirs(trained):
-    """Copying changes attention and norms in the file, the tower's stages nothing of the text model: bit for bit."""
-    start, copying, seeing = (
+    """Copying and joining change attention and norms in the file, a tower alone nothing: bit for bit."""
+    start, copying, apart, seeing = (
         {name: held for file in folder.glob("*.safetensors") for name, held in load_file(file).items()}
         for folder in trained
     )
-    changed = {name for name in start if start[name] != copying[name]}
-    assert changed and all("self_attn" in name or "layernorm" in name for name in changed)
-    assert set(copying) == set(start) and not any("mtp" in name for name in changed)
-    assert all(seeing[name] == copying[name] for name in copying)
-    assert {name for name in seeing if name not in copying} == {name for name in seeing if name.startswith("visual.")}
+    for before, after in ((start, copying), (copying, seeing)):
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed and all("self_attn" in name or "layernorm" in name for name in changed)
+        assert not any("mtp" in name for name in changed)
+    assert all(apart[name] == copying[name] for name in copying) and set(copying) == set(start)
+    visual = {name for name in seeing if name.startswith("visual.")}
+    assert set(seeing) - set(start) == set(apart) - set(start) == visual
+    assert any(seeing[name] != apart[name] for name in visual)
 
 
 def test_the_checkpoint_takes_pictures(trained, tmp_path):
     """`load` finds the tower; the library and the command line read the same picture; the model before has no tower."""
-    start, _, seeing = trained
+    start, _, _, seeing = trained
     model = load(seeing)
     assert model.towers is not None and read_hf_config(seeing)[0].vision is not None
     picture = draw(["x = 1"], font_file("DejaVu Sans Mono"), np.random.default_rng(0))

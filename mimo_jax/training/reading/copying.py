@@ -75,8 +75,11 @@ class CopyConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transcripts:
-    """Sequences of a batch of pictures: ids, those beyond the vocabulary for rows, and which of them are to be told."""
+    """Sequences of a batch of pictures: ids, those beyond the vocabulary for rows, and which of them are to be told.
+    What the model is shown of them can differ from what it is to tell.
+    """
 
+    shown_BT: Int[np.ndarray, "B T"]
     tokens_BT: Int[np.ndarray, "B T"]
     is_told_BT: Bool[np.ndarray, "B T"]
 
@@ -152,7 +155,7 @@ def transcripts(
         told = [*own, end]
         tokens[place, : len(shown) + len(told)] = shown + told
         is_told[place, len(shown) : len(shown) + len(told)] = True
-    return Transcripts(tokens, is_told)
+    return Transcripts(tokens, tokens, is_told)
 
 
 def transcript_loss(
@@ -160,7 +163,7 @@ def transcript_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Nats per token that is to be told, and how many of them were the likeliest."""
     seeing: Any = {"params": {**text, MEDIA: rows_BRD.reshape(-1, rows_BRD.shape[-1])}}
-    logits_BTC, _, _ = Backbone(config).apply(seeing, told.tokens_BT[:, :-1])
+    logits_BTC, _, _ = Backbone(config).apply(seeing, told.shown_BT[:, :-1])
     targets_BT = jnp.where(told.is_told_BT, told.tokens_BT, 0)[:, 1:]
     is_told_BT = told.is_told_BT[:, 1:]
     count = jnp.sum(is_told_BT)
@@ -180,9 +183,16 @@ def loss_fn(
     rows_BRD = voice.rows(jnp.asarray(lesson.said_BRN), jnp.array(VOLUMES) * (1 + off_BRN))
     rows_BRD += train.noise * jnp.std(voice.embed_CD) * jax.random.normal(for_noise, rows_BRD.shape)
     loss, right = transcript_loss(own, rows_BRD, lesson.told, config)
-    before_BTC, after_BTC = (Backbone(config).apply({"params": one}, lesson.window_BT)[0] for one in (text, own))
-    moved = jnp.mean(divergence(before_BTC, after_BTC))
+    moved = plain_divergence(text, own, jnp.asarray(lesson.window_BT), config)
     return loss + train.faithful * moved, (loss, moved, right)
+
+
+def plain_divergence(
+    before: Params, after: Params, window_BT: Int[Array, "_ _"], config: ModelConfig
+) -> Float[Array, ""]:
+    """Nats per token by which what is said of plain text has moved."""
+    before_BTC, after_BTC = (Backbone(config).apply({"params": one}, window_BT)[0] for one in (before, after))
+    return jnp.mean(divergence(before_BTC, after_BTC))
 
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")

@@ -1,6 +1,8 @@
-"""The last stage: the tower learns, through the text model, to say what that one needs to write a picture down.
+"""The last stage: tower and text model write pictures down together, each having learnt what rows say.
 
-The text model stays as it is, to the bit: it has learnt its part before (`copying`).
+Of the text model the same learns as in `copying`, and what it says of plain text is held where it was. Later it writes
+on from what it wrote, right or wrong: so of the tokens that it is shown a few are others, and it learns to find its
+place again.
 """
 
 from __future__ import annotations
@@ -9,69 +11,99 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from mimo_jax.config.model import ModelConfig
 from mimo_jax.errors import check_real, check_whole
 from mimo_jax.training.optimizers import check_rate, falling_rate, make_optimizer
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.characters import rows_of
-from mimo_jax.training.reading.copying import Transcripts, transcript_loss
+from mimo_jax.training.reading.copying import Transcripts, learning, merged, plain_divergence, transcript_loss
 from mimo_jax.training.reading.examples import Batch
 from mimo_jax.weights import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinConfig:
-    """One run: `rows` of pictures in a step."""
+    """One run: `rows` of pictures and `windows` of `length` tokens of plain text in a step. Of the tokens of the
+    transcripts that the text model is shown, a share of `slips` is another one.
+    """
 
     steps: int
     rows: int = 1024
+    windows: int = 4
+    length: int = 256
     peak_rate: float = 1e-3
     warmup: int = 50
     decay_share: float = 0.5  # of the steps, at the end, in which the rate falls to zero
-    weight_decay: float = 0.0
+    faithful: float = 20.0  # weight of the divergence on plain text
+    slips: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("join", 1, steps=self.steps, rows=self.rows)
+        check_whole("join", 1, steps=self.steps, rows=self.rows, windows=self.windows)
+        check_whole("join", 2, length=self.length)
         check_whole("join", 0, 2**32 - 1, seed=self.seed)
         check_whole("join", 0, warmup=self.warmup)
         check_rate("join", self.peak_rate)
-        check_real("join", 0, 1, decay_share=self.decay_share, weight_decay=self.weight_decay)
+        check_real("join", 0, 1, decay_share=self.decay_share, slips=self.slips)
+        check_real("join", 0, 1000, faithful=self.faithful)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
         schedule = falling_rate(self.peak_rate, self.warmup, self.steps, self.decay_share)
-        return make_optimizer(schedule, self.weight_decay)
+        return make_optimizer(schedule, weight_decay=0.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """What an update learns from: pictures and their transcripts."""
+    """What an update learns from: pictures, their transcripts, and windows of plain text."""
 
     pictures: Batch
     told: Transcripts
+    window_BT: Int[np.ndarray, "_ _"]
 
 
-def init_join(tower: Params, train: JoinConfig) -> TrainState:
-    """The state before the first update."""
-    return TrainState.begin(tower, train.optimizer)
+def init_join(text: Params, tower: Params, train: JoinConfig) -> TrainState:
+    """The state before the first update, with arrays of its own."""
+    return TrainState.begin(jax.tree.map(jnp.array, {**learning(text), "vision": tower}), train.optimizer)
 
 
-def loss_fn(tower: Params, text: Params, lesson: Lesson, config: ModelConfig):
-    """Nats per token of the transcripts, and how many of them were the likeliest."""
+def joined(text: Params, learnt: Params) -> Params:
+    """The text model and its tower with what has learnt in its place."""
+    own = {name: parts for name, parts in learnt.items() if name != "vision"}
+    return {**merged(text, own), "vision": learnt["vision"]}
+
+
+def slipped(told: Transcripts, share: float, rng: np.random.Generator) -> Transcripts:
+    """With a share of the tokens that are told shown as others of theirs."""
+    is_other_BT = told.is_told_BT & (rng.random(told.is_told_BT.shape) < share)
+    others_BT = rng.choice(told.tokens_BT[told.is_told_BT], told.tokens_BT.shape)
+    return dataclasses.replace(told, shown_BT=np.where(is_other_BT, others_BT, told.tokens_BT))
+
+
+def loss_fn(params: Params, text: Params, lesson: Lesson, config: ModelConfig, train: JoinConfig):
+    """Nats per token of the transcripts, plus the weighted divergence on plain text; and these two, and how many tokens
+    of the transcripts were the likeliest.
+    """
     assert config.vision is not None
-    return transcript_loss(text, rows_of(config.vision, tower, lesson.pictures), lesson.told, config)
+    own = joined(text, params)
+    loss, right = transcript_loss(own, rows_of(config.vision, own["vision"], lesson.pictures), lesson.told, config)
+    moved = plain_divergence(text, own, jnp.asarray(lesson.window_BT), config)
+    return loss + train.faithful * moved, (loss, moved, right)
 
 
 @partial(jax.jit, static_argnames=("config", "train"), donate_argnames="state")
 def join_step(
     state: TrainState, text: Params, lesson: Lesson, config: ModelConfig, train: JoinConfig
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update. Returns the new state (the old one is donated) and scalar metrics."""
-    (loss, right), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, text, lesson, config)
-    metrics = {"loss": loss, "right": right, "gradient_norm": optax.tree.norm(gradients)}
+    """One update; `text` as it was before it learnt anything of pictures. Returns the new state (the old one is
+    donated) and scalar metrics.
+    """
+    gradients, (loss, moved, right) = jax.grad(loss_fn, has_aux=True)(state.params, text, lesson, config, train)
+    metrics = {"loss": loss, "divergence": moved, "right": right, "gradient_norm": optax.tree.norm(gradients)}
     return state.after(gradients, train.optimizer), metrics

@@ -22,7 +22,7 @@ from mimo_jax.modeling.vision import init_vision
 from mimo_jax.tokenizer import END_OF_TEXT, Tokenizer
 from mimo_jax.training import run
 from mimo_jax.training.ahead import Ahead
-from mimo_jax.training.corpus import batch_at, check_same_tokenizer, check_vocabulary, identity, load_tokens
+from mimo_jax.training.corpus import TOKENIZER, batch_at, check_same_tokenizer, check_vocabulary, identity, load_tokens
 from mimo_jax.training.launch import Launch, go
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading import copying
@@ -30,7 +30,7 @@ from mimo_jax.training.reading.characters import CharacterConfig, character_step
 from mimo_jax.training.reading.copying import CopyConfig, copy_step, init_copying, merged
 from mimo_jax.training.reading.examples import Batch, Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
-from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step
+from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step, joined, slipped
 from mimo_jax.training.reading.rows import Voice
 from mimo_jax.weights import Params
 
@@ -77,7 +77,7 @@ def train_characters(
     config, tokens = _seeing(launch, model, held)
     reader, vision = reader_of(config, held.tokenizer, tokens, fonts), config.vision
     assert vision is not None
-    tower = _tower(start) if start else None
+    tower = _eyes(start)[1] if start else None
     drawn, voice = Ahead(partial(character_batch, reader, train), workers), _voice(config, held)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
@@ -92,11 +92,12 @@ def character_batch(reader: Reader, train: CharacterConfig, step: int) -> Batch:
     return next(batches(reader, train.tokens, train.seed, step))[0]
 
 
-def _tower(checkpoint: Path) -> Params:
-    towers = load_dense(checkpoint).towers
-    if towers is None or towers.config.vision is None:
+def _eyes(checkpoint: Path) -> tuple[Params, Params]:
+    """Its text model and its vision tower."""
+    held = load_dense(checkpoint)
+    if held.towers is None or held.towers.config.vision is None:
         raise UserError(f"--start {checkpoint}: has no vision tower to go on from")
-    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), towers.params["vision"])
+    return held.params, jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), held.towers.params["vision"])
 
 
 def train_copying(
@@ -122,34 +123,31 @@ def train_copying(
 def train_join(
     launch: Launch, model: Path, start: Path, fonts: Path | None, train: JoinConfig, workers: int = 0
 ) -> dict[str, Any]:
-    """The tower of the run `start` goes on learning through `model`, whose text part has learnt to copy."""
+    """Tower and text model of the checkpoint `start` learn together; `model` is what the text model was before."""
     held = load_dense(model)
     config, tokens = _seeing(launch, model, held)
     reader = reader_of(config, held.tokenizer, tokens, fonts)
     text = jax.device_put(held.params)  # once, not with every step
-    tower = _characters(start, config).params["vision"]
-    drawn = Ahead(partial(join_lesson, config, reader, train), workers)
+    copying_text, tower = _eyes(start)
+    windows = partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
+    made = Ahead(partial(join_lesson, config, reader, train, windows), workers)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
-        return join_step(state, text, drawn(step), config, train)
+        return join_step(state, text, made(step), config, train)
 
     settings = _settings(launch, config, train, start, fonts=list(TRAINED))
-    return go(launch, settings, lambda: init_join(tower, train), update, train.rows)
+    tokens_per_step = train.rows + train.windows * train.length
+    return go(launch, settings, lambda: init_join(copying_text, tower, train), update, tokens_per_step)
 
 
-def join_lesson(config: ModelConfig, reader: Reader, train: JoinConfig, step: int) -> Lesson:
+def join_lesson(
+    config: ModelConfig, reader: Reader, train: JoinConfig, windows: Callable[[int], np.ndarray], step: int
+) -> Lesson:
     """What a step of it learns from."""
     batch, found = next(batches(reader, train.rows, train.seed, step))
     ids, counts = [each.ids for each in found], [each.count for each in found]
-    end = reader.tokenizer.id_of(END_OF_TEXT)
-    return Lesson(batch, copying.transcripts(ids, counts, batch.size, config, end))
-
-
-def _characters(directory: Path, config: ModelConfig) -> TrainState:
-    """The newest state of a run of `train_characters`."""
-    vision, train = config.vision, run.train_config_of(directory, CharacterConfig)
-    assert vision is not None
-    return run.restore(directory, lambda: init_characters(vision, train))
+    told = copying.transcripts(ids, counts, batch.size, config, reader.tokenizer.id_of(END_OF_TEXT))
+    return Lesson(batch, slipped(told, train.slips, np.random.default_rng((train.seed, step, 1))), windows(step))
 
 
 def export_copying(directory: Path, model: Path, out: Path) -> dict[str, Any]:
@@ -160,15 +158,27 @@ def export_copying(directory: Path, model: Path, out: Path) -> dict[str, Any]:
     return _written(out, model, held.config, merged(held.params, state.params), state)
 
 
-def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
+def export_characters(directory: Path, model: Path, out: Path) -> dict[str, Any]:
     """The checkpoint `model` with the tower of a finished run beside it. All other weights keep their bits."""
-    train, dense, held = run.train_config_of(directory, JoinConfig), load_dense(model), read(model)
-    config = seeing(dense.config, dense.tokenizer)
-    vision = config.vision
-    assert vision is not None
-    state = run.restore(directory, lambda: init_join(init_vision(vision, jax.random.key(0)), train))
-    config = dataclasses.replace(config, dtype=held.config.dtype)
-    return _written(out, model, config, {**held.params, "vision": state.params}, state)
+    train, (config, vision), held = run.train_config_of(directory, CharacterConfig), _with_tower(model), read(model)
+    state = run.restore(directory, lambda: init_characters(vision, train))
+    return _written(out, model, config, {**held.params, "vision": state.params["vision"]}, state)
+
+
+def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
+    """The checkpoint `model` with what learnt in a finished join. All other weights keep their bits."""
+    train, (config, vision), held = run.train_config_of(directory, JoinConfig), _with_tower(model), read(model)
+    tower, text = init_vision(vision, jax.random.key(0)), load_dense(model).params
+    state = run.restore(directory, lambda: init_join(text, tower, train))
+    return _written(out, model, config, joined(held.params, state.params), state)
+
+
+def _with_tower(model: Path) -> tuple[ModelConfig, VisionConfig]:
+    """The config of the files of `model` with a tower, and that tower's."""
+    held = read(model)
+    config = seeing(held.config, Tokenizer.load(model / TOKENIZER))
+    assert config.vision is not None
+    return config, config.vision
 
 
 def _written(out: Path, model: Path, config: ModelConfig, params: Params, state: TrainState) -> dict[str, Any]:
