@@ -35,9 +35,10 @@ PROMPT, QUESTION = 512, 32  # of reading a prompt: a long one, and what a chat b
 
 
 def prompt_of(model: Model, length: int, seed: int = 0) -> list[int]:
-    """Random token ids that end no text."""
-    ids = np.random.default_rng(seed).integers(1, model.config.vocab_size, 2 * length)
-    return [int(token) for token in ids if token not in model.stop_ids][:length]
+    """Random token ids that end no text and stand for no row of media."""
+    ids, media = np.random.default_rng(seed).integers(1, model.config.vocab_size, 2 * length), model.config.media
+    left_out = {*model.stop_ids, *(media.rows if media else ())}
+    return [int(token) for token in ids if token not in left_out][:length]
 
 
 def plain_rate(
@@ -216,7 +217,7 @@ def active_bytes(directory: Path) -> int:
     """Bytes of weights that one token reads: all of the text model but the embedding; of experts the chosen ones."""
     config, file_format = read_hf_config(directory)
     total = 0.0
-    for weight in weights(dataclasses.replace(config, mtp_layers=0, vision=None, audio=None), file_format):
+    for weight in weights(dataclasses.replace(config, mtp_layers=0, vision=None, audio=None, media=None), file_format):
         share = config.experts_per_token / config.num_experts if weight.row.kind == "expert" else 1
         total += 0 if weight.label == "embed" else share * sum(map(part_bytes, weight.parts))
     return int(total)
