@@ -241,7 +241,7 @@ def trained(tmp_path_factory):
         stages.train_copying(launch, start, CopyConfig(2, 256, 1, 32))
         stages.export_copying(folder / "copied", start, folder / "begun")
         launch = dataclasses.replace(launch, run=folder / "faithful")
-        stages.train_copying(launch, start, CopyConfig(2, 256, 1, 32, faithful=20), folder / "begun")
+        stages.train_copying(launch, start, CopyConfig(2, 256, 1, 32), folder / "begun")
         stages.export_copying(folder / "faithful", start, folder / "copying")
         launch = dataclasses.replace(launch, run=folder / "characters")
         stages.train_characters(launch, folder / "copying", None, CharacterConfig(2, 256))
@@ -250,10 +250,10 @@ def trained(tmp_path_factory):
         stages.train_join(launch, start, folder / "apart", None, JoinConfig(2, 256, 1, 32))
         stages.export_seeing(folder / "joined", start, folder / "seeing")
         launch = dataclasses.replace(launch, run=folder / "more")
-        stages.train_characters(launch, folder / "copying", None, CharacterConfig(1, 256), folder / "seeing")
+        stages.train_characters(launch, folder / "copying", None, CharacterConfig(2, 256), folder / "seeing")
         with pytest.raises(UserError, match="has no vision tower to go on from"):
             launch = dataclasses.replace(launch, run=folder / "none")
-            stages.train_characters(launch, folder / "copying", None, CharacterConfig(1, 256), start)
+            stages.train_characters(launch, folder / "copying", None, CharacterConfig(2, 256), start)
     return start, folder / "copying", folder / "apart", folder / "seeing"
 
 
