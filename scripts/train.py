@@ -1,4 +1,4 @@
-"""Trains a model, from scratch or from a checkpoint: corpus, pretraining, the descent to rate zero, QAT, the drafter.
+"""Trains a model, from scratch or from a checkpoint: pretraining, the descent to rate zero, QAT, the drafter, reading.
 
     scripts/train.py corpus   --data runs/corpus
     scripts/train.py pretrain --data runs/corpus --run runs/base --steps 3000
