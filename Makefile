@@ -175,6 +175,7 @@ $(VENV)/generate.stamp: .ci/generate.lock pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/read.stamp: .ci/read.lock $(VENV)/generate.stamp
+	@echo "installing into $(VENV) what opens pictures (once)" >&2
 	$(LOCKED) .ci/read.lock
 	@touch $@
 
