@@ -198,7 +198,7 @@ def test_a_hit_equals_a_cold_run(draft):
     model, rng = mimo.load(draft=draft), np.random.default_rng(5)
     shared, *ends = (rng.integers(6, 4000, size).tolist() for size in (300, 40, 90, 5))
     asked = [shared + end for end in ends]
-    options = {"max_tokens": 40, "strategy": mimo.Sampled(0.9), "seed": 3, "top_logprobs": 2}
+    options = {"max_tokens": 40, "strategy": mimo.Sampled(0.9), "seed": 3, "top_logprobs": 2, "stop_ids": ()}
 
     def run(engine: Engine, prompt) -> tuple:
         sink = Sink()
