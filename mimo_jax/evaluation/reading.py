@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,21 +64,13 @@ def transcribe(
         for name in FONTS:
             file, rng = font_file(name, fonts), np.random.default_rng((seed, len(told)))
             texts = ["\n".join(snippet(tokens, model.tokenizer, rng, LIKE_TRAINING)) for _ in range(count)]
-            images = [Image(_png(draw(text.split("\n"), file, rng, size).pixels_HW3)) for text in texts]
+            images = [Image(draw(text.split("\n"), file, rng, size).png()) for text in texts]
             for first in range(0, count, ROWS):
                 requests = [Request([image], Greedy(), MOST_TOKENS) for image in images[first : first + ROWS]]
                 results = generate_batch(model, requests)
                 told += [Told(name, text, result.text) for text, result in zip(texts[first:], results)]
                 bar.advance(len(results))
     return told
-
-
-def _png(pixels_HW3: np.ndarray) -> bytes:
-    from PIL import Image as Picture
-
-    file = io.BytesIO()
-    Picture.fromarray(np.rint(pixels_HW3).astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def by_font(told: Sequence[Told]) -> Iterator[dict[str, Any]]:

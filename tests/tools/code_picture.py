@@ -1,9 +1,9 @@
 """Draws the code below as training draws: `python -m tests.tools.code_picture docs/figures/code.png`."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mimo_jax.training.reading.fonts import font_file
 from mimo_jax.training.reading.pictures import draw
@@ -17,7 +17,7 @@ def total(prices, tax):
 
 def main(target: str) -> None:
     picture = draw(CODE.split("\n"), font_file("DejaVu Sans Mono"), np.random.default_rng(0), size=16)
-    Image.fromarray(np.rint(picture.pixels_HW3).astype(np.uint8)).save(target)
+    Path(target).write_bytes(picture.png())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image as Picture
 
 import mimo_jax as mimo
 from mimo_jax.checkpoint.export import write_checkpoint
@@ -280,7 +279,7 @@ def test_the_checkpoint_takes_pictures(trained, tmp_path):
     assert model.towers is not None and read_hf_config(seeing)[0].vision is not None
     picture = draw(["x = 1"], font_file("DejaVu Sans Mono"), np.random.default_rng(0))
     file = tmp_path / "a.png"
-    Picture.fromarray(picture.pixels_HW3.astype(np.uint8)).save(file)
+    file.write_bytes(picture.png())
     result = mimo.generate(model, [mimo.Image(file)], mimo.Greedy(), max_tokens=3)
     command = [sys.executable, "scripts/generate.py", "--image", str(file), "--max-tokens", "3", "--temperature", "0"]
     done, refused = (

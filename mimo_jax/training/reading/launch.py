@@ -161,23 +161,24 @@ def export_copying(directory: Path, model: Path, out: Path) -> dict[str, Any]:
 
 def export_characters(directory: Path, model: Path, out: Path) -> dict[str, Any]:
     """The checkpoint `model` with the tower of a finished run beside it. All other weights keep their bits."""
-    train, (config, vision), held = run.train_config_of(directory, CharacterConfig), _with_tower(model), read(model)
+    train, held = run.train_config_of(directory, CharacterConfig), read(model)
+    config, vision = _with_tower(held.config, model)
     state = run.restore(directory, lambda: init_characters(vision, train))
     return _written(out, model, config, {**held.params, "vision": state.params["vision"]}, state)
 
 
 def export_seeing(directory: Path, model: Path, out: Path) -> dict[str, Any]:
     """The checkpoint `model` with what learnt in a finished join. All other weights keep their bits."""
-    train, (config, vision), held = run.train_config_of(directory, JoinConfig), _with_tower(model), read(model)
+    train, held = run.train_config_of(directory, JoinConfig), read(model)
+    config, vision = _with_tower(held.config, model)
     tower, text = init_vision(vision, jax.random.key(0)), load_dense(model).params
     state = run.restore(directory, lambda: init_join(text, tower, train))
     return _written(out, model, config, joined(held.params, state.params), state)
 
 
-def _with_tower(model: Path) -> tuple[ModelConfig, VisionConfig]:
+def _with_tower(config: ModelConfig, model: Path) -> tuple[ModelConfig, VisionConfig]:
     """The config of the files of `model` with a tower, and that tower's."""
-    held = read(model)
-    config = seeing(held.config, Tokenizer.load(model / TOKENIZER))
+    config = seeing(config, Tokenizer.load(model / TOKENIZER))
     assert config.vision is not None
     return config, config.vision
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,14 @@ class Picture:
     pixels_HW3: Float[np.ndarray, "H W 3"]
     lines: tuple[str, ...]
     grid: Grid
+
+    def png(self) -> bytes:
+        """As a file, in whole levels."""
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.fromarray(np.rint(self.pixels_HW3).astype(np.uint8)).save(file, "PNG")
+        return file.getvalue()
 
 
 def grid_of(lines: Sequence[str], size: int, advance: float, tallest: float, rng: np.random.Generator) -> Grid:
