@@ -75,7 +75,7 @@ class Phase:
     is_global: bool = False  # an attention to all keys, which can be split by them
 
 
-ROWS_PER_UNIT = 32  # output rows of a matrix that are one unit of work
+ROWS_PER_UNIT = 64  # output rows of a matrix that are one unit of work
 
 
 def _matmul(kind: Kind, layer: int, shape: tuple[int, int], tokens: int, reads: tuple[str, ...], writes: str) -> Phase:
@@ -221,7 +221,8 @@ TOKEN_SHARES = 2  # of work that is split by tokens
 def shares_of(phase: Phase) -> int:
     """Into how many rows threads split a phase: enough to even out, few enough that claiming them costs nothing."""
     if phase.products:
-        return max(1, min(phase.units, MOST_SHARES, phase.products // ROW_PRODUCTS))
+        most = max(1, min(phase.units, MOST_SHARES, phase.products // ROW_PRODUCTS))
+        return math.ceil(phase.units / math.ceil(phase.units / most))  # as even as units are whole
     most = MOST_SHARES if phase.kind in (Kind.ATTEND, Kind.DRAFT_ATTEND, Kind.CONTEXT_WRITE) else TOKEN_SHARES
     return min(phase.units, most)
 

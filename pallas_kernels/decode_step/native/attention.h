@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cfloat>
+#include <algorithm>
 #include <vector>
 
 #include "simd.h"
@@ -49,6 +50,7 @@ void score(const Query* queries, const Rows& rows, int dims, int row, float* sco
   for (int d = 0; d < dims; d++, keys += LANES) {
     F key[N];
     for (int n = 0; n < N; n++) key[n] = load(keys + n * W / LANES * LANES * dims + n * W % LANES);
+
     for (int r = 0; r < R; r++) {
       const F value = all(queries[r].vector[d]);
       for (int n = 0; n < N; n++) sum[r][n] = fma(key[n], value, sum[r][n]);
@@ -96,11 +98,15 @@ void combine(const Query* queries, const Rows* sources, int source_count, const 
       for (F& s : q) s = zero();
   for (int i = 0; i < source_count; scores += sources[i++].count) {
     for (int row = begin[i]; row < end[i]; row += 2) {
+#pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         F value[N];
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) value[n] = load(sources[i].values + (row + half) * value_dims + dim + n * W);
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           const F weight = all(scores[r * width + row + half]);
+#pragma GCC unroll 8
           for (int n = 0; n < N; n++) sum[half][r][n] = fma(value[n], weight, sum[half][r][n]);
         }
       }
@@ -138,23 +144,28 @@ void attend_tile(const Query* queries, const Rows* sources, int source_count, in
     for (int r = 0; r < R; r++) std::fill(scores + r * width + end[0], scores + r * width + sources[0].count, 0.f);
   float totals[R];
   for (int r = 0; r < R; r++) totals[r] = soften(queries[r], scores + r * width, from, to);
-  size_t dim = 0;
-  for (; dim + 2 * LANES <= value_dims; dim += 2 * LANES)
-    combine<R, 2 * one>(queries, sources, source_count, begin, end, value_dims, dim, scores, width, totals);
-  if (dim < value_dims)
-    combine<R, one>(queries, sources, source_count, begin, end, value_dims, dim, scores, width, totals);
+  constexpr int C = std::min(R, 4);  // so many sums stay in registers
+  for (int r = 0; r < R; r += C) {
+    size_t dim = 0;
+    for (; dim + 2 * LANES <= value_dims; dim += 2 * LANES)
+      combine<C, 2 * one>(queries + r, sources, source_count, begin, end, value_dims, dim, scores + r * width, width, totals + r);
+    if (dim < value_dims)
+      combine<C, one>(queries + r, sources, source_count, begin, end, value_dims, dim, scores + r * width, width, totals + r);
+  }
 }
 
 // `value_dims` is a multiple of LANES; outputs have room for so many.
 inline void attend(const Query* queries, int count, const Rows* sources, int source_count, int dims,
                    size_t value_dims) {
-  constexpr int R = W == LANES ? 4 : 2;
+  constexpr int R = W == LANES ? 8 : 2;
   size_t width = 0;
   for (int i = 0; i < source_count; i++) width += sources[i].count;
   thread_local std::vector<float> scores;
   if (scores.size() < R * width) scores.resize(R * width);
   for (; count >= R; count -= R, queries += R)
     attend_tile<R>(queries, sources, source_count, dims, value_dims, scores.data(), width);
+  for (; W == LANES && count >= 4; count -= 4, queries += 4)
+    attend_tile<4>(queries, sources, source_count, dims, value_dims, scores.data(), width);
   for (; count > 0; count--, queries++)
     attend_tile<1>(queries, sources, source_count, dims, value_dims, scores.data(), width);
 }

@@ -53,7 +53,9 @@ _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 # The first that a CPU has is the fastest for it.
 PATHS = {
     "avx512_bf16": Isa(
-        "x86_64", (*_AVX512, "avx512_bf16", "avx512vbmi"), ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi")
+        "x86_64",
+        (*_AVX512, "avx512_bf16", "avx512vbmi", "avx512_vnni"),
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"),
     ),
     "avx512": Isa("x86_64", _AVX512, ("-march=x86-64-v4",)),
     "avx2": Isa("x86_64", ("avx2", "fma", "f16c"), ("-march=x86-64-v3",)),

@@ -25,7 +25,7 @@ struct Matrix {
 
 // Whether a product of such inputs has two sums.
 template <class X>
-constexpr bool is_split = !std::is_same_v<X, float> && sizeof(X) == 4;
+constexpr bool is_split = !std::is_same_v<X, float> && sizeof(X) >= 4;
 
 template <int format>
 struct Packed;
@@ -80,7 +80,7 @@ void by_format(int format, Act act) {
 
 // part += weights of a group times inputs, for M tokens and N vectors of rows.
 template <int format, int M, int N>
-inline void multiply_group(const uint8_t* const* p, const float* const* x, int column, F (&part)[M][N]) {
+inline void multiply_group(const uint8_t* const* p, const float* const* x, int group, F (&part)[M][N]) {
 #pragma GCC unroll 8
   for (int k = 0; k < GROUP; k++) {
     F w[N];
@@ -88,7 +88,7 @@ inline void multiply_group(const uint8_t* const* p, const float* const* x, int c
     for (int n = 0; n < N; n++) w[n] = Packed<format>::at(p[n], n * W % LANES, k);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const F value = all(x[m][column + k]);
+      const F value = all(x[m][group * GROUP + k]);
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) part[m][n] = fma(w[n], value, part[m][n]);
     }
@@ -96,33 +96,35 @@ inline void multiply_group(const uint8_t* const* p, const float* const* x, int c
 }
 
 #ifdef BF16_DOT
-// Four pairs of columns of W rows.
+// Pairs of columns of W rows: a line of 64 bytes has `line_pairs` of them.
 template <int format>
-void eight_columns(const uint8_t* p, int k, Pairs* pairs) {
+constexpr int line_pairs = format == MXFP4 ? 4 : format == FP8 ? 2 : 1;
+
+template <int format>
+void pairs_of_line(const uint8_t* p, Pairs* pairs) {
   static_assert(format != F32);
-  if constexpr (format == FP8) {
-    pairs_from_e4m3(p + LANES * k, pairs), pairs_from_e4m3(p + LANES * (k + 4), pairs + 2);
-  } else {
-    for (int i = 0; i < 4; i++)
-      pairs[i] =
-          format == MXFP4 ? pairs_from_e2m1(p + LANES * 4 * (k / 8), i) : load_pairs(p + LANES * 4 * (k / 2 + i));
-  }
+  if constexpr (format == FP8) pairs_from_e4m3(p, pairs);
+  else if constexpr (format == BF16) pairs[0] = load_pairs(p);
+  else for (int i = 0; i < 4; i++) pairs[i] = pairs_from_e2m1(p, i);
 }
 
 // The upper parts of inputs and the rest, if there is any, are summed apart: twice the chains, half as long.
 template <int format, int M, int N, class X>
-inline void multiply_group(const uint8_t* const* p, const X* const* x, int column, F (&part)[M][N]) {
+inline void multiply_group(const uint8_t* const* p, const X* const* x, int group, F (&part)[M][N]) {
+  constexpr int count = line_pairs<format>;
   F rest[M][N];
   for (auto& row : rest)
     for (F& s : row) s = zero();
-  for (int k = 0; k < GROUP; k += 8) {
-    Pairs w[N][4];
-    for (int n = 0; n < N; n++) eight_columns<format>(p[n], k, w[n]);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+  for (int line = 0; line < GROUP / 2 / count; line++) {
+    Pairs w[N][count];
+    for (int n = 0; n < N; n++) pairs_of_line<format>(p[n] + 64 * line, w[n]);
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) {
+      const int pair = line * count + i, place = pair / 4 * 8;
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        const char* pairs = (const char*)(x[m] + column + k) + 4 * i;
+        const char* pairs = (const char*)(x[m] + group * GROUP + place) + pair % 4 * 4;
         const Pairs upper = all_pairs(pairs), lower = is_split<X> ? all_pairs(pairs + 16) : upper;
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
@@ -135,6 +137,35 @@ inline void multiply_group(const uint8_t* const* p, const X* const* x, int colum
   if (is_split<X>)
     for (int m = 0; m < M; m++)
       for (int n = 0; n < N; n++) part[m][n] = add(part[m][n], rest[m][n]);
+}
+
+// Sums of a group are whole numbers below 2^24: exact as floats.
+template <int format, int M, int N>
+inline void multiply_group(const uint8_t* const* p, const Digits* const* x, int group, F (&part)[M][N]) {
+  static_assert(format == MXFP4);
+  __m512i upper[M][N], lower[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++)
+      upper[m][n] = _mm512_set1_epi32(x[m][group].upper), lower[m][n] = _mm512_set1_epi32(x[m][group].lower);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      __m512i w[2];
+      bytes_from_e2m1(p[n] + 64 * k, w);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        for (int i = 0; i < 2; i++) {
+          upper[m][n] = dot_bytes(upper[m][n], w[i], x[m][group].bytes[k][i]);
+          lower[m][n] = dot_bytes(lower[m][n], w[i], x[m][group].bytes[k][2 + i]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++)
+      part[m][n] = mul(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper[m][n], 8), lower[m][n])),
+                       all(x[m][group].scale));
 }
 #endif
 
@@ -160,7 +191,7 @@ void tile(const Matrix& a, int block, const X* const* x, float* sums) {
       for (int line = 0; line < P::group_bytes; line += 64) prefetch(p[n] + next * data_size + line);
     }
     if (P::scale_bytes) prefetch(scales + next * scales_size + (size_t)group * N * W);
-    multiply_group<format, M, N>(p, x, group * GROUP, part);
+    multiply_group<format, M, N>(p, x, group, part);
     for (int n = 0; n < N; n++) {
       const uint8_t* s = scales + n * W / LANES * scales_size + group / P::groups_per_scale * P::scale_bytes;
       const F scale = P::scale(s, n * W % LANES);
@@ -223,11 +254,15 @@ void multiply_widened(const Matrix& a, int first, int last, const X* const* x, i
   multiply_as<F32>(a, first, last, rows.data(), tokens, out);
 }
 
-// Blocks [first, last) of rows times x[0..tokens), inputs with padded columns: out[token][row].
+// Blocks [first, last) of rows times x[0..tokens), inputs with padded columns, put for the matrix: out[token][row].
 template <class X>
 void multiply(const Matrix& a, int first, int last, const X* const* x, int tokens, float* const* out) {
   by_format(a.format, [&](auto format) {
     if constexpr (format == F32 && !std::is_same_v<X, float>) multiply_widened(a, first, last, x, tokens, out);
+#ifdef BF16_DOT
+    else if constexpr (format == MXFP4 && std::is_same_v<X, Precise>)
+      multiply_as<format>(a, first, last, (const Digits* const*)x, tokens, out);
+#endif
     else multiply_as<format>(a, first, last, x, tokens, out);
   });
 }

@@ -79,23 +79,22 @@ using Floats = Buffer<float>;
 using Inputs = Buffer<Precise>;
 using Compacts = Buffer<Compact>;
 
-// Whole eights of floats as inputs.
+// Whole eights of floats as inputs of a matrix that is not MXFP4.
 template <class T>
 void put_eights(const float* from, size_t count, T* out) {
   for (size_t i = 0; i < count; i += 8) store_inputs(out + i, from + i);
 }
 
-// `count` floats as a row of inputs; what weights of padded columns multiply is 0.
+// `count` floats as a row of inputs of a matrix; what its padded columns multiply is 0.
 template <class T>
-void put(const float* from, size_t count, const Buffer<T>& to, size_t row) {
+void put(const float* from, size_t count, const Buffer<T>& to, size_t row, int format) {
   T* out = to.row(row);
-  size_t i = count / 8 * 8;
-  put_eights(from, i, out);
-  for (; i < to.stride; i += 8) {
-    float rest[8] = {};
-    if (i < count) std::copy(from + i, from + count, rest);
-    store_inputs(out + i, rest);
-  }
+  size_t i = 0;
+  for (; i + GROUP <= count; i += GROUP) put_group(out + i, from + i, format);
+  if (i == count) return;
+  float rest[GROUP] = {};
+  std::copy(from + i, from + count, rest);
+  put_group(out + i, rest, format);
 }
 
 // Token m of a round stands at `position` of batch row `row`, and is `place` there in what is read now.
@@ -103,14 +102,16 @@ struct Token {
   int row, place, position;
 };
 
-// Output rows are computed in units of two blocks: a gate's and an up projection's, where they alternate.
-static_assert(UNIT == 2 * LANES);
+// Output rows are computed in units of four blocks, the widest tile: where a gate's and an up projection's alternate, they
+// are a group of inputs.
+constexpr int UNIT_BLOCKS = UNIT / LANES;
+static_assert(UNIT == 2 * GROUP);
 inline int units_of(const Matrix& a) { return (a.rows + UNIT - 1) / UNIT; }
 
 template <class T>
 void multiply_units(const Matrix& a, int first, int last, const std::vector<const T*>& x,
                     const std::vector<float*>& out) {
-  multiply(a, first * 2, std::min(last * 2, a.blocks()), x.data(), (int)x.size(), out.data());
+  multiply(a, first * UNIT_BLOCKS, std::min(last * UNIT_BLOCKS, a.blocks()), x.data(), (int)x.size(), out.data());
 }
 
 // This row's share of a product of rows [0, count) of `x`.
@@ -123,29 +124,32 @@ void product(const Row& row, const Matrix& a, const Buffer<T>& x, const Floats& 
   multiply_units(a, row.first(units_of(a)), row.last(units_of(a)), from, to);
 }
 
-// silu(gate) * up of units [first, last) as inputs; the row is padded behind the last unit.
+// silu(gate) * up of units [first, last) of a matrix `a`, as inputs of a matrix of `format`.
 template <class T>
-void swiglu(const float* gate_up, T* out, size_t stride, int first, int last, int units) {
+void swiglu(const Matrix& a, const float* gate_up, T* out, int first, int last, int format) {
   for (int unit = first; unit < last; unit++) {
-    float hidden[LANES];
-    for (int lane = 0; lane < LANES; lane += W) {
-      const F gate = load(gate_up + unit * UNIT + lane), up = load(gate_up + unit * UNIT + LANES + lane);
-      const F silu = divide(gate, add(all(1.f), exponential(sub(zero(), gate))));
-      store(hidden + lane, mul(silu, up));
+    float hidden[GROUP] = {};
+    const int blocks = std::min(UNIT_BLOCKS, a.blocks() - unit * UNIT_BLOCKS);
+    for (int block = 0; block < blocks; block += 2) {
+      const float* gates = gate_up + (unit * UNIT_BLOCKS + block) * LANES;
+      for (int lane = 0; lane < LANES; lane += W) {
+        const F gate = load(gates + lane), up = load(gates + LANES + lane);
+        const F silu = divide(gate, add(all(1.f), exponential(sub(zero(), gate))));
+        store(hidden + block / 2 * LANES + lane, mul(silu, up));
+      }
     }
-    put_eights(hidden, LANES, out + unit * LANES);
+    put_group(out + unit * GROUP, hidden, format);
   }
-  if (last == units) std::fill(out + units * LANES, out + stride, T{});
 }
 
 // This row's share of what stands between a gated FFN's products.
 template <class T>
-void gate_up(const Row& row, const Matrix& a, const Buffer<T>& x, const Floats& gated, const Buffer<T>& hidden,
-             int count) {
+void gate_up(const Row& row, const Matrix& a, const Matrix& down, const Buffer<T>& x, const Floats& gated,
+             const Buffer<T>& hidden, int count) {
   product(row, a, x, gated, count);
   const int units = units_of(a);
   for (int m = 0; m < count; m++)
-    swiglu(gated.row(m), hidden.row(m), hidden.stride, row.first(units), row.last(units), units);
+    swiglu(a, gated.row(m), hidden.row(m), row.first(units), row.last(units), down.format);
 }
 
 // Units [first, last) of matrices that have `units` each, matrix by matrix: act(matrix, its first unit, its last).

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "names.h"
 
@@ -172,11 +173,19 @@ inline void store_inputs(float* p, const float* x) {
 // What products read. Where the machine multiplies pairs of bf16, a weight of any packed format is exact as one, and an
 // input is two: `Precise` keeps 16 bits, the upper and the rest. `Compact` is the upper alone, for the drafter, whose
 // precision changes no text. Elsewhere both are floats.
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define BF16_DOT
 struct Precise {
   uint32_t bits;  // of eight inputs: four pairs of upper parts, then four of the rest
 };
+// In the place of 32 of them what E2M1 weights read, which doubled are bytes: x = scale (256 upper + lower), 16 bits of
+// the largest. Products of bytes are exact in any order, and twice as many at a time.
+struct alignas(64) Digits {
+  int8_t bytes[4][4][4];  // of each 8 columns: upper of columns 0, 2, 4, 6, upper of 1, 3, 5, 7, then so the lower
+  float scale;            // of doubled weights
+  int32_t upper, lower;   // where their sums begin: weights are read as if they were 12 larger, bytes without a sign
+};
+static_assert(sizeof(Digits) == GROUP * sizeof(Precise));
 using Compact = uint16_t;
 using Pairs = __m512i;  // per lane two columns, as bf16
 
@@ -202,6 +211,41 @@ inline void store_inputs(Precise* p, const float* x) {
   __m256 rest, lost;
   _mm_storeu_si128((__m128i*)p, in_order(_mm256_loadu_ps(x), &rest));
   _mm_storeu_si128((__m128i*)(p + 4), in_order(rest, &lost));
+}
+
+inline void store_digits(Digits* out, const float* x) {
+  const __m512 here[2] = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
+  const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(here[0]), _mm512_abs_ps(here[1])));
+  const float scale = (top > 1e-30f ? top : 1e-30f) / (127 * 256);
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  __m512i uppers = _mm512_setzero_si512(), lowers = uppers;
+  for (int half = 0; half < 2; half++) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(here[half], _mm512_set1_ps(1 / scale)));
+    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    const __m512i lower = _mm512_sub_epi32(whole, _mm512_slli_epi32(upper, 8));
+    const __m128i u = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(upper), order);
+    const __m128i l = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(lower), order);
+    _mm_store_si128((__m128i*)out->bytes[2 * half], _mm_unpacklo_epi64(u, l));
+    _mm_store_si128((__m128i*)out->bytes[2 * half + 1], _mm_unpackhi_epi64(u, l));
+    uppers = _mm512_add_epi32(uppers, upper), lowers = _mm512_add_epi32(lowers, lower);
+  }
+  const bool is_nan = _mm512_cmpunord_ps_mask(here[0], here[1]);
+  out->scale = is_nan ? NAN : scale / 2;
+  out->upper = -12 * _mm512_reduce_add_epi32(uppers), out->lower = -12 * _mm512_reduce_add_epi32(lowers);
+}
+
+// 12 more than twice the weights: of columns 0, 2, 4, 6 of each lane, then of 1, 3, 5, 7. An index's upper two bits
+// belong to a neighbour, so the 16 values stand in the table four times.
+inline void bytes_from_e2m1(const uint8_t* p, __m512i* w) {
+  const __m512i values = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  const __m512i codes = _mm512_loadu_si512(p);
+  w[0] = _mm512_permutexvar_epi8(codes, values);
+  w[1] = _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), values);
+}
+inline __m512i dot_bytes(__m512i sum, __m512i w, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four));
 }
 
 // Eight inputs as floats, for weights that bf16 cannot hold.
@@ -257,19 +301,29 @@ using Precise = float;
 using Compact = float;
 #endif
 
-// Lanes are added in one order on every path.
-inline float sum(F x) {
-  float lanes[W], total = 0;
-  store(lanes, x);
-  for (int i = 0; i < W; i++) total += lanes[i];
-  return total;
+// A group of 32 inputs, as products with a matrix of `format` read them.
+template <class T>
+void put_group(T* out, const float* x, int format) {
+#ifdef BF16_DOT
+  if (std::is_same_v<T, Precise> && format == MXFP4) return store_digits((Digits*)out, x);
+#endif
+  for (int i = 0; i < GROUP; i += 8) store_inputs(out + i, x + i);
 }
-inline float largest(F x) {
+
+// Halves onto halves, until one lane is left.
+template <class Join>
+inline float across(F x, Join join) {
   float lanes[W];
   store(lanes, x);
-  float top = lanes[0];
-  for (int i = 1; i < W; i++) top = lanes[i] > top ? lanes[i] : top;
-  return top;
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = join(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+inline float sum(F x) {
+  return across(x, [](float a, float b) { return a + b; });
+}
+inline float largest(F x) {
+  return across(x, [](float a, float b) { return b > a ? b : a; });
 }
 
 // e^x = 2^n e^r with |r| <= ln(2)/2, e^r by its Taylor polynomial: relative error below 2e-7. Outside of -87..88 it is

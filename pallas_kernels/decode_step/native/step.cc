@@ -26,7 +26,7 @@ Struct read(Span span) {
 // How many of XLA's threads have a core: it has one for each device, and of those more may be simulated. Threads that
 // wait for rows of others who wait for their core made a step ten times slower.
 int cores(const ffi::ThreadPool& pool) {
-  const int known = (int)std::thread::hardware_concurrency();
+  static const int known = (int)std::thread::hardware_concurrency();  // which opens a file: 10 us
   return known ? std::min(known, (int)pool.num_threads()) : (int)pool.num_threads();
 }
 

@@ -46,12 +46,13 @@ class Target {
     switch (row.kind) {
       case EMBED: return embed(row);
       case NORM: return norm(row);
-      case QKV: return product(row, w.matrix(layer(row.layer) + SLOT_QKV), normed, qkv, count());
+      case QKV: return product(row, slot(row, SLOT_QKV), normed, qkv, count());
       case ATTEND: return attend_heads(row);
-      case OUTPUT: return product(row, w.matrix(layer(row.layer) + SLOT_OUTPUT), attended, part, count());
-      case GATE_UP: return gate_up(row, w.matrix(layer(row.layer) + SLOT_GATE_UP), normed, gated, hidden, count());
-      case DOWN: return product(row, w.matrix(layer(row.layer) + SLOT_DOWN), hidden, part, count());
-      case ROUTER: return product(row, w.matrix(layer(row.layer) + SLOT_ROUTER), routed, scores, count());
+      case OUTPUT: return product(row, slot(row, SLOT_OUTPUT), attended, part, count());
+      case GATE_UP:
+        return gate_up(row, slot(row, SLOT_GATE_UP), slot(row, SLOT_DOWN), normed, gated, hidden, count());
+      case DOWN: return product(row, slot(row, SLOT_DOWN), hidden, part, count());
+      case ROUTER: return product(row, slot(row, SLOT_ROUTER), routed, scores, count());
       case TOP_K: return top_k(row);
       case EXPERT_GATE_UP: return expert_gate_up(row);
       case EXPERT_DOWN: return expert_down(row);
@@ -73,6 +74,7 @@ class Target {
 
   int count() const { return (int)tokens_.size(); }
   int layer(int index) const { return TOP_SLOTS + LAYER_SLOTS * index; }
+  Matrix slot(const Row& row, int slot) const { return w.matrix(layer(row.layer) + slot); }
   bool has_experts(int index) const { return layers_[index] >> 1 & 1; }
   bool is_sliding(int index) const { return layers_[index] & 1; }
   int kv_heads(int index) const { return is_sliding(index) ? s.sliding_kv_heads : s.global_kv_heads; }
@@ -125,6 +127,7 @@ class Target {
     const int before = row.layer / 2, is_last = before == s.num_layers;
     const float* gain =
         w.vector(is_last ? SLOT_NORM : layer(before) + (row.layer % 2 ? SLOT_POST_NORM : SLOT_INPUT_NORM));
+    const int reader = is_last ? SLOT_HEAD : layer(before) + (row.layer % 2 ? SLOT_GATE_UP : SLOT_QKV);
     thread_local std::vector<float> normal;
     normal.resize(s.width);
     for (int m = row.first(count()); m < row.last(count()); m++) {
@@ -132,9 +135,9 @@ class Target {
       if (row.layer)
         for (int i = 0; i < s.width; i++) stream[i] += part.row(m)[i];
       normalize(stream, gain, out, s.width, c.norm_eps);
-      put(out, s.width, normed, m);
+      put(out, s.width, normed, m, w.matrix(reader).format);
       if (row.layer % 2) {
-        if (has_experts(before)) put(out, s.width, routed, m);  // in float32: a lower precision chooses other experts
+        if (has_experts(before)) put(out, s.width, routed, m, F32);  // in float32: a lower precision chooses other experts
         continue;
       }
       const size_t place = tokens_[m].row * a.steps + tokens_[m].place;
@@ -239,6 +242,7 @@ class Target {
   // All units of all active experts are shared equally.
   void expert_gate_up(const Row& row) {
     const int slot = layer(row.layer) + SLOT_GATE_UP, units = units_of(w.matrix(slot)), all = units * active_count_;
+    const int down = w.matrix(layer(row.layer) + SLOT_DOWN).format;
     thread_local std::vector<const Precise*> from;
     thread_local std::vector<float*> to;
     by_matrix(row.first(all), row.last(all), units, [&](int number, int first, int last) {
@@ -247,7 +251,7 @@ class Target {
         from.push_back(normed.row(pairs_[p].token)), to.push_back(expert_gated.row(p));
       multiply_units(w.matrix(slot, active_[number]), first, last, from, to);
       for (int p = starts_[number]; p < starts_[number + 1]; p++)
-        swiglu(expert_gated.row(p), expert_hidden.row(p), expert_hidden.stride, first, last, units);
+        swiglu(w.matrix(slot), expert_gated.row(p), expert_hidden.row(p), first, last, down);
     });
   }
 
