@@ -23,7 +23,7 @@ from pallas_kernels.decode_step.arithmetic import (
     swiglu,
 )
 from pallas_kernels.decode_step.geometry import Layer, Target
-from pallas_kernels.decode_step.schedule import ROWS_PER_UNIT, Kind, Row
+from pallas_kernels.decode_step.schedule import FEATURES_PER_UNIT, ROWS_PER_UNIT, Kind, Row
 
 ROW_BLOCK = 16  # rows of a matrix that are one unit of a CTA's work
 KEY_BLOCK = 32  # rows of a cache; blocks are dealt out in turn where several CTAs share the keys of a head
@@ -210,7 +210,7 @@ class _Step:
 
     def gate_up(self, row: Row) -> None:
         mlp = self._layer(row)[1]["mlp"]
-        mine, x_TD = self._rows(row, len(mlp["gate"]), ROWS_PER_UNIT // 2), self._input(row)
+        mine, x_TD = self._rows(row, len(mlp["gate"]), FEATURES_PER_UNIT), self._input(row)
         out = self._buffer(row, "hidden", len(mlp["gate"]))
         out[:, mine] = swiglu(x_TD, mlp["gate"][mine], mlp["up"][mine])
 
@@ -234,9 +234,9 @@ class _Step:
         self.routes[row.writes[0][0]] = _Routes(ids_TX, weights_TX, np.flatnonzero(counts_E).tolist())
 
     def expert_gate_up(self, row: Row) -> None:
-        """A unit is sixteen features of an active expert, for all tokens that chose it."""
+        """A unit is 32 features of an active expert, for all tokens that chose it."""
         moe, routes, x_TD = self._layer(row)[1]["moe"], self._routes(row), self._input(row)
-        features, per_unit = self.target.expert_features, ROWS_PER_UNIT // 2
+        features, per_unit = self.target.expert_features, FEATURES_PER_UNIT
         hidden_TXF = self._buffer(row, "hidden", self.target.chosen, features)
         per_expert = -(-features // per_unit)
         for unit in self._own(row, len(routes.active) * per_expert):
@@ -282,7 +282,8 @@ class _Step:
     # Attention.
 
     def attend(self, row: Row) -> None:
-        """By heads of keys. CTAs: by query heads and tokens, or on global layers by heads and blocks of keys."""
+        """By heads of keys, or once these are written, of queries. CTAs: by query heads and tokens, or on global layers by
+        heads and blocks of keys."""
         layer, _ = self._layer(row)
         heads = self.batch * self.target.kv_heads(layer)
         each = self.target.heads // self.target.kv_heads(layer) * self.steps
@@ -292,10 +293,16 @@ class _Step:
                 for query in range(unit // parts * each, (unit // parts + 1) * each):
                     self.parts[query, unit % parts] = self._attend_part(row, query, unit % parts, parts)
             return
-        size = 1 if row.worker else each  # queries of a unit
+        size = 1 if row.worker else self.steps if row.kind == Kind.QUERIES else each  # queries of a unit
         units = self._own(row, heads * each // size)
         for query in range(units.start * size, units.stop * size):
             self._finish(row, query, [self._attend_part(row, query, 0, 1)])
+
+    def keys(self, row: Row) -> None:
+        kv_heads = self.target.kv_heads(self._layer(row)[0])
+        for unit in self._own(row, self.batch * kv_heads):
+            self._updated(row, unit // kv_heads, unit % kv_heads)
+        self._buffer(row, "keys")
 
     def merge(self, row: Row) -> None:
         count = 1 + max(part for _, part in self.parts)
@@ -342,11 +349,11 @@ class _Step:
         return rotate(x, int(self.lengths_B[batch]) + step, self.target.rotary, theta)
 
     def _updated(self, row: Row, batch: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:
-        """A head's keys and values, the new tokens' among them; whoever comes first has written them."""
+        """A head's keys and values, the new tokens' among them; whoever comes first writes them, unless rows of their own do."""
         layer, index = self._layer(row)[0], self.target.index_of_kind(row.layer)
         cache = self.caches[layer.is_sliding]
         keys_SQ, values_SV = cache.keys[index, batch, kv_head], cache.values[index, batch, kv_head]
-        if (row.layer, batch, kv_head) in self.written:
+        if (row.layer, batch, kv_head) in self.written or row.kind == Kind.QUERIES:
             return keys_SQ, values_SV
         self.written.add((row.layer, batch, kv_head))
         for step in range(self.counts_B[batch]):
@@ -372,6 +379,8 @@ _RUN: dict[Kind, Callable[[_Step, Row], None]] = {
     Kind.NORM: _Step.norm,
     Kind.QKV: _Step.qkv,
     Kind.ATTEND: _Step.attend,
+    Kind.KEYS: _Step.keys,
+    Kind.QUERIES: _Step.attend,
     Kind.OUTPUT: _Step.output,
     Kind.GATE_UP: _Step.gate_up,
     Kind.DOWN: _Step.down,

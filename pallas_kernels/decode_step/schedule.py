@@ -57,6 +57,9 @@ class Kind(enum.IntEnum):
     REDUCE = 27
     MERGE = 28
     PICK_BEST = 29  # the largest of what all CTAs picked
+    # ATTEND in two phases, where there are fewer heads of keys than threads could share.
+    KEYS = 30
+    QUERIES = 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +75,12 @@ class Phase:
     products: int = 0  # multiply-adds
     updates: str = ""  # a buffer of which every unit reads and replaces its own part
     queries: int = 0  # of an attention: pairs of a query head and a token
+    query_heads: int = 0  # of all rows of the batch
     is_global: bool = False  # an attention to all keys, which can be split by them
 
 
-ROWS_PER_UNIT = 64  # output rows of a matrix that are one unit of work
+ROWS_PER_UNIT = 32  # output rows of a matrix that are one unit of work
+FEATURES_PER_UNIT = 32  # of a gated FFN; each has a row of the gate's projection and one of the up projection
 
 
 def _matmul(kind: Kind, layer: int, shape: tuple[int, int], tokens: int, reads: tuple[str, ...], writes: str) -> Phase:
@@ -110,31 +115,33 @@ def _norm(number: int, read: int) -> Phase:
 
 def _attention(target: Target, index: int, tokens: int, batch: int) -> Phase:
     layer = target.layers[index]
-    units, queries = batch * target.kv_heads(layer), batch * tokens * target.heads
-    return Phase(Kind.ATTEND, index, units, ("qkv",), "attended", queries=queries, is_global=not layer.is_sliding)
+    units, heads = batch * target.kv_heads(layer), batch * target.heads
+    whole = Phase(Kind.ATTEND, index, units, ("qkv",), "attended", is_global=not layer.is_sliding)
+    return dataclasses.replace(whole, queries=heads * tokens, query_heads=heads)
 
 
 def _dense(index: int, features: int, width: int, read: int) -> list[Phase]:
+    units, weights = math.ceil(features / FEATURES_PER_UNIT), 2 * features * width
     return [
-        _matmul(Kind.GATE_UP, index, (2 * features, width), read, ("normed",), "hidden"),
+        Phase(Kind.GATE_UP, index, units, ("normed",), "hidden", weights, weights * read),
         _matmul(Kind.DOWN, index, (width, features), read, ("hidden",), "part"),
     ]
 
 
 def _experts(target: Target, index: int, read: int) -> list[Phase]:
     """Which experts are active is known when it runs: rows share whatever they are. Here all tokens choose others."""
-    pairs, rows, cols = read * target.chosen, 2 * target.expert_features, target.width
+    pairs, features, cols = read * target.chosen, target.expert_features, target.width
     active = min(target.experts, pairs)
 
     def stack(kind: Kind, units: int, shape: tuple[int, int], reads: tuple[str, ...], writes: str) -> Phase:
         return Phase(kind, index, units, reads, writes, active * math.prod(shape), pairs * math.prod(shape))
 
-    units, columns = math.ceil(rows / ROWS_PER_UNIT), math.ceil(cols / ROWS_PER_UNIT)
+    units, columns = math.ceil(features / FEATURES_PER_UNIT), math.ceil(cols / ROWS_PER_UNIT)
     return [
         _matmul(Kind.ROUTER, index, (target.experts, cols), read, ("normed",), "scores"),
         Phase(Kind.TOP_K, index, 1, ("scores",), "routes"),
-        stack(Kind.EXPERT_GATE_UP, active * units, (rows, cols), ("normed", "routes"), "hidden"),
-        stack(Kind.EXPERT_DOWN, columns, (cols, target.expert_features), ("hidden", "routes"), "part"),
+        stack(Kind.EXPERT_GATE_UP, active * units, (2 * features, cols), ("normed", "routes"), "hidden"),
+        stack(Kind.EXPERT_DOWN, columns, (cols, features), ("hidden", "routes"), "part"),
     ]
 
 
@@ -216,15 +223,28 @@ COPIES = (Kind.FETCH, Kind.LOAD, Kind.SEND)  # asynchronous, in bulk: to the mem
 ROW_PRODUCTS = 1 << 14  # of one row: about a microsecond of a core
 MOST_SHARES = 16
 TOKEN_SHARES = 2  # of work that is split by tokens
+FEW_HEADS = 8  # fewer heads of keys than these are shared by query heads
 
 
 def shares_of(phase: Phase) -> int:
     """Into how many rows threads split a phase: enough to even out, few enough that claiming them costs nothing."""
     if phase.products:
         most = max(1, min(phase.units, MOST_SHARES, phase.products // ROW_PRODUCTS))
-        return math.ceil(phase.units / math.ceil(phase.units / most))  # as even as units are whole
-    most = MOST_SHARES if phase.kind in (Kind.ATTEND, Kind.DRAFT_ATTEND, Kind.CONTEXT_WRITE) else TOKEN_SHARES
-    return min(phase.units, most)
+        units = math.ceil(phase.units / most)
+        return math.ceil(
+            phase.units / (units + units % 2 if units > 1 else 1)
+        )  # two units are as wide as a tile of a token
+    by_heads = (Kind.ATTEND, Kind.QUERIES, Kind.DRAFT_ATTEND, Kind.CONTEXT_WRITE)
+    return min(phase.units, MOST_SHARES if phase.kind in by_heads else TOKEN_SHARES)
+
+
+def _for_threads(phases: Iterable[Phase]) -> Iterable[Phase]:
+    for phase in phases:
+        if phase.kind == Kind.ATTEND and phase.units < min(FEW_HEADS, phase.query_heads):
+            yield dataclasses.replace(phase, kind=Kind.KEYS, writes="keys")
+            yield dataclasses.replace(phase, kind=Kind.QUERIES, units=phase.query_heads, reads=("qkv", "keys"))
+        else:
+            yield phase
 
 
 def claimed_rows(phases: Iterable[Phase]) -> list[Row]:
@@ -232,7 +252,7 @@ def claimed_rows(phases: Iterable[Phase]) -> list[Row]:
     rows: list[Row] = []
     held: dict[str, tuple[int, int]] = {}  # buffer -> its version, and the shares it was written in
     before = 0
-    for number, phase in enumerate(phases):
+    for number, phase in enumerate(_for_threads(phases)):
         shares = shares_of(phase)
         waits = ((number - 1, before),) if number else ()
         reads = tuple(

@@ -12,7 +12,7 @@
 
 // `count` rows, a multiple of LANES. Those of several sources are numbered one after the other.
 struct Rows {
-  const float *keys, *values;
+  float *keys, *values;
   int count;
 };
 
@@ -42,7 +42,7 @@ inline void see_ring(Query& query, int first, int end, int rows) {
 
 // Scores of N vectors of rows from `row` on, for R queries; the sum over dimensions is in their order.
 template <int R, int N>
-void score(const Query* queries, const Rows& rows, int dims, int row, float* scores, size_t width) {
+void score(const Query* queries, const Rows& rows, int dims, int row, const float* next, float* scores, size_t width) {
   F sum[R][N];
   for (auto& q : sum)
     for (F& s : q) s = zero();
@@ -50,6 +50,7 @@ void score(const Query* queries, const Rows& rows, int dims, int row, float* sco
   for (int d = 0; d < dims; d++, keys += LANES) {
     F key[N];
     for (int n = 0; n < N; n++) key[n] = load(keys + n * W / LANES * LANES * dims + n * W % LANES);
+    for (int n = 0; n < N * W; n += LANES) prefetch(next + d * LANES + n * dims);
 
     for (int r = 0; r < R; r++) {
       const F value = all(queries[r].vector[d]);
@@ -102,6 +103,8 @@ void combine(const Query* queries, const Rows* sources, int source_count, const 
       for (int half = 0; half < 2; half++) {
         F value[N];
 #pragma GCC unroll 8
+        for (int n = 0; n < N * W; n += LANES) prefetch(sources[i].values + (row + half + 16) * value_dims + dim + n);
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) value[n] = load(sources[i].values + (row + half) * value_dims + dim + n * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -134,9 +137,13 @@ void attend_tile(const Query* queries, const Rows* sources, int source_count, in
     }
     end[i] = (end[i] + LANES - 1) / LANES * LANES;
     int row = begin[i];
+    const auto next = [&](int row) {
+      return row < end[i] ? sources[i].keys + (size_t)row * dims : sources[i].values + begin[i] * value_dims;
+    };
     for (; row + wide * W <= end[i]; row += wide * W)
-      score<R, wide>(queries, sources[i], dims, row, scores + offset, width);
-    for (; row < end[i]; row += LANES) score<R, one>(queries, sources[i], dims, row, scores + offset, width);
+      score<R, wide>(queries, sources[i], dims, row, next(row + wide * W), scores + offset, width);
+    for (; row < end[i]; row += LANES)
+      score<R, one>(queries, sources[i], dims, row, next(row + LANES), scores + offset, width);
     offset += count;
   }
   const int from = begin[0] < end[0] ? begin[0] : sources[0].count, to = source_count > 1 ? offset : end[0];

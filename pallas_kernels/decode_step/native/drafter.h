@@ -362,8 +362,7 @@ class Context {
       for (int m = 0; m < count(); m++)
         from.push_back(normed.row(m)), to.push_back(projected.row(m * d.s.num_layers + index) - queries);
       const int block = queries / LANES;
-      const int begin = block + UNIT_BLOCKS * first, end = std::min(block + UNIT_BLOCKS * last, matrix.blocks());
-      multiply(matrix, begin, end, from.data(), count(), to.data());
+      multiply(matrix, block + 2 * first, std::min(block + 2 * last, matrix.blocks()), from.data(), count(), to.data());
     });
   }
 

@@ -19,7 +19,7 @@ from pallas_kernels.decode_step.native.layout import (
     TOP_SLOTS,
     Format,
 )
-from pallas_kernels.decode_step.schedule import MOST_SHARES, ROWS_PER_UNIT, Kind
+from pallas_kernels.decode_step.schedule import FEATURES_PER_UNIT, MOST_SHARES, ROWS_PER_UNIT, Kind
 
 
 def sizes_of(geometry: Target | Drafter) -> np.ndarray:
@@ -45,6 +45,7 @@ def header() -> str:
     numbers = {
         "MOST_SHARES": MOST_SHARES,
         "UNIT": ROWS_PER_UNIT,
+        "FEATURES": FEATURES_PER_UNIT,
         "LANES": LANES,
         "GROUP": GROUP,
         "FP8_BLOCK": FP8_BLOCK,

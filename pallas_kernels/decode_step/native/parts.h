@@ -102,43 +102,49 @@ struct Token {
   int row, place, position;
 };
 
-// Output rows are computed in units of four blocks, the widest tile: where a gate's and an up projection's alternate, they
-// are a group of inputs.
-constexpr int UNIT_BLOCKS = UNIT / LANES;
-static_assert(UNIT == 2 * GROUP);
+// A product is computed in units of two blocks of rows; a gated one in units of features that are a group of inputs of
+// what follows: two blocks of the gate and two of the up projection, which alternate.
+static_assert(UNIT == 2 * LANES && FEATURES == GROUP);
 inline int units_of(const Matrix& a) { return (a.rows + UNIT - 1) / UNIT; }
+inline int gated_units_of(const Matrix& a) { return (a.rows + 2 * FEATURES - 1) / (2 * FEATURES); }
 
+// Units [first, last) of `rows` output rows each.
 template <class T>
 void multiply_units(const Matrix& a, int first, int last, const std::vector<const T*>& x,
-                    const std::vector<float*>& out) {
-  multiply(a, first * UNIT_BLOCKS, std::min(last * UNIT_BLOCKS, a.blocks()), x.data(), (int)x.size(), out.data());
+                    const std::vector<float*>& out, int rows = UNIT) {
+  const int blocks = rows / LANES;
+  multiply(a, first * blocks, std::min(last * blocks, a.blocks()), x.data(), (int)x.size(), out.data());
 }
 
-// This row's share of a product of rows [0, count) of `x`.
+// Units of a product of rows [0, count) of `x`.
 template <class T>
-void product(const Row& row, const Matrix& a, const Buffer<T>& x, const Floats& out, int count) {
+void product(const Matrix& a, int first, int last, const Buffer<T>& x, const Floats& out, int count, int rows = UNIT) {
   thread_local std::vector<const T*> from;
   thread_local std::vector<float*> to;
   from.clear(), to.clear();
   for (int m = 0; m < count; m++) from.push_back(x.row(m)), to.push_back(out.row(m));
-  multiply_units(a, row.first(units_of(a)), row.last(units_of(a)), from, to);
+  multiply_units(a, first, last, from, to, rows);
+}
+template <class T>
+void product(const Row& row, const Matrix& a, const Buffer<T>& x, const Floats& out, int count) {
+  product(a, row.first(units_of(a)), row.last(units_of(a)), x, out, count);
 }
 
-// silu(gate) * up of units [first, last) of a matrix `a`, as inputs of a matrix of `format`.
+// silu(gate) * up of gated units [first, last) of a matrix `a`, as inputs of a matrix of `format`.
 template <class T>
 void swiglu(const Matrix& a, const float* gate_up, T* out, int first, int last, int format) {
   for (int unit = first; unit < last; unit++) {
-    float hidden[GROUP] = {};
-    const int blocks = std::min(UNIT_BLOCKS, a.blocks() - unit * UNIT_BLOCKS);
-    for (int block = 0; block < blocks; block += 2) {
-      const float* gates = gate_up + (unit * UNIT_BLOCKS + block) * LANES;
+    float hidden[FEATURES] = {};
+    const float* gates = gate_up + unit * 2 * FEATURES;
+    const int features = std::min(FEATURES, a.rows / 2 - unit * FEATURES);
+    for (int at = 0; at < features; at += LANES, gates += 2 * LANES) {
       for (int lane = 0; lane < LANES; lane += W) {
         const F gate = load(gates + lane), up = load(gates + LANES + lane);
         const F silu = divide(gate, add(all(1.f), exponential(sub(zero(), gate))));
-        store(hidden + block / 2 * LANES + lane, mul(silu, up));
+        store(hidden + at + lane, mul(silu, up));
       }
     }
-    put_group(out + unit * GROUP, hidden, format);
+    put_group(out + unit * FEATURES, hidden, format);
   }
 }
 
@@ -146,10 +152,9 @@ void swiglu(const Matrix& a, const float* gate_up, T* out, int first, int last, 
 template <class T>
 void gate_up(const Row& row, const Matrix& a, const Matrix& down, const Buffer<T>& x, const Floats& gated,
              const Buffer<T>& hidden, int count) {
-  product(row, a, x, gated, count);
-  const int units = units_of(a);
-  for (int m = 0; m < count; m++)
-    swiglu(a, gated.row(m), hidden.row(m), row.first(units), row.last(units), down.format);
+  const int first = row.first(gated_units_of(a)), last = row.last(gated_units_of(a));
+  product(a, first, last, x, gated, count, 2 * FEATURES);
+  for (int m = 0; m < count; m++) swiglu(a, gated.row(m), hidden.row(m), first, last, down.format);
 }
 
 // Units [first, last) of matrices that have `units` each, matrix by matrix: act(matrix, its first unit, its last).

@@ -47,7 +47,9 @@ class Target {
       case EMBED: return embed(row);
       case NORM: return norm(row);
       case QKV: return product(row, slot(row, SLOT_QKV), normed, qkv, count());
-      case ATTEND: return attend_heads(row);
+      case ATTEND: return by_heads(row, kv_heads(row.layer), [&](int b, int head) { write_keys(row.layer, b, head), attend_group(row.layer, b, head); });
+      case KEYS: return by_heads(row, kv_heads(row.layer), [&](int b, int head) { write_keys(row.layer, b, head); });
+      case QUERIES: return by_heads(row, s.heads, [&](int b, int head) { attend_heads(row.layer, b, head, head + 1); });
       case OUTPUT: return product(row, slot(row, SLOT_OUTPUT), attended, part, count());
       case GATE_UP:
         return gate_up(row, slot(row, SLOT_GATE_UP), slot(row, SLOT_DOWN), normed, gated, hidden, count());
@@ -147,58 +149,85 @@ class Target {
     }
   }
 
-  // A unit is a key/value head of a batch row: it rotates, writes to the cache, and attends for its query heads.
-  void attend_heads(const Row& row) {
-    const int heads = kv_heads(row.layer), units = heads * a.batch;
-    for (int unit = row.first(units); unit < row.last(units); unit++)
-      attend_head(row.layer, unit / heads, unit % heads);
+  // A unit is a head of a batch row: act(batch row, head).
+  template <class Act>
+  void by_heads(const Row& row, int heads, Act act) const {
+    const int units = heads * a.batch;
+    for (int unit = row.first(units); unit < row.last(units); unit++) act(unit / heads, unit % heads);
   }
 
-  void attend_head(int index, int batch_row, int head) {
+  // Calls act(m, token) for the tokens of a batch row.
+  template <class Act>
+  void by_tokens(int batch_row, Act act) const {
+    for (int m = 0; m < count(); m++)
+      if (tokens_[m].row == batch_row) act(m, tokens_[m]);
+  }
+
+  // A head's rows of the cache.
+  Rows cached(int index, int batch_row, int head) const {
     const bool sliding = is_sliding(index);
-    const int kv = kv_heads(index), group = s.heads / kv, Q = s.head_dim, V = s.value_dim;
     const int rows = sliding ? a.sliding_rows : a.global_rows;
-    const size_t V_padded = padded(V, LANES);
-    const size_t at = ((size_t)index_of_kind(index) * a.batch + batch_row) * kv + head;
-    float* keys = (sliding ? a.sliding_keys : a.global_keys) + at * Q * rows;
-    float* values = (sliding ? a.sliding_values : a.global_values) + at * rows * V_padded;
+    const size_t at = ((size_t)index_of_kind(index) * a.batch + batch_row) * kv_heads(index) + head;
+    return {(sliding ? a.sliding_keys : a.global_keys) + at * s.head_dim * rows,
+            (sliding ? a.sliding_values : a.global_values) + at * rows * padded(s.value_dim, LANES), rows};
+  }
+
+  // Where the parts of a token's QKV begin: rows of each chunk are some heads of queries, of keys and of values.
+  struct Parts {
+    float *queries, *keys, *values;
+  };
+  Parts parts(int index, int m, int kv_head) const {
+    const int kv = kv_heads(index) / s.chunks, heads = s.heads / s.chunks, in_chunk = kv_head % kv;
+    float* chunk = qkv.row(m) + kv_head / kv * ((heads + kv) * s.head_dim + kv * s.value_dim);
+    float *keys = chunk + heads * s.head_dim, *values = keys + kv * s.head_dim;
+    return {chunk + in_chunk * (heads / kv) * s.head_dim, keys + in_chunk * s.head_dim, values + in_chunk * s.value_dim};
+  }
+
+  void write_keys(int index, int batch_row, int head) {
+    const Rows cache = cached(index, batch_row, head);
+    const size_t V_padded = padded(s.value_dim, LANES);
+    by_tokens(batch_row, [&](int m, const Token& token) {
+      const auto [queries, key, value] = parts(index, m, head);
+      const int place = is_sliding(index) ? token.position % cache.count : token.position;
+      angles_[is_sliding(index)].rotate(m, key);
+      put_key(cache.keys, key, s.head_dim, place);
+      for (int i = 0; i < s.value_dim; i++) cache.values[place * V_padded + i] = value[i] * c.value_scale;
+    });
+  }
+
+  void attend_group(int index, int batch_row, int kv_head) {
+    const int group = s.heads / kv_heads(index);
+    attend_heads(index, batch_row, kv_head * group, (kv_head + 1) * group);
+  }
+
+  // Query heads [first, last), which have one head of keys.
+  void attend_heads(int index, int batch_row, int first, int last) {
+    const int group = s.heads / kv_heads(index), kv_head = first / group, Q = s.head_dim;
+    const bool sliding = is_sliding(index);
+    const size_t V = s.value_dim, V_padded = padded(V, LANES);
+    const Rows cache = cached(index, batch_row, kv_head);
+    const float* sinks = w.has(layer(index) + SLOT_SINK) ? w.vector(layer(index) + SLOT_SINK) : nullptr;
     thread_local std::vector<float> vectors, outputs;
     thread_local std::vector<Query> queries;
-    const int mine = std::min(std::max(a.counts[batch_row], 0), a.steps);
-    vectors.resize((size_t)mine * group * Q), outputs.resize((size_t)mine * group * V_padded), queries.clear();
-    const int chunks = s.chunks, q_rows = s.heads / chunks * Q, k_rows = kv / chunks * Q;
-    const int chunk = head / (kv / chunks), in_chunk = head % (kv / chunks);
-    const int chunk_rows = q_rows + k_rows + kv / chunks * V;
-    for (int m = 0; m < count(); m++) {
-      const Token& token = tokens_[m];
-      if (token.row != batch_row) continue;
-      float* from = qkv.row(m) + chunk * chunk_rows;
-      float *key = from + q_rows + in_chunk * Q, *value = from + q_rows + k_rows + in_chunk * V;
-      const int place = sliding ? token.position % rows : token.position;
-      angles_[sliding].rotate(m, key);
-      put_key(keys, key, Q, place);
-      for (int i = 0; i < V; i++) values[place * V_padded + i] = value[i] * c.value_scale;
-      for (int g = 0; g < group; g++) {
+    const size_t most = (size_t)a.steps * (last - first);
+    vectors.resize(most * Q), outputs.resize(most * V_padded), queries.clear();
+    by_tokens(batch_row, [&](int m, const Token& token) {
+      const int oldest = sliding ? std::max(0, token.position - s.window + 1) : 0;
+      for (int head = first; head < last; head++) {
         const size_t number = queries.size();
-        float* query = std::copy_n(from + (in_chunk * group + g) * Q, Q, vectors.data() + number * Q) - Q;
+        float *query = parts(index, m, kv_head).queries + head % group * Q, *vector = vectors.data() + number * Q;
         angles_[sliding].rotate(m, query);
-        for (int i = 0; i < Q; i++) query[i] *= scale_;
-        const int first = sliding ? std::max(0, token.position - s.window + 1) : 0;
-        const float sink =
-            w.has(layer(index) + SLOT_SINK) ? w.vector(layer(index) + SLOT_SINK)[head * group + g] : -FLT_MAX;
-        queries.push_back({query, outputs.data() + number * V_padded, sink, {}});
-        see_ring(queries.back(), first, token.position + 1, rows);
+        for (int i = 0; i < Q; i++) vector[i] = query[i] * scale_;
+        queries.push_back({vector, outputs.data() + number * V_padded, sinks ? sinks[head] : -FLT_MAX, {}});
+        see_ring(queries.back(), oldest, token.position + 1, cache.count);
       }
-    }
-    const Rows cached = {keys, values, rows};
-    attend(queries.data(), (int)queries.size(), &cached, 1, Q, V_padded);
-    size_t number = 0;
-    for (int m = 0; m < count(); m++) {
-      if (tokens_[m].row != batch_row) continue;
-      for (int g = 0; g < group; g++, number++)
-        put_eights(outputs.data() + number * V_padded, V, attended.row(m) + (head * group + g) * V);
-      if (head == 0) std::fill(attended.row(m) + s.heads * V, attended.row(m + 1), Precise{});
-    }
+    });
+    attend(queries.data(), (int)queries.size(), &cache, 1, Q, V_padded);
+    const float* out = outputs.data();
+    by_tokens(batch_row, [&](int m, const Token&) {
+      for (int head = first; head < last; head++, out += V_padded) put_eights(out, V, attended.row(m) + head * V);
+      if (first == 0) std::fill(attended.row(m) + s.heads * V, attended.row(m + 1), Precise{});
+    });
   }
 
   int index_of_kind(int index) const {
@@ -241,17 +270,17 @@ class Target {
 
   // All units of all active experts are shared equally.
   void expert_gate_up(const Row& row) {
-    const int slot = layer(row.layer) + SLOT_GATE_UP, units = units_of(w.matrix(slot)), all = units * active_count_;
-    const int down = w.matrix(layer(row.layer) + SLOT_DOWN).format;
+    const Matrix any = slot(row, SLOT_GATE_UP);
+    const int units = gated_units_of(any), all = units * active_count_, format = slot(row, SLOT_DOWN).format;
     thread_local std::vector<const Precise*> from;
     thread_local std::vector<float*> to;
     by_matrix(row.first(all), row.last(all), units, [&](int number, int first, int last) {
+      const Matrix expert = w.matrix(layer(row.layer) + SLOT_GATE_UP, active_[number]);
+      const int begin = starts_[number], end = starts_[number + 1];
       from.clear(), to.clear();
-      for (int p = starts_[number]; p < starts_[number + 1]; p++)
-        from.push_back(normed.row(pairs_[p].token)), to.push_back(expert_gated.row(p));
-      multiply_units(w.matrix(slot, active_[number]), first, last, from, to);
-      for (int p = starts_[number]; p < starts_[number + 1]; p++)
-        swiglu(w.matrix(slot), expert_gated.row(p), expert_hidden.row(p), first, last, down);
+      for (int p = begin; p < end; p++) from.push_back(normed.row(pairs_[p].token)), to.push_back(expert_gated.row(p));
+      multiply_units(expert, first, last, from, to, 2 * FEATURES);
+      for (int p = begin; p < end; p++) swiglu(any, expert_gated.row(p), expert_hidden.row(p), first, last, format);
     });
   }
 

@@ -138,7 +138,7 @@ def test_a_token_has_the_same_bits_in_any_block(name, kind):
             np.testing.assert_array_equal(ours.values, theirs.values)
 
 
-@pytest.mark.parametrize("kind", [Kind.EMBED, Kind.QKV, Kind.ATTEND, Kind.GATE_UP, Kind.EXPERT_DOWN, Kind.HEAD])
+@pytest.mark.parametrize("kind", [Kind.EMBED, Kind.QKV, Kind.QUERIES, Kind.GATE_UP, Kind.EXPERT_DOWN, Kind.HEAD])
 def test_a_missing_row_shows(kind):
     """What no row has computed is not a number."""
     config, params = model_of("tiny")
