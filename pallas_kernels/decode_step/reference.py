@@ -282,8 +282,8 @@ class _Step:
     # Attention.
 
     def attend(self, row: Row) -> None:
-        """By heads of keys, or once these are written, of queries. CTAs: by query heads and tokens, or on global layers by
-        heads and blocks of keys."""
+        """By heads of keys, or of queries, once keys are written. CTAs: by query heads and tokens, or on global layers
+        by heads and blocks of keys."""
         layer, _ = self._layer(row)
         heads = self.batch * self.target.kv_heads(layer)
         each = self.target.heads // self.target.kv_heads(layer) * self.steps
@@ -349,7 +349,7 @@ class _Step:
         return rotate(x, int(self.lengths_B[batch]) + step, self.target.rotary, theta)
 
     def _updated(self, row: Row, batch: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:
-        """A head's keys and values, the new tokens' among them; whoever comes first writes them, unless rows of their own do."""
+        """A head's keys and values, the new tokens' among them: written by whoever comes first, or by rows before."""
         layer, index = self._layer(row)[0], self.target.index_of_kind(row.layer)
         cache = self.caches[layer.is_sliding]
         keys_SQ, values_SV = cache.keys[index, batch, kv_head], cache.values[index, batch, kv_head]
