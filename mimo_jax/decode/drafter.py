@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mimo_jax.decode.sampling import Strategy, draw_with_distribution
+from mimo_jax.decode.sampling import Search, Strategy, draw_with_distribution, least_kept
 from mimo_jax.decode.verify import draft_keys
 from mimo_jax.modeling.backbone import Features
 from mimo_jax.weights import Params
@@ -40,6 +40,7 @@ class DraftContext:
     lengths_B: Int[Array, "B"]
     strategy: Strategy
     keys_B: Array
+    search: Search = dataclasses.field(default=least_kept, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +139,7 @@ def draft_sequentially(
     for position in range(block_size - 1):
         logits_BC, carry = logits_of(position, token_B, carry)
         keys_B = draft_keys(context.keys_B, position)
-        token_B, distribution_BC = draw_with_distribution(context.strategy, logits_BC, keys_B)
+        token_B, distribution_BC = draw_with_distribution(context.strategy, logits_BC, keys_B, context.search)
         drafted.append(token_B)
         if distribution_BC is not None:
             distributions.append(distribution_BC)

@@ -194,7 +194,7 @@ def _start(
     )
     none_B0, masks_B1W = jnp.zeros((batch, 0), jnp.int32), None if masks_BW is None else masks_BW[:, None]
     drawn_B1C = masked(masks_B1W, _adjusted(controls, state, logits_BC[:, None], none_B0))
-    first_B = draw(controls.strategy, drawn_B1C[:, 0], _round_keys(state))
+    first_B = draw(controls.strategy, drawn_B1C[:, 0], _round_keys(state), decoder.step.search)
     state, _ = _emit(state, first_B[:, None], jnp.ones_like(zeros_B), controls, logits_BC[:, None])
     return dataclasses.replace(state, rounds=jnp.zeros_like(state.rounds))
 
@@ -246,7 +246,13 @@ def _round(decoder: Decoder, weights: Weights, state: State, controls: Controls)
 
 def _propose(decoder: Decoder, weights: Weights, state: State, controls: Controls) -> Draft:
     context = DraftContext(
-        weights, state.draft_cache, state.last, state.cache.lengths, controls.strategy, _round_keys(state)
+        weights,
+        state.draft_cache,
+        state.last,
+        state.cache.lengths,
+        controls.strategy,
+        _round_keys(state),
+        decoder.step.search,
     )
     with using(decoder.step.mesh):
         return decoder.drafter.propose(context)
@@ -271,6 +277,7 @@ def _commit(
         keys_B,
         features.best if is_plain else None,
         draft.counts,
+        decoder.step.search,
     )
 
     row_N = jnp.arange(tokens_BN.shape[1])

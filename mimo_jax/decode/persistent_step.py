@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.model import ModelConfig
+from mimo_jax.decode.sampling import Search, least_kept
 from mimo_jax.decode.step import Shown
 from mimo_jax.errors import UserError
 from mimo_jax.layouts.persistent import PERSISTENT, formats_in, plan_of, rotary_tables
@@ -56,6 +57,7 @@ class PersistentStep:
     mesh: None = None
     prefill_buckets: tuple[int, ...] = (MOST_TOKENS, 8 * MOST_TOKENS)
     groups_freely: bool = False  # as far as hardware has shown
+    search: Search = least_kept
 
     def init_cache(self, batch: int, capacity: int) -> PersistentCache:
         plans = {tokens: self.plan(tokens, capacity) for tokens in KERNELS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,7 @@ GROUPS = 64  # of tokens, in `sample`: each device that holds a share of the voc
 LEAST_TEMPERATURE = 1e-30
 
 Strategy = Greedy | Sampled
+Search = Callable[[Array, Array, Any], Array]  # `least_kept`, or what does the same
 
 
 def strategy_of(values: dict[str, Any], where: str) -> Strategy:
@@ -116,37 +117,7 @@ def columns_of(strategies: Sequence[Strategy]) -> Strategy:
 _UNUSED = {"temperature": 1.0, "top_k": INT32_MAX, "top_p": 1.0, "min_p": 0.0}
 
 
-def probabilities(strategy: Strategy, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """The distribution `strategy` draws the next token from, in float32."""
-    if isinstance(strategy, Greedy):
-        return jax.nn.one_hot(most_likely(logits), logits.shape[-1])
-    temperature, top_k, top_p, min_p = (_per_row(getattr(strategy, name), logits.ndim) for name in _UNUSED)
-    p = jax.nn.softmax(logits.astype(jnp.float32) / jnp.maximum(temperature, LEAST_TEMPERATURE), axis=-1)
-    # Every threshold is one of the values of `p` itself, so that no rounding tells equal probabilities apart.
-    threshold = jnp.zeros_like(p[..., :1])
-    if top_k is not None:
-        threshold = _least_kept(p, jnp.ones_like(p), top_k)
-    if top_p is not None:
-        candidates = jnp.where(p >= threshold, p, 0.0)
-        total = jnp.sum(candidates, axis=-1, keepdims=True)
-        # All of them may seem to be reached without the least ones, which add nothing to a sum in float32.
-        nucleus = jnp.where(top_p < 1, _least_kept(p, candidates, top_p * total), 0.0)
-        threshold = jnp.maximum(threshold, nucleus)
-    if min_p is not None:
-        threshold = jnp.maximum(threshold, min_p * jnp.max(p, axis=-1, keepdims=True))
-    kept = jnp.where(p >= threshold, p, 0.0)
-    drawn = kept / jnp.sum(kept, axis=-1, keepdims=True)
-    if not jnp.ndim(strategy.temperature):
-        return drawn
-    return jnp.where(temperature > 0, drawn, jax.nn.one_hot(most_likely(logits), logits.shape[-1]))
-
-
-def _per_row(value: Any, rank: int) -> Any:
-    """A number as it is; an array[B] beside logits of so many axes, whose first is B."""
-    return value if value is None or not jnp.ndim(value) else jnp.reshape(value, (-1,) + (1,) * (rank - 1))
-
-
-def _least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: Array | int) -> Float[Array, "*B 1"]:
+def least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: Array | int) -> Float[Array, "*B 1"]:
     """The largest entry t of `p` for which the `weights` of all entries from t on sum up to `wanted`; 0 if none does.
 
     The bits of floats from 0 to 1 are in their order, so t is found some bits at a time: on a GPU it is passes over the
@@ -163,6 +134,38 @@ def _least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: 
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
+def probabilities(
+    strategy: Strategy, logits: Float[Array, "*B C"], search: Search = least_kept
+) -> Float[Array, "*B C"]:
+    """The distribution `strategy` draws the next token from, in float32. `search` finds thresholds of filters."""
+    if isinstance(strategy, Greedy):
+        return jax.nn.one_hot(most_likely(logits), logits.shape[-1])
+    temperature, top_k, top_p, min_p = (_per_row(getattr(strategy, name), logits.ndim) for name in _UNUSED)
+    p = jax.nn.softmax(logits.astype(jnp.float32) / jnp.maximum(temperature, LEAST_TEMPERATURE), axis=-1)
+    # Every threshold is one of the values of `p` itself, so that no rounding tells equal probabilities apart.
+    threshold = jnp.zeros_like(p[..., :1])
+    if top_k is not None:
+        threshold = search(p, jnp.ones_like(p), top_k)
+    if top_p is not None:
+        candidates = jnp.where(p >= threshold, p, 0.0)
+        total = jnp.sum(candidates, axis=-1, keepdims=True)
+        # All of them may seem to be reached without the least ones, which add nothing to a sum in float32.
+        nucleus = jnp.where(top_p < 1, search(p, candidates, top_p * total), 0.0)
+        threshold = jnp.maximum(threshold, nucleus)
+    if min_p is not None:
+        threshold = jnp.maximum(threshold, min_p * jnp.max(p, axis=-1, keepdims=True))
+    kept = jnp.where(p >= threshold, p, 0.0)
+    drawn = kept / jnp.sum(kept, axis=-1, keepdims=True)
+    if not jnp.ndim(strategy.temperature):
+        return drawn
+    return jnp.where(temperature > 0, drawn, jax.nn.one_hot(most_likely(logits), logits.shape[-1]))
+
+
+def _per_row(value: Any, rank: int) -> Any:
+    """A number as it is; an array[B] beside logits of so many axes, whose first is B."""
+    return value if value is None or not jnp.ndim(value) else jnp.reshape(value, (-1,) + (1,) * (rank - 1))
+
+
 def most_likely(logits: Float[Array, "*B C"]) -> Int[Array, "*B"]:
     """The first of the largest entries. On CPU XLA's `argmax` goes entry by entry, ten times as slow (docs/LOG.md)."""
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -170,18 +173,20 @@ def most_likely(logits: Float[Array, "*B C"]) -> Int[Array, "*B"]:
     return jnp.min(jnp.where(logits == top, ids, logits.shape[-1] - 1), axis=-1)
 
 
-def draw(strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array) -> Int[Array, "B"]:
+def draw(
+    strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array, search: Search = least_kept
+) -> Int[Array, "B"]:
     """One token per row; row b uses only `keys_B[b]`, so a row never depends on its batch mates."""
-    return draw_with_distribution(strategy, logits_BC, keys_B)[0]
+    return draw_with_distribution(strategy, logits_BC, keys_B, search)[0]
 
 
 def draw_with_distribution(
-    strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array
+    strategy: Strategy, logits_BC: Float[Array, "B C"], keys_B: Array, search: Search = least_kept
 ) -> tuple[Int[Array, "B"], Float[Array, "B C"] | None]:
     """`draw`'s tokens and the distributions they were drawn from; the most likely token is not drawn (None)."""
     if isinstance(strategy, Greedy):
         return most_likely(logits_BC), None
-    p_BC = probabilities(strategy, logits_BC)
+    p_BC = probabilities(strategy, logits_BC, search)
     return sample(p_BC, keys_B), p_BC
 
 

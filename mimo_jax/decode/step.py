@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mimo_jax.config.geometry import target_of
 from mimo_jax.config.model import MESH_BLOCK, ModelConfig
-from mimo_jax.decode.sampling import most_likely
+from mimo_jax.decode.sampling import Search, least_kept, most_likely
 from mimo_jax.errors import UserError
 from mimo_jax.layouts.native import NATIVE, reason_against
 from mimo_jax.modeling.backbone import MEDIA, Backbone, Features
@@ -46,6 +46,11 @@ class Step(Protocol):
         """Whether no bit of a token depends on the tokens that are read in the same call."""
         ...
 
+    @property
+    def search(self) -> Search:
+        """What finds the thresholds of filters beside this step."""
+        ...
+
     def init_cache(self, batch: int, capacity: int) -> Any:
         """An empty cache of `batch` rows of at most `capacity` tokens; its `lengths` are the committed ones."""
         ...
@@ -74,6 +79,7 @@ class FlaxStep:
     mesh: Mesh | None = None
     prefill_buckets: tuple[int, ...] = (16, 64, 256)
     groups_freely: bool = False  # XLA adds sums in an order that may change with their number
+    search: Search = least_kept
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         return init_cache(self.config, batch, capacity)
@@ -131,6 +137,7 @@ class FusedStep:
     mesh: None = None
     prefill_buckets: tuple[int, ...] = (decode_step.CHUNK,)
     groups_freely: bool = True
+    search: Search = decode_step.least_kept
 
     def __post_init__(self) -> None:
         if reason := reason_against(self.config):

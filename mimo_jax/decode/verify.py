@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mimo_jax.decode.sampling import Greedy, Strategy, draw, most_likely, probabilities, sample
+from mimo_jax.decode.sampling import Greedy, Search, Strategy, draw, least_kept, most_likely, probabilities, sample
 from mimo_jax.errors import UserError
 
 RULES = ("token", "block")
@@ -43,6 +43,7 @@ def verify(
     keys_B: Array,
     best_BN: Int[Array, "B N"] | None = None,
     counts_B: Int[Array, "B"] | None = None,
+    search: Search = least_kept,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """How many drafts each row accepts, and the token that follows them.
 
@@ -58,10 +59,10 @@ def verify(
         return _verify_greedy(most_likely(logits_BNC) if best_BN is None else best_BN, drafts_BM, counts_B)
     batch, count = drafts_BM.shape
     if count == 0:
-        return jnp.zeros(batch, jnp.int32), draw(strategy, logits_BNC[:, 0], keys_B)
+        return jnp.zeros(batch, jnp.int32), draw(strategy, logits_BNC[:, 0], keys_B, search)
     if q_BMC is None:
         q_BMC = jax.nn.one_hot(drafts_BM, logits_BNC.shape[-1])
-    p_BNC = probabilities(strategy, logits_BNC)
+    p_BNC = probabilities(strategy, logits_BNC, search)
     thresholds_BM, following_BNC = acceptance(rule, p_BNC, q_BMC, drafts_BM, counts_B)
     u_BM = jax.vmap(partial(jax.random.uniform, shape=(count,)))(_stream(keys_B, ACCEPT))
     accepted_B = _count(rule, u_BM < thresholds_BM)  # strict: u may be 0, and a threshold of 0 never passes

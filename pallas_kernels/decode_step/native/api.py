@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -205,11 +206,29 @@ def update_context(
     return DraftCache(*updated)
 
 
+def least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: Array | float) -> Float[Array, "*B 1"]:
+    """The largest entry t of `p`, all from 0 to 1, for which the `weights` of all entries from t on sum up to `wanted`,
+    a number or [*B, 1]; 0 if none does. Sums are those of float64: no rounding of theirs decides.
+    """
+    shape, count = p.shape[:-1], math.prod(p.shape[:-1])
+    shares = min(count, MOST_SHARES)
+    given = [array.reshape(count, p.shape[-1]) for array in (p, weights)]
+    wanted_R = jnp.broadcast_to(jnp.asarray(wanted, jnp.float32), (*shape, 1)).reshape(count)
+    alone = Running(threads=1 if shares == 1 else 0)
+    kept_R = _call("select", alone, _shares(shares), (*given, wanted_R), [_f32(count)])[0]
+    return kept_R.reshape(*shape, 1)
+
+
 def read_stream(weights: Packed, count: int) -> Array:
     """Reads the first `count` bytes and does nothing else, on all threads: a bound on how fast a step could be."""
-    rows = [Row(Kind.NOTHING, 0, share, MOST_SHARES, (), (0,)) for share in range(MOST_SHARES)]
+    rows = _shares(MOST_SHARES)
     sums = jax.ShapeDtypeStruct((8 * MOST_SHARES,), jnp.uint8)
     return _call("stream", NORMALLY, rows, weights.bytes, [sums], count=np.int64(count))[0]
+
+
+def _shares(count: int) -> list[Row]:
+    """A table of one phase."""
+    return [Row(Kind.NOTHING, 0, share, count, (), (0,)) for share in range(count)]
 
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -22,7 +22,7 @@ from pathlib import Path
 from pallas_kernels.decode_step.native.names import header
 
 FOLDER = Path(__file__).parent
-SOURCES = ("simd.h", "matmul.h", "attention.h", "executor.h", "parts.h", "target.h", "drafter.h", "step.cc")
+SOURCES = ("simd.h", "matmul.h", "attention.h", "executor.h", "parts.h", "target.h", "drafter.h", "select.h", "step.cc")
 FLAGS = (
     "-std=c++17",
     "-O3",

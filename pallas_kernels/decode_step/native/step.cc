@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "drafter.h"
+#include "select.h"
 #include "target.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -117,6 +118,27 @@ ffi::Error context(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntA
   return ffi::Error::Success();
 }
 
+// A unit is a row of probabilities.
+struct Select {
+  const float *p, *weights, *wanted;
+  float* kept;
+  int rows, count;
+
+  void operator()(const Row& row) const {
+    for (int i = row.first(rows); i < row.last(rows); i++)
+      kept[i] = least_kept(p + (size_t)i * count, weights + (size_t)i * count, count, wanted[i]);
+  }
+};
+
+ffi::Error select_rows(ffi::ThreadPool pool, IntArray table, FloatArray p, FloatArray weights, FloatArray wanted,
+                       ffi::Result<FloatArray> kept, int32_t threads, int32_t delays) {
+  const auto dims = p.dimensions();  // [rows][C]
+  const Select work = {p.typed_data(), weights.typed_data(), wanted.typed_data(), kept->typed_data(), (int)dims[0],
+                       (int)dims[1]};
+  run(pool, table, work, threads, delays);
+  return ffi::Error::Success();
+}
+
 // Reads bytes and does nothing else: how fast a step could be.
 struct Stream {
   const uint8_t* bytes;
@@ -219,6 +241,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_context, context,
                                   .Ret<ByteArray>()
                                   .Attr<IntSpan>("sizes")
                                   .Attr<FloatSpan>("numbers")
+                                  .Attr<int32_t>("threads")
+                                  .Attr<int32_t>("delays"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_select, select_rows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<IntArray>()
+                                  .Arg<FloatArray>()
+                                  .Arg<FloatArray>()
+                                  .Arg<FloatArray>()  // p, weights, wanted
+                                  .Ret<FloatArray>()
                                   .Attr<int32_t>("threads")
                                   .Attr<int32_t>("delays"));
 

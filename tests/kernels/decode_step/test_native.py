@@ -22,6 +22,7 @@ from pallas_kernels.decode_step import (
     draft,
     init_cache,
     init_draft_cache,
+    least_kept,
     step,
 )
 from pallas_kernels.decode_step.native import build
@@ -94,6 +95,29 @@ def test_paths_agree(path):
     expected = read(weights, [tokens], Running(PATHS[-1]))
     found = read(weights, [tokens], Running(path))
     np.testing.assert_allclose(found, expected, atol=NATIVE_TOLERANCE[path], rtol=0)
+
+
+def sorted_threshold(p: np.ndarray, weights: np.ndarray, wanted: float) -> float:
+    """What `least_kept` says of one row, by sorting it; entries that are equal count together."""
+    for entry in np.unique(p)[::-1]:
+        if weights[p >= entry].sum(dtype=np.float64) >= wanted:
+            return float(entry)
+    return 0.0
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 5.0])
+def test_a_filter_keeps_what_sorting_would_keep(spread):
+    """Of rows that are flat, or steep, or have ties and zeros: by count, by mass, by the mass of some of them."""
+    rng = np.random.default_rng(3)
+    p = np.exp(np.round(rng.normal(size=(4, 2, 700)) * spread, 1)).astype(np.float32)
+    p[:, :, ::7] = 0
+    p /= p.sum(axis=-1, keepdims=True)
+    masked = np.where(p > np.median(p), p, 0).astype(np.float32)
+    for weights, wanted in ((np.ones_like(p), 50), (np.ones_like(p), 701), (p, 0.9), (masked, 0.3), (masked, 0.999)):
+        found = np.asarray(least_kept(jnp.asarray(p), jnp.asarray(weights), wanted))[..., 0]
+        wanted = np.float32(wanted)
+        for row in np.ndindex(4, 2):
+            assert found[row] == sorted_threshold(p[row], weights[row], wanted)
 
 
 def test_rows_of_a_batch_have_lengths_of_their_own():
