@@ -57,17 +57,26 @@ class Round {
 
   void help() {
     for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
-      const Row& row = rows_[i];
-      if (row.wait >= 0) await(counters_[row.wait].value, row.value);
-      if (delays_) delay(i);
-      work_(row);
-      counters_[row.signal].value.fetch_add(1, std::memory_order_release);
+      if (follows(i)) continue;
+      do {
+        const Row& row = rows_[i];
+        if (row.wait >= 0) await(counters_[row.wait].value, row.value);
+        if (delays_) delay(i);
+        work_(row);
+        counters_[row.signal].value.fetch_add(1, std::memory_order_release);
+      } while (++i < count_ && follows(i));
     }
   }
 
   void finish() { await(counters_[rows_[count_ - 1].signal].value, rows_[count_ - 1].shares); }
 
  private:
+  // Whether a row is its phase's only one, as the one before it is, which it waits for: then one thread does both, and
+  // what the first has written need not change cores.
+  bool follows(int i) const {
+    return i && rows_[i].shares == 1 && rows_[i - 1].shares == 1 && rows_[i].wait == rows_[i - 1].signal;
+  }
+
   int phases() const { return rows_[count_ - 1].signal + 1; }
 
   static void await(const std::atomic<int>& counter, int value) {

@@ -18,6 +18,7 @@ struct Matrix {
   const uint8_t* data;
   const uint8_t* scales;
   int format, rows, cols;
+  bool is_far;  // in memory rather than in a cache: to be fetched ahead
 
   int groups() const { return (cols + GROUP - 1) / GROUP; }
   int blocks() const { return (rows + LANES - 1) / LANES; }
@@ -178,6 +179,7 @@ void tile(const Matrix& a, int block, const X* const* x, float* sums) {
   const uint8_t* data = a.data + block * data_size;
   const uint8_t* scales = a.scales + block * scales_size;
   constexpr size_t next = std::max(N * W / LANES, 1);  // so many blocks on, the next tile begins
+  const bool ahead = M > 1 || a.is_far;  // a single token's weights come from a cache as fast as they are fetched
   F sum[M][N];
   for (auto& row : sum)
     for (F& s : row) s = zero();
@@ -188,9 +190,9 @@ void tile(const Matrix& a, int block, const X* const* x, float* sums) {
     const uint8_t* p[N];
     for (int n = 0; n < N; n++) {
       p[n] = data + n * W / LANES * data_size + (size_t)group * P::group_bytes;
-      for (int line = 0; line < P::group_bytes; line += 64) prefetch(p[n] + next * data_size + line);
+      for (int line = 0; ahead && line < P::group_bytes; line += 64) prefetch(p[n] + next * data_size + line);
     }
-    if (P::scale_bytes) prefetch(scales + next * scales_size + (size_t)group * N * W);
+    if (ahead && P::scale_bytes) prefetch(scales + next * scales_size + (size_t)group * N * W);
     multiply_group<format, M, N>(p, x, group, part);
     for (int n = 0; n < N; n++) {
       const uint8_t* s = scales + n * W / LANES * scales_size + group / P::groups_per_scale * P::scale_bytes;

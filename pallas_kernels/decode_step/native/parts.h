@@ -8,17 +8,20 @@
 #include "matmul.h"
 #include "names.h"
 
+constexpr size_t LAST_CACHE = 16 << 20;  // bytes that stay near from step to step, about
+
 inline size_t padded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// All weights in one array, and where each lies in it: rows of (data, scales, format, rows, columns), offsets in 64
-// bytes.
+// All weights in one array of so many bytes, and where each lies in it: rows of (data, scales, format, rows, columns),
+// offsets in 64 bytes.
 struct Weights {
   const uint8_t* bytes;
+  size_t size;
   const int32_t* directory;
 
   Matrix matrix(int slot) const {
     const int32_t* d = directory + 5 * slot;
-    return {bytes + 64 * (size_t)d[0], bytes + 64 * (size_t)d[1], d[2], d[3], d[4]};
+    return {bytes + 64 * (size_t)d[0], bytes + 64 * (size_t)d[1], d[2], d[3], d[4], size > LAST_CACHE};
   }
   // One of a stack of equal matrices.
   Matrix matrix(int slot, int index) const {

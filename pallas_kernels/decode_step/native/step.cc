@@ -75,7 +75,7 @@ ffi::Error step(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArra
       return ffi::Error::InvalidArgument("a row has more tokens than its cache has room for");
   std::fill_n(arrays.expert_counts, expert_counts->element_count(), 0);
   Target target(read<TargetSizes>(sizes), read<TargetNumbers>(numbers), layers.begin(), aux_layers.begin(),
-                (int)aux_layers.size(), {weights.typed_data(), directory.typed_data()}, arrays);
+                (int)aux_layers.size(), {weights.typed_data(), weights.size_bytes(), directory.typed_data()}, arrays);
   if (!target.is_idle()) run(pool, table, std::move(target), threads, delays);
   return ffi::Error::Success();
 }
@@ -85,7 +85,7 @@ DraftModel draft_model(IntSpan sizes, FloatSpan numbers, const IntArray& directo
   const auto dims = shape.dimensions();  // of the values: [L][B][K][S][V]
   return {read<DrafterSizes>(sizes),
           read<DrafterNumbers>(numbers),
-          {weights.typed_data(), directory.typed_data()},
+          {weights.typed_data(), weights.size_bytes(), directory.typed_data()},
           {keys, values, (int)dims[3]},
           (int)dims[1]};
 }
@@ -101,7 +101,7 @@ ffi::Error draft(ffi::ThreadPool pool, IntArray table, ByteArray target_weights,
                               tokens->typed_data(), likelihoods->typed_data(), scratch->typed_data()};
   std::fill_n(arrays.tokens, tokens->element_count(), 0);
   std::fill_n(arrays.likelihoods, tokens->element_count(), 0.f);
-  run(pool, table, Draft(model, {target_weights.typed_data(), target_directory.typed_data()}, arrays), threads, delays);
+  run(pool, table, Draft(model, {target_weights.typed_data(), target_weights.size_bytes(), target_directory.typed_data()}, arrays), threads, delays);
   return ffi::Error::Success();
 }
 

@@ -239,12 +239,15 @@ class Target {
   // Each token's experts and their weights; then all pairs sorted by expert.
   void top_k(const Row& row) {
     const float* bias = w.vector(layer(row.layer) + SLOT_ROUTER_BIAS);
-    std::vector<int> counts(s.experts, 0), order(s.experts + 1);
-    std::vector<float> weights(count() * s.chosen), score(s.experts);
+    thread_local std::vector<int> counts, order;
+    thread_local std::vector<float> weights, score;
+    thread_local std::vector<char> taken;
+    counts.assign(s.experts, 0), order.resize(s.experts);
+    weights.resize(count() * s.chosen), score.resize(s.experts);
     for (int m = 0; m < count(); m++) {
       for (int e = 0; e < s.experts; e++) score[e] = 1.f / (1.f + std::exp(-scores.row(m)[e]));
       float total = 0;
-      std::vector<char> taken(s.experts, 0);
+      taken.assign(s.experts, 0);
       for (int i = 0; i < s.chosen; i++) {
         int top = -1;
         for (int e = 0; e < s.experts; e++)

@@ -66,7 +66,7 @@ static std::vector<float> step(std::vector<Array> a, int threads, int delays) {
                                steps,
                                shape[2],
                                shape[3]};
-  const Weights weights = {a[5].data(), as<int32_t>(a[6])};
+  const Weights weights = {a[5].data(), a[5].size(), as<int32_t>(a[6])};
   run(a[4], Target(sizes, *as<TargetNumbers>(a[1]), as<int32_t>(a[2]), as<int32_t>(a[3]), aux, weights, arrays),
       threads, delays);
   return logits;
@@ -82,13 +82,13 @@ static std::vector<float> draft(std::vector<Array> a, int threads, int delays) {
   Array scratch(Draft::scratch_bytes(sizes, batch));
   const DraftModel model = {sizes,
                             *as<DrafterNumbers>(a[1]),
-                            {a[5].data(), as<int32_t>(a[6])},
+                            {a[5].data(), a[5].size(), as<int32_t>(a[6])},
                             {as<float>(a[10]), as<float>(a[11]), *as<int32_t>(a[12])},
                             batch};
   std::vector<float> likelihoods(tokens.size());
   const DraftArrays arrays = {as<int32_t>(a[7]), as<int32_t>(a[8]),  as<int32_t>(a[9]), logits.data(),
                               tokens.data(),     likelihoods.data(), scratch.data()};
-  run(a[2], Draft(model, {a[3].data(), as<int32_t>(a[4])}, arrays), threads, delays);
+  run(a[2], Draft(model, {a[3].data(), a[3].size(), as<int32_t>(a[4])}, arrays), threads, delays);
   logits.insert(logits.end(), tokens.begin(), tokens.end());
   logits.insert(logits.end(), likelihoods.begin(), likelihoods.end());
   return logits;
