@@ -179,7 +179,8 @@ void tile(const Matrix& a, int block, const X* const* x, float* sums) {
   const uint8_t* data = a.data + block * data_size;
   const uint8_t* scales = a.scales + block * scales_size;
   constexpr size_t next = std::max(N * W / LANES, 1);  // so many blocks on, the next tile begins
-  const bool ahead = M > 1 || a.is_far;  // a single token's weights come from a cache as fast as they are fetched
+  // A single token's plain weights come from a cache as fast as fetches can be asked for.
+  const bool ahead = M > 1 || P::scale_bytes || a.is_far;
   F sum[M][N];
   for (auto& row : sum)
     for (F& s : row) s = zero();
