@@ -118,8 +118,15 @@ def with_media(weights: Weights, rows_RD: Float[Any, "R D"] | None) -> Weights:
 
 def empty_caches(decoder: Decoder, batch: int, capacity: int) -> tuple[Any, Any, Float[Array, "B C"]]:
     """What prefill fills: the step's cache, the drafter's, and the logits after what has been read."""
+    caches, logits_BC = _empty(decoder, batch, capacity)
+    return *place(caches, decoder.step.mesh), logits_BC
+
+
+@partial(jax.jit, static_argnames=("decoder", "batch", "capacity"))
+def _empty(decoder: Decoder, batch: int, capacity: int) -> tuple[tuple[Any, Any], Float[Array, "B C"]]:
+    """In one program: a dispatch for each array would take longer than reading a question."""
     caches = (decoder.step.init_cache(batch, capacity), decoder.drafter.init_cache(batch, capacity))
-    return *place(caches, decoder.step.mesh), jnp.zeros((batch, decoder.step.config.vocab_size), jnp.float32)
+    return caches, jnp.zeros((batch, decoder.step.config.vocab_size), jnp.float32)
 
 
 def read_chunk(
