@@ -172,22 +172,25 @@ class Target {
             (sliding ? a.sliding_values : a.global_values) + at * rows * padded(s.value_dim, LANES), rows};
   }
 
-  // Where the parts of a token's QKV begin: rows of each chunk are some heads of queries, of keys and of values.
+  // Where in a token's QKV the queries, the key and the value of a head of keys begin: rows of each chunk are some heads of
+  // each.
   struct Parts {
-    float *queries, *keys, *values;
+    int queries, key, value;
   };
-  Parts parts(int index, int m, int kv_head) const {
+  Parts parts(int index, int kv_head) const {
     const int kv = kv_heads(index) / s.chunks, heads = s.heads / s.chunks, in_chunk = kv_head % kv;
-    float* chunk = qkv.row(m) + kv_head / kv * ((heads + kv) * s.head_dim + kv * s.value_dim);
-    float *keys = chunk + heads * s.head_dim, *values = keys + kv * s.head_dim;
-    return {chunk + in_chunk * (heads / kv) * s.head_dim, keys + in_chunk * s.head_dim, values + in_chunk * s.value_dim};
+    const int chunk = kv_head / kv * ((heads + kv) * s.head_dim + kv * s.value_dim), keys = chunk + heads * s.head_dim;
+    return {chunk + in_chunk * (heads / kv) * s.head_dim, keys + in_chunk * s.head_dim,
+            keys + kv * s.head_dim + in_chunk * s.value_dim};
   }
 
   void write_keys(int index, int batch_row, int head) {
     const Rows cache = cached(index, batch_row, head);
+    const Parts at = parts(index, head);
     const size_t V_padded = padded(s.value_dim, LANES);
     by_tokens(batch_row, [&](int m, const Token& token) {
-      const auto [queries, key, value] = parts(index, m, head);
+      float* key = qkv.row(m) + at.key;
+      const float* value = qkv.row(m) + at.value;
       const int place = is_sliding(index) ? token.position % cache.count : token.position;
       angles_[is_sliding(index)].rotate(m, key);
       put_key(cache.keys, key, s.head_dim, place);
@@ -204,6 +207,7 @@ class Target {
   void attend_heads(int index, int batch_row, int first, int last) {
     const int group = s.heads / kv_heads(index), kv_head = first / group, Q = s.head_dim;
     const bool sliding = is_sliding(index);
+    const int from = parts(index, kv_head).queries + first % group * Q;
     const size_t V = s.value_dim, V_padded = padded(V, LANES);
     const Rows cache = cached(index, batch_row, kv_head);
     const float* sinks = w.has(layer(index) + SLOT_SINK) ? w.vector(layer(index) + SLOT_SINK) : nullptr;
@@ -215,7 +219,7 @@ class Target {
       const int oldest = sliding ? std::max(0, token.position - s.window + 1) : 0;
       for (int head = first; head < last; head++) {
         const size_t number = queries.size();
-        float *query = parts(index, m, kv_head).queries + head % group * Q, *vector = vectors.data() + number * Q;
+        float *query = qkv.row(m) + from + (head - first) * Q, *vector = vectors.data() + number * Q;
         angles_[sliding].rotate(m, query);
         for (int i = 0; i < Q; i++) vector[i] = query[i] * scale_;
         queries.push_back({vector, outputs.data() + number * V_padded, sinks ? sinks[head] : -FLT_MAX, {}});

@@ -134,11 +134,12 @@ def test_rows_of_a_batch_have_lengths_of_their_own():
     assert int(out.expert_counts.sum()) == 17 * CONFIG.experts_per_token * sum(CONFIG.moe_pattern)
 
 
-def test_a_nan_stays_visible():
-    """A weight that is not a number reaches the logits of every token that uses it."""
+@pytest.mark.parametrize("name", ["dense", "mxfp4"])
+def test_a_nan_stays_visible(name):
+    """A weight that is not a number reaches the logits of every token that uses it, in any format of experts."""
     params = random_params(CONFIG)
     params["layers_2"]["attention"]["o"] = params["layers_2"]["attention"]["o"].at[3, 4].set(np.nan)
-    weights = native.pack(CONFIG, params)[1][native.NATIVE]
+    weights = native.pack(CONFIG, in_format(CONFIG, params, name))[1][native.NATIVE]
     assert np.isnan(read(weights, [random_tokens(CONFIG, 1, 3)])).all()
 
 
