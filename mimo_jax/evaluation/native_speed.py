@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.checkpoint.huggingface import read_hf_config
+from mimo_jax.config.model import GLOBAL, SLIDING, ModelConfig
 from mimo_jax.decode import loop
 from mimo_jax.decode.sampling import Greedy, Sampled, Strategy
 from mimo_jax.decode.step import FusedStep
@@ -31,6 +32,7 @@ from pallas_kernels.decode_step import NORMALLY, Running, read_stream, usable_pa
 Record = dict[str, Any]
 DEPTH, TOKENS = 192, 128  # of one-by-one decoding: context from 192 to 320
 BLOCK, BLOCKS, BLOCK_DEPTH = 8, 32, 128  # of reading in blocks: context from 128 to 384
+STREAMS = 200  # plain reads of a measurement
 PROMPT, QUESTION = 512, 32  # of reading a prompt: a long one, and what a chat begins with
 
 
@@ -194,15 +196,16 @@ def _round_seconds(model: Model, prompts: list[list[int]], tokens: int) -> dict[
 
 
 def roofline(model: Model, size: int, repeats: int) -> Record:
-    """The `size` bytes of weights that one token reads over the time of a plain step, against a plain read of them."""
-    stream = jax.jit(lambda weights: read_stream(weights, size))
+    """What a plain step reads, over its time, against a plain read: of `size` bytes of weights, and of cached keys and
+    values half-way through what is generated. The plain read is of as many bytes of weights."""
+    size += cache_bytes(model.config, DEPTH + TOKENS // 2)
+    read_bytes = min(size, model.params[NATIVE].bytes.size)
     fractions, steps, reads = [], [], []
     for turn in range(repeats + 1):
         step = 1 / plain_rate(model)
         started = time.perf_counter()
-        for _ in range(50):
-            jax.block_until_ready(stream(model.params[NATIVE]))
-        read = (time.perf_counter() - started) / 50
+        jax.block_until_ready(_stream(model.params[NATIVE], read_bytes))
+        read = (time.perf_counter() - started) / STREAMS * size / read_bytes
         if turn:  # the first compiles
             fractions.append(read / step), steps.append(size / step / 1e9), reads.append(size / read / 1e9)
     return {
@@ -211,6 +214,25 @@ def roofline(model: Model, size: int, repeats: int) -> Record:
         "streaming read, GB/s": spread(reads),
         "fraction": spread(fractions),
     }
+
+
+@partial(jax.jit, static_argnums=1)
+def _stream(weights: Any, size: int) -> jax.Array:
+    """Reads so many bytes, one time after another, as steps follow each other."""
+
+    return jax.lax.fori_loop(
+        0, STREAMS, lambda _, before: read_stream(weights, size, before), read_stream(weights, size)
+    )
+
+
+def cache_bytes(config: ModelConfig, context: int) -> int:
+    """Bytes of keys and values in float32 that a token reads after `context` others."""
+    seen = {GLOBAL: context, SLIDING: min(context, config.sliding_window)}
+    return (
+        sum(seen[kind] * config.kv_heads(kind) for kind in config.layer_pattern)
+        * 4
+        * (config.head_dim + config.v_head_dim)
+    )
 
 
 def active_bytes(directory: Path) -> int:

@@ -219,11 +219,14 @@ def least_kept(p: Float[Array, "*B C"], weights: Float[Array, "*B C"], wanted: A
     return kept_R.reshape(*shape, 1)
 
 
-def read_stream(weights: Packed, count: int) -> Array:
-    """Reads the first `count` bytes and does nothing else, on all threads: a bound on how fast a step could be."""
-    rows = _shares(MOST_SHARES)
+def read_stream(weights: Packed, count: int, before: UInt8[Array, "_"] | None = None) -> UInt8[Array, "_"]:
+    """Reads the first `count` bytes and does nothing else, on all threads: a bound on how fast a step could be.
+
+    `before` is what a call before it gave: XLA would do equal calls that do not depend on each other once.
+    """
     sums = jax.ShapeDtypeStruct((8 * MOST_SHARES,), jnp.uint8)
-    return _call("stream", NORMALLY, rows, weights.bytes, [sums], count=np.int64(count))[0]
+    before = jnp.zeros(sums.shape, sums.dtype) if before is None else before
+    return _call("stream", NORMALLY, _shares(MOST_SHARES), (weights.bytes, before), [sums], count=np.int64(count))[0]
 
 
 def _shares(count: int) -> list[Row]:

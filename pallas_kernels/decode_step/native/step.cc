@@ -151,7 +151,6 @@ struct Stream {
     uint64_t sum[8] = {};
     for (size_t line = first; line < last; line++) {
       uint64_t words[8];
-      prefetch(bytes + 64 * line + 4096);
       std::memcpy(words, bytes + 64 * line, 64);
       for (int i = 0; i < 8; i++) sum[i] |= words[i];
     }
@@ -159,8 +158,8 @@ struct Stream {
   }
 };
 
-ffi::Error stream(ffi::ThreadPool pool, IntArray table, ByteArray weights, ffi::Result<ByteArray> sums, int64_t count,
-                  int32_t threads, int32_t delays) {
+ffi::Error stream(ffi::ThreadPool pool, IntArray table, ByteArray weights, ByteArray before,
+                  ffi::Result<ByteArray> sums, int64_t count, int32_t threads, int32_t delays) {
   std::fill_n(sums->typed_data(), sums->element_count(), 0);
   run(pool, table, Stream{weights.typed_data(), (size_t)count, (uint64_t*)sums->typed_data()}, threads, delays);
   return ffi::Error::Success();
@@ -259,6 +258,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mimo_stream, stream,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<IntArray>()
+                                  .Arg<ByteArray>()
                                   .Arg<ByteArray>()
                                   .Ret<ByteArray>()
                                   .Attr<int64_t>("count")
