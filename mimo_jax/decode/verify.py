@@ -48,9 +48,9 @@ def verify(
     """How many drafts each row accepts, and the token that follows them.
 
     `logits_BNC` are the target's, after the anchor and after each draft: N = M + 1; `best_BN` are the first of the
-    largest of them, where those are known. `q_BMC` holds the distributions
-    that the drafts were drawn from; None says that they were not drawn. Of row b only the first `counts_B[b]` were
-    proposed. `rule`, one of `RULES`, matters where tokens are sampled. Row b uses only `keys_B[b]`; without drafts its
+    largest of them, where those are known. `q_BMC` holds the distributions that the drafts were drawn from; None says
+    that they were not drawn. Of row b only the first `counts_B[b]` were proposed. `rule`, one of `RULES`, and `search`,
+    which finds thresholds of filters, matter where tokens are sampled. Row b uses only `keys_B[b]`; without drafts its
     token is that of `draw` with the same keys.
     """
     if rule not in RULES:

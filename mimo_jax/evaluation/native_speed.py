@@ -196,8 +196,10 @@ def _round_seconds(model: Model, prompts: list[list[int]], tokens: int) -> dict[
 
 
 def roofline(model: Model, size: int, repeats: int) -> Record:
-    """What a plain step reads, over its time, against a plain read: of `size` bytes of weights, and of cached keys and
-    values half-way through what is generated. The plain read is of as many bytes of weights."""
+    """What a plain step reads over its time, against a plain read of as many bytes of weights.
+
+    A step reads `size` bytes of weights and, half-way through what is generated, so many keys and values.
+    """
     size += cache_bytes(model.config, DEPTH + TOKENS // 2)
     read_bytes = min(size, model.params[NATIVE].bytes.size)
     fractions, steps, reads = [], [], []
@@ -220,19 +222,17 @@ def roofline(model: Model, size: int, repeats: int) -> Record:
 def _stream(weights: Any, size: int) -> jax.Array:
     """Reads so many bytes, one time after another, as steps follow each other."""
 
-    return jax.lax.fori_loop(
-        0, STREAMS, lambda _, before: read_stream(weights, size, before), read_stream(weights, size)
-    )
+    def again(_: int, before: jax.Array) -> jax.Array:
+        return read_stream(weights, size, before)
+
+    return jax.lax.fori_loop(1, STREAMS, again, read_stream(weights, size))
 
 
 def cache_bytes(config: ModelConfig, context: int) -> int:
     """Bytes of keys and values in float32 that a token reads after `context` others."""
     seen = {GLOBAL: context, SLIDING: min(context, config.sliding_window)}
-    return (
-        sum(seen[kind] * config.kv_heads(kind) for kind in config.layer_pattern)
-        * 4
-        * (config.head_dim + config.v_head_dim)
-    )
+    heads = sum(seen[kind] * config.kv_heads(kind) for kind in config.layer_pattern)
+    return 4 * heads * (config.head_dim + config.v_head_dim)
 
 
 def active_bytes(directory: Path) -> int:

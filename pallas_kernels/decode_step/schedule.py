@@ -230,15 +230,14 @@ def shares_of(phase: Phase) -> int:
     """Into how many rows threads split a phase: enough to even out, few enough that claiming them costs nothing."""
     if phase.products:
         most = max(1, min(phase.units, MOST_SHARES, phase.products // ROW_PRODUCTS))
-        units = math.ceil(phase.units / most)
-        return math.ceil(
-            phase.units / (units + units % 2 if units > 1 else 1)
-        )  # two units are as wide as a tile of a token
+        each = math.ceil(phase.units / most)
+        return math.ceil(phase.units / (each if each == 1 else 2 * math.ceil(each / 2)))  # a token's tile: two units
     by_heads = (Kind.ATTEND, Kind.QUERIES, Kind.DRAFT_ATTEND, Kind.CONTEXT_WRITE)
     return min(phase.units, MOST_SHARES if phase.kind in by_heads else TOKEN_SHARES)
 
 
 def _for_threads(phases: Iterable[Phase]) -> Iterable[Phase]:
+    """Where heads of keys are few, a phase writes their keys, and then heads of queries attend, which are more."""
     for phase in phases:
         if phase.kind == Kind.ATTEND and phase.units < min(FEW_HEADS, phase.query_heads):
             yield dataclasses.replace(phase, kind=Kind.KEYS, writes="keys")

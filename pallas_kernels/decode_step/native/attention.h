@@ -4,8 +4,8 @@
 // to has the same bits whether it was read alone or in a block.
 #pragma once
 
-#include <cfloat>
 #include <algorithm>
+#include <cfloat>
 #include <vector>
 
 #include "simd.h"
@@ -40,7 +40,8 @@ inline void see_ring(Query& query, int first, int end, int rows) {
   if (from + length > rows) query.spans[1] = {0, from + length - rows};
 }
 
-// Scores of N vectors of rows from `row` on, for R queries; the sum over dimensions is in their order.
+// Scores of N vectors of rows from `row` on, for R queries; the sum over dimensions is in their order. Meanwhile what is
+// read after them, at `next`, is fetched.
 template <int R, int N>
 void score(const Query* queries, const Rows& rows, int dims, int row, const float* next, float* scores, size_t width) {
   F sum[R][N];
@@ -51,7 +52,6 @@ void score(const Query* queries, const Rows& rows, int dims, int row, const floa
     F key[N];
     for (int n = 0; n < N; n++) key[n] = load(keys + n * W / LANES * LANES * dims + n * W % LANES);
     for (int n = 0; n < N * W; n += LANES) prefetch(next + d * LANES + n * dims);
-
     for (int r = 0; r < R; r++) {
       const F value = all(queries[r].vector[d]);
       for (int n = 0; n < N; n++) sum[r][n] = fma(key[n], value, sum[r][n]);
@@ -152,12 +152,12 @@ void attend_tile(const Query* queries, const Rows* sources, int source_count, in
   float totals[R];
   for (int r = 0; r < R; r++) totals[r] = soften(queries[r], scores + r * width, from, to);
   constexpr int C = std::min(R, 4);  // so many sums stay in registers
-  for (int r = 0; r < R; r += C) {
+  for (int r = 0; r < R; r += C, queries += C, scores += C * width) {
     size_t dim = 0;
     for (; dim + 2 * LANES <= value_dims; dim += 2 * LANES)
-      combine<C, 2 * one>(queries + r, sources, source_count, begin, end, value_dims, dim, scores + r * width, width, totals + r);
+      combine<C, 2 * one>(queries, sources, source_count, begin, end, value_dims, dim, scores, width, totals + r);
     if (dim < value_dims)
-      combine<C, one>(queries + r, sources, source_count, begin, end, value_dims, dim, scores + r * width, width, totals + r);
+      combine<C, one>(queries, sources, source_count, begin, end, value_dims, dim, scores, width, totals + r);
   }
 }
 

@@ -237,7 +237,8 @@ inline void store_digits(Digits* out, const float* x) {
 // 12 more than twice the weights: of columns 0, 2, 4, 6 of each lane, then of 1, 3, 5, 7. An index's upper two bits
 // belong to a neighbour, so the 16 values stand in the table four times.
 inline void bytes_from_e2m1(const uint8_t* p, __m512i* w) {
-  const __m512i values = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  const __m128i one = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  const __m512i values = _mm512_broadcast_i32x4(one);
   const __m512i codes = _mm512_loadu_si512(p);
   w[0] = _mm512_permutexvar_epi8(codes, values);
   w[1] = _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), values);

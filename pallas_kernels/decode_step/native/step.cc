@@ -101,7 +101,8 @@ ffi::Error draft(ffi::ThreadPool pool, IntArray table, ByteArray target_weights,
                               tokens->typed_data(), likelihoods->typed_data(), scratch->typed_data()};
   std::fill_n(arrays.tokens, tokens->element_count(), 0);
   std::fill_n(arrays.likelihoods, tokens->element_count(), 0.f);
-  run(pool, table, Draft(model, {target_weights.typed_data(), target_weights.size_bytes(), target_directory.typed_data()}, arrays), threads, delays);
+  const Weights target = {target_weights.typed_data(), target_weights.size_bytes(), target_directory.typed_data()};
+  run(pool, table, Draft(model, target, arrays), threads, delays);
   return ffi::Error::Success();
 }
 

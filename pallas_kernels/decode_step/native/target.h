@@ -47,9 +47,13 @@ class Target {
       case EMBED: return embed(row);
       case NORM: return norm(row);
       case QKV: return product(row, slot(row, SLOT_QKV), normed, qkv, count());
-      case ATTEND: return by_heads(row, kv_heads(row.layer), [&](int b, int head) { write_keys(row.layer, b, head), attend_group(row.layer, b, head); });
+      case ATTEND:
+        return by_heads(row, kv_heads(row.layer), [&](int b, int head) {
+          write_keys(row.layer, b, head), attend_group(row.layer, b, head);
+        });
       case KEYS: return by_heads(row, kv_heads(row.layer), [&](int b, int head) { write_keys(row.layer, b, head); });
-      case QUERIES: return by_heads(row, s.heads, [&](int b, int head) { attend_heads(row.layer, b, head, head + 1); });
+      case QUERIES:
+        return by_heads(row, s.heads, [&](int b, int head) { attend_heads(row.layer, b, head, head + 1); });
       case OUTPUT: return product(row, slot(row, SLOT_OUTPUT), attended, part, count());
       case GATE_UP:
         return gate_up(row, slot(row, SLOT_GATE_UP), slot(row, SLOT_DOWN), normed, gated, hidden, count());
@@ -139,7 +143,8 @@ class Target {
       normalize(stream, gain, out, s.width, c.norm_eps);
       put(out, s.width, normed, m, w.matrix(reader).format);
       if (row.layer % 2) {
-        if (has_experts(before)) put(out, s.width, routed, m, F32);  // in float32: a lower precision chooses other experts
+        // In float32: a lower precision chooses other experts.
+        if (has_experts(before)) put(out, s.width, routed, m, F32);
         continue;
       }
       const size_t place = tokens_[m].row * a.steps + tokens_[m].place;
@@ -149,7 +154,7 @@ class Target {
     }
   }
 
-  // A unit is a head of a batch row: act(batch row, head).
+  // A unit is a head, of keys or of queries, of a batch row: act(batch row, head).
   template <class Act>
   void by_heads(const Row& row, int heads, Act act) const {
     const int units = heads * a.batch;
@@ -172,8 +177,8 @@ class Target {
             (sliding ? a.sliding_values : a.global_values) + at * rows * padded(s.value_dim, LANES), rows};
   }
 
-  // Where in a token's QKV the queries, the key and the value of a head of keys begin: rows of each chunk are some heads of
-  // each.
+  // Where in a token's QKV the queries, the key and the value of a head of keys begin: rows of each chunk are some heads
+  // of each.
   struct Parts {
     int queries, key, value;
   };
