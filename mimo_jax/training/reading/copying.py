@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,12 @@ TALLEST = 1.2  # ems from the top of a font to its bottom, or so
 
 
 @dataclasses.dataclass(frozen=True)
-class CopyConfig:
-    """One run: `rows` of pictures and `windows` of `length` tokens of plain text in a step. Of the tokens that rows
-    say, a share of `wrong` is another one, volumes are off by up to `unsteady` of themselves, and all rows have noise,
-    `noise` of an embedding's standard deviation.
+class LessonConfig:
+    """One run in which the text model learns: `rows` of pictures and `windows` of `length` tokens of plain text in a
+    step.
     """
+
+    stage: ClassVar[str]  # as errors name it
 
     steps: int
     rows: int = 1024
@@ -52,24 +53,44 @@ class CopyConfig:
     warmup: int = 20
     decay_share: float = 0.5  # of the steps, at the end, in which the rate falls to zero
     faithful: float = 4.0  # weight of the divergence on plain text
-    wrong: float = 0.03
-    unsteady: float = 0.1
-    noise: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("copying", 1, steps=self.steps, rows=self.rows, windows=self.windows)
-        check_whole("copying", 2, length=self.length)
-        check_whole("copying", 0, 2**32 - 1, seed=self.seed)
-        check_whole("copying", 0, warmup=self.warmup)
-        check_rate("copying", self.peak_rate)
-        check_real("copying", 0, 1, decay_share=self.decay_share, wrong=self.wrong, unsteady=self.unsteady)
-        check_real("copying", 0, 1000, faithful=self.faithful, noise=self.noise)
+        check_whole(self.stage, 1, steps=self.steps, rows=self.rows, windows=self.windows)
+        check_whole(self.stage, 2, length=self.length)
+        check_whole(self.stage, 0, 2**32 - 1, seed=self.seed)
+        check_whole(self.stage, 0, warmup=self.warmup)
+        check_rate(self.stage, self.peak_rate)
+        check_real(self.stage, 0, 1, decay_share=self.decay_share)
+        check_real(self.stage, 0, 1000, faithful=self.faithful)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.rows + self.windows * self.length
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
         schedule = falling_rate(self.peak_rate, self.warmup, self.steps, self.decay_share)
         return make_optimizer(schedule, weight_decay=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyConfig(LessonConfig):
+    """Of the tokens that rows say, a share of `wrong` is another one, volumes are off by up to `unsteady` of
+    themselves, and all rows have noise, `noise` of an embedding's standard deviation.
+    """
+
+    stage = "copying"
+
+    wrong: float = 0.03
+    unsteady: float = 0.1
+    noise: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real(self.stage, 0, 1, wrong=self.wrong, unsteady=self.unsteady)
+        check_real(self.stage, 0, 1000, noise=self.noise)
 
 
 @jax.tree_util.register_dataclass

@@ -17,45 +17,34 @@ import optax
 from jaxtyping import Array, Int
 
 from mimo_jax.config.model import ModelConfig
-from mimo_jax.errors import check_real, check_whole
-from mimo_jax.training.optimizers import check_rate, falling_rate, make_optimizer
+from mimo_jax.errors import check_real
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading.characters import rows_of
-from mimo_jax.training.reading.copying import Transcripts, learning, merged, plain_divergence, transcript_loss
+from mimo_jax.training.reading.copying import (
+    LessonConfig,
+    Transcripts,
+    learning,
+    merged,
+    plain_divergence,
+    transcript_loss,
+)
 from mimo_jax.training.reading.examples import Batch
 from mimo_jax.weights import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class JoinConfig:
-    """One run: `rows` of pictures and `windows` of `length` tokens of plain text in a step. Of the tokens of the
-    transcripts that the text model is shown, a share of `slips` is another one.
-    """
+class JoinConfig(LessonConfig):
+    """Of the tokens of the transcripts that the text model is shown, a share of `slips` is another one."""
 
-    steps: int
-    rows: int = 1024
-    windows: int = 4
-    length: int = 256
-    peak_rate: float = 1e-3
+    stage = "join"
+
     warmup: int = 50
-    decay_share: float = 0.5  # of the steps, at the end, in which the rate falls to zero
-    faithful: float = 20.0  # weight of the divergence on plain text
+    faithful: float = 20.0
     slips: float = 0.05
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_whole("join", 1, steps=self.steps, rows=self.rows, windows=self.windows)
-        check_whole("join", 2, length=self.length)
-        check_whole("join", 0, 2**32 - 1, seed=self.seed)
-        check_whole("join", 0, warmup=self.warmup)
-        check_rate("join", self.peak_rate)
-        check_real("join", 0, 1, decay_share=self.decay_share, slips=self.slips)
-        check_real("join", 0, 1000, faithful=self.faithful)
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        schedule = falling_rate(self.peak_rate, self.warmup, self.steps, self.decay_share)
-        return make_optimizer(schedule, weight_decay=0.0)
+        super().__post_init__()
+        check_real(self.stage, 0, 1, slips=self.slips)
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,7 @@ from mimo_jax.training.launch import Launch, go
 from mimo_jax.training.pretraining import TrainState
 from mimo_jax.training.reading import copying
 from mimo_jax.training.reading.characters import CharacterConfig, character_step, init_characters
-from mimo_jax.training.reading.copying import CopyConfig, copy_step, init_copying, merged
+from mimo_jax.training.reading.copying import CopyConfig, LessonConfig, copy_step, init_copying, merged
 from mimo_jax.training.reading.examples import Batch, Reader, batches
 from mimo_jax.training.reading.fonts import TRAINED, font_file
 from mimo_jax.training.reading.joining import JoinConfig, Lesson, init_join, join_step, joined, slipped
@@ -110,15 +110,13 @@ def train_copying(
     text = jax.device_put(held.params)  # once, not with every step
     begun = load_dense(start).params if start else text
     reader, voice = _reader(config, held.tokenizer, tokens, ()), _voice(config, held)
-    windows = partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
-    made = Ahead(partial(copying.lesson, config, reader, train, windows), workers)
+    made = Ahead(partial(copying.lesson, config, reader, train, _windows(tokens, train)), workers)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         return copy_step(state, text, made(step), voice, config, train)
 
     settings = _settings(launch, config, train, start)
-    tokens_per_step = train.rows + train.windows * train.length
-    return go(launch, settings, lambda: init_copying(begun, train), update, tokens_per_step)
+    return go(launch, settings, lambda: init_copying(begun, train), update, train.tokens)
 
 
 def train_join(
@@ -130,15 +128,13 @@ def train_join(
     reader = reader_of(config, held.tokenizer, tokens, fonts)
     text = jax.device_put(held.params)  # once, not with every step
     copying_text, tower = _eyes(start)
-    windows = partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
-    made = Ahead(partial(join_lesson, config, reader, train, windows), workers)
+    made = Ahead(partial(join_lesson, config, reader, train, _windows(tokens, train)), workers)
 
     def update(state: TrainState, step: int) -> tuple[TrainState, run.Metrics]:
         return join_step(state, text, made(step), config, train)
 
     settings = _settings(launch, config, train, start, fonts=list(TRAINED))
-    tokens_per_step = train.rows + train.windows * train.length
-    return go(launch, settings, lambda: init_join(copying_text, tower, train), update, tokens_per_step)
+    return go(launch, settings, lambda: init_join(copying_text, tower, train), update, train.tokens)
 
 
 def join_lesson(
@@ -199,6 +195,11 @@ def _seeing(launch: Launch, directory: Path, model: Model) -> tuple[ModelConfig,
 def _reader(config: ModelConfig, tokenizer: Tokenizer, tokens: np.ndarray, files: tuple[Path, ...]) -> Reader:
     assert config.vision is not None and config.media is not None
     return Reader(tokens, tokenizer, files, config.vision, config.media)
+
+
+def _windows(tokens: np.ndarray, train: LessonConfig) -> Callable[[int], np.ndarray]:
+    """Plain text of a step."""
+    return partial(batch_at, tokens, batch=train.windows, length=train.length, seed=train.seed)
 
 
 def _voice(config: ModelConfig, model: Model) -> Voice:
