@@ -222,14 +222,17 @@ class Row:
 COPIES = (Kind.FETCH, Kind.LOAD, Kind.SEND)  # asynchronous, in bulk: to the memory model a proxy of their own
 ROW_PRODUCTS = 1 << 14  # of one row: about a microsecond of a core
 MOST_SHARES = 16
+SHARES_PER_CORE = 4  # of a product, unless a prompt is read: then a share is long, and more of them even out
+PROMPT = 16  # more tokens than these are a prompt's
 TOKEN_SHARES = 2  # of work that is split by tokens
 FEW_HEADS = 8  # fewer heads of keys than these are shared by query heads
 
 
-def shares_of(phase: Phase) -> int:
+def shares_of(phase: Phase, cores: int = MOST_SHARES) -> int:
     """Into how many rows threads split a phase: enough to even out, few enough that claiming them costs nothing."""
     if phase.products:
-        most = max(1, min(phase.units, MOST_SHARES, phase.products // ROW_PRODUCTS))
+        most = MOST_SHARES if phase.products > PROMPT * phase.weights else min(MOST_SHARES, SHARES_PER_CORE * cores)
+        most = max(1, min(phase.units, most, phase.products // ROW_PRODUCTS))
         each = math.ceil(phase.units / most)
         return math.ceil(phase.units / (each if each == 1 else 2 * math.ceil(each / 2)))  # a token's tile: two units
     by_heads = (Kind.ATTEND, Kind.QUERIES, Kind.DRAFT_ATTEND, Kind.CONTEXT_WRITE)
@@ -246,13 +249,15 @@ def _for_threads(phases: Iterable[Phase]) -> Iterable[Phase]:
             yield phase
 
 
-def claimed_rows(phases: Iterable[Phase]) -> list[Row]:
-    """Rows for threads that claim them in this order: a phase begins when the one before it is complete."""
+def claimed_rows(phases: Iterable[Phase], cores: int = MOST_SHARES) -> list[Row]:
+    """Rows for threads on so many cores, which claim them in this order: a phase begins when the one before it is
+    complete.
+    """
     rows: list[Row] = []
     held: dict[str, tuple[int, int]] = {}  # buffer -> its version, and the shares it was written in
     before = 0
     for number, phase in enumerate(_for_threads(phases)):
-        shares = shares_of(phase)
+        shares = shares_of(phase, cores)
         waits = ((number - 1, before),) if number else ()
         reads = tuple(
             ((buffer, piece), held[buffer][0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -138,7 +139,7 @@ def step(
     logits, hidden, aux, expert_counts, best, *cached = _call(
         "step",
         running,
-        claimed_rows(step_phases(target, steps, batch)),
+        claimed_rows(step_phases(target, steps, batch), _cores()),
         (weights, tokens_BT, media_RD, lengths_B, counts_B),
         results,
         _scratch(running, "step", sizes, batch * steps, batch * shown),
@@ -170,7 +171,7 @@ def draft(
     tokens_BM, likely_BM, logits_BMC = _call(
         "draft",
         running,
-        claimed_rows(draft_phases(drafter, batch, is_greedy)),
+        claimed_rows(draft_phases(drafter, batch, is_greedy), _cores()),
         (target_weights, weights, anchors_B, lengths_B, text_BS, cache),
         [_i32(batch, drafts), _f32(batch, drafts), _f32(batch, drafts, drafter.target_vocab)],
         _scratch(running, "draft", sizes, batch),
@@ -195,7 +196,7 @@ def update_context(
     updated = _call(
         "context",
         running,
-        claimed_rows(context_phases(drafter, steps, batch)),
+        claimed_rows(context_phases(drafter, steps, batch), _cores()),
         (weights, aux_BTZ, lengths_B, counts_B),
         [],
         _scratch(running, "context", sizes, batch, steps, width),
@@ -227,6 +228,12 @@ def read_stream(weights: Packed, count: int, before: UInt8[Array, "_"] | None = 
     sums = jax.ShapeDtypeStruct((8 * MOST_SHARES,), jnp.uint8)
     before = jnp.zeros(sums.shape, sums.dtype) if before is None else before
     return _call("stream", NORMALLY, _shares(MOST_SHARES), (weights.bytes, before), [sums], count=np.int64(count))[0]
+
+
+@functools.cache
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shares(count: int) -> list[Row]:
