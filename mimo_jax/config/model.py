@@ -129,6 +129,12 @@ class ModelConfig:
         """Key/value heads of a layer of `kind` (GLOBAL or SLIDING)."""
         return self.sliding_num_kv_heads if kind == SLIDING else self.num_kv_heads
 
+    def cached_numbers(self, global_rows: int, sliding_rows: int) -> int:
+        """Numbers in so many rows of keys and values of every layer, by its kind."""
+        rows = {GLOBAL: global_rows, SLIDING: sliding_rows}
+        heads = sum(rows[kind] * self.kv_heads(kind) for kind in self.layer_pattern)
+        return heads * (self.head_dim + self.v_head_dim)
+
     def has_sink(self, kind: int) -> bool:
         return self.sink_on_sliding if kind == SLIDING else self.sink_on_global
 

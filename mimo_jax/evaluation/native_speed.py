@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimo_jax.checkpoint.huggingface import read_hf_config
-from mimo_jax.config.model import GLOBAL, SLIDING, ModelConfig
+from mimo_jax.config.model import ModelConfig
 from mimo_jax.decode import loop
 from mimo_jax.decode.sampling import Greedy, Sampled, Strategy
 from mimo_jax.decode.step import FusedStep
@@ -230,9 +230,7 @@ def _stream(weights: Any, size: int) -> jax.Array:
 
 def cache_bytes(config: ModelConfig, context: int) -> int:
     """Bytes of keys and values in float32 that a token reads after `context` others."""
-    seen = {GLOBAL: context, SLIDING: min(context, config.sliding_window)}
-    heads = sum(seen[kind] * config.kv_heads(kind) for kind in config.layer_pattern)
-    return 4 * heads * (config.head_dim + config.v_head_dim)
+    return 4 * config.cached_numbers(context, min(context, config.sliding_window))
 
 
 def active_bytes(directory: Path) -> int:

@@ -103,12 +103,7 @@ def _part_of(path: tuple[str, ...]) -> str:
 def cache_bytes(plan: Plan, context: int) -> float:
     """Bytes of keys and values on each device, for one row of `context` tokens, the drafter's included."""
     config, drafter = plan.config, plan.drafter
-    numbers = sum(
-        (context if kind == GLOBAL else min(context, config.sliding_window - 1 + MAX_BLOCK))
-        * config.kv_heads(kind)
-        * (config.head_dim + config.v_head_dim)
-        for kind in config.layer_pattern
-    )
+    numbers = config.cached_numbers(context, min(context, config.sliding_window - 1 + MAX_BLOCK))
     ring = min(context, drafter.window + drafter.block_size)
     numbers += drafter.num_layers * ring * drafter.num_kv_heads * 2 * drafter.head_dim
     return numbers * plan.cache_itemsize / plan.shape.replica

@@ -125,7 +125,7 @@ class Draft {
         if (column > end) column = source + 1 + (draft - 1) % std::max(end - source, 1);
         std::fill(embedded.begin(), embedded.end(), 0.f);
         if (longest) target_.look_up(SLOT_EMBED, text[column], embedded.data());
-        put(embedded.data(), d.s.width, guesses, b * drafts() + draft - 1, BF16);
+        put(embedded.data(), d.s.width, guesses, b * drafts() + draft - 1);
       }
     }
   }
@@ -158,7 +158,7 @@ class Draft {
       if (row.layer)
         for (int i = 0; i < d.s.width; i++) x.row(m)[i] += part.row(m)[i];
       normalize(x.row(m), gain, out.data(), d.s.width, d.c.norm_eps);
-      put(out.data(), d.s.width, normed, m, BF16);
+      put(out.data(), d.s.width, normed, m);
     }
   }
 
@@ -235,7 +235,7 @@ class Draft {
     for (int b = 0; b < d.batch; b++) {
       const int before = draft == 1 ? a.anchors[b] : best(b, draft - 1, row.value);
       d.w.look_up(DRAFT_SLOT_BIAS_IN, before, embedded.data());
-      put(embedded.data(), d.s.bias_rank, Compacts{inputs.data(), stride}, b, BF16);
+      put(embedded.data(), d.s.bias_rank, Compacts{inputs.data(), stride}, b);
       from.push_back(inputs.data() + b * stride), to.push_back(biased.row(b));
     }
     multiply_units(matrix, first, last, from, to);
@@ -338,7 +338,7 @@ class Context {
 
   void take(const Row& row) {
     for (int m = row.first(count()); m < row.last(count()); m++) {
-      put(a.aux + ((size_t)tokens_[m].row * a.steps + tokens_[m].place) * a.aux_width, a.aux_width, aux, m, BF16);
+      put(a.aux + ((size_t)tokens_[m].row * a.steps + tokens_[m].place) * a.aux_width, a.aux_width, aux, m);
       angles.set(m, tokens_[m].position, d.w.vector(DRAFT_SLOT_CONTEXT_FREQUENCIES));
     }
   }
@@ -347,7 +347,7 @@ class Context {
     std::vector<float> out(d.s.width);
     for (int m = row.first(count()); m < row.last(count()); m++) {
       normalize(x.row(m), d.w.vector(DRAFT_SLOT_CONTEXT_NORM), out.data(), d.s.width, d.c.norm_eps);
-      put(out.data(), d.s.width, normed, m, BF16);
+      put(out.data(), d.s.width, normed, m);
     }
   }
 

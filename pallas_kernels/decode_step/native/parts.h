@@ -88,9 +88,10 @@ void put_eights(const float* from, size_t count, T* out) {
   for (size_t i = 0; i < count; i += 8) store_inputs(out + i, from + i);
 }
 
-// `count` floats as a row of inputs of a matrix; what its padded columns multiply is 0.
+// `count` floats as a row of inputs of a matrix: MXFP4 reads others than all other formats. What padded columns multiply
+// is 0.
 template <class T>
-void put(const float* from, size_t count, const Buffer<T>& to, size_t row, int format) {
+void put(const float* from, size_t count, const Buffer<T>& to, size_t row, int format = BF16) {
   T* out = to.row(row);
   size_t i = 0;
   for (; i + GROUP <= count; i += GROUP) put_group(out + i, from + i, format);

@@ -31,6 +31,10 @@ int cores(const ffi::ThreadPool& pool) {
   return known ? std::min(known, (int)pool.num_threads()) : (int)pool.num_threads();
 }
 
+Weights weights_in(const ByteArray& bytes, const IntArray& directory) {
+  return {bytes.typed_data(), bytes.size_bytes(), directory.typed_data()};
+}
+
 // Runs a table on XLA's threads; `threads` of 0 are all that have a core.
 template <class Work>
 void run(ffi::ThreadPool pool, const IntArray& table, Work work, int threads, int delays) {
@@ -75,7 +79,7 @@ ffi::Error step(ffi::ThreadPool pool, IntArray table, ByteArray weights, IntArra
       return ffi::Error::InvalidArgument("a row has more tokens than its cache has room for");
   std::fill_n(arrays.expert_counts, expert_counts->element_count(), 0);
   Target target(read<TargetSizes>(sizes), read<TargetNumbers>(numbers), layers.begin(), aux_layers.begin(),
-                (int)aux_layers.size(), {weights.typed_data(), weights.size_bytes(), directory.typed_data()}, arrays);
+                (int)aux_layers.size(), weights_in(weights, directory), arrays);
   if (!target.is_idle()) run(pool, table, std::move(target), threads, delays);
   return ffi::Error::Success();
 }
@@ -85,7 +89,7 @@ DraftModel draft_model(IntSpan sizes, FloatSpan numbers, const IntArray& directo
   const auto dims = shape.dimensions();  // of the values: [L][B][K][S][V]
   return {read<DrafterSizes>(sizes),
           read<DrafterNumbers>(numbers),
-          {weights.typed_data(), weights.size_bytes(), directory.typed_data()},
+          weights_in(weights, directory),
           {keys, values, (int)dims[3]},
           (int)dims[1]};
 }
@@ -101,8 +105,7 @@ ffi::Error draft(ffi::ThreadPool pool, IntArray table, ByteArray target_weights,
                               tokens->typed_data(), likelihoods->typed_data(), scratch->typed_data()};
   std::fill_n(arrays.tokens, tokens->element_count(), 0);
   std::fill_n(arrays.likelihoods, tokens->element_count(), 0.f);
-  const Weights target = {target_weights.typed_data(), target_weights.size_bytes(), target_directory.typed_data()};
-  run(pool, table, Draft(model, target, arrays), threads, delays);
+  run(pool, table, Draft(model, weights_in(target_weights, target_directory), arrays), threads, delays);
   return ffi::Error::Success();
 }
 

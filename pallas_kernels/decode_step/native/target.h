@@ -144,7 +144,7 @@ class Target {
       put(out, s.width, normed, m, w.matrix(reader).format);
       if (row.layer % 2) {
         // In float32: a lower precision chooses other experts.
-        if (has_experts(before)) put(out, s.width, routed, m, F32);
+        if (has_experts(before)) put(out, s.width, routed, m);
         continue;
       }
       const size_t place = tokens_[m].row * a.steps + tokens_[m].place;
